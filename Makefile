@@ -1,0 +1,39 @@
+# Two commands for a fresh machine with Python 3.10 or later and g++:
+#   make demo   train on real images, draw new ones, report in out/demo
+#   make test   build and run every test
+#
+# Both make their environment in .venv first. Where torch can be imported already, that torch is used; on a machine
+# without an NVIDIA GPU the CPU build is pinned, because a plain `torch` would bring several GB of CUDA libraries.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.10' || echo 'torch==2.13.0')
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test bench format clean
+
+demo: $(VENV)/built
+	$(BIN)/pom-ext demo --out out/demo
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+bench: $(VENV)/built
+	$(BIN)/python -m benchmarks.run
+
+$(VENV)/environment: pyproject.toml
+	$(PYTHON) -c "import torch" 2>/dev/null && $(PYTHON) -m venv --system-site-packages $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet setuptools wheel ninja
+	touch $@
+
+$(VENV)/built: $(VENV)/environment $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[train,test]'
+	touch $@
+
+format:
+	ruff format . && ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build out *.egg-info pom_ext/*.so

@@ -1,0 +1,106 @@
+// What every operation checks before it touches an output.
+#pragma once
+
+#include "cpu/plan.h"
+
+namespace pom::cpu {
+
+inline Status check(const Features& f) {
+  if (f.degree < 1 || f.degree > kMaxDegree) return Status::bad_degree;
+  if (f.batch < 0 || f.tokens < 0 || f.width < 1) return Status::bad_size;
+  if (f.rotary.axes) {
+    if (f.form != Form::power) return Status::rotary_needs_power;
+    if (f.rotary.axes < 0 || f.rotary.half < 1 || 2 * f.rotary.half * f.rotary.axes > f.width) return Status::bad_size;
+    if (!f.rotary.cos || !f.rotary.sin) return Status::null_pointer;
+  }
+  if (f.batch * f.tokens > 0 && !f.u) return Status::null_pointer;
+  if (f.form == Form::power && !f.coeff) return Status::null_pointer;
+  return Status::ok;
+}
+
+inline Status check(const Groups& groups, const Features& f) {
+  if (groups.count < 0 || (groups.count > 1 && !groups.offsets && !groups.mask)) return Status::bad_size;
+  if (groups.mask && (groups.offsets || f.weight)) return Status::bad_size;
+  return Status::ok;
+}
+
+inline Status check(const Gates& g) {
+  if (g.batch < 0 || g.tokens < 0 || g.channels < 1 || g.heads < 1 || g.channels % g.heads) return Status::bad_size;
+  if (g.heads > kMaxHeads) return Status::bad_size;
+  if (g.rotary.axes) {
+    if (g.form != Form::power) return Status::rotary_needs_power;
+    if (g.rotary.axes < 0 || g.rotary.half < 1 || 2 * g.rotary.half * g.rotary.axes > g.width()) return Status::bad_size;
+    if (!g.rotary.cos || !g.rotary.sin) return Status::null_pointer;
+  }
+  return g.batch * g.tokens > 0 && !g.gate ? Status::null_pointer : Status::ok;
+}
+
+inline Status check(const StateArgs& args) {
+  if (const Status s = check(args.features); s != Status::ok) return s;
+  if (const Status s = check(args.groups, args.features); s != Status::ok) return s;
+  const bool empty = args.features.batch * args.groups.count == 0;
+  return !empty && !(args.out.total && args.out.residual && args.out.count) ? Status::null_pointer : Status::ok;
+}
+
+inline Status check(const StateBackwardArgs& args) {
+  if (const Status s = check(args.features); s != Status::ok) return s;
+  if (const Status s = check(args.groups, args.features); s != Status::ok) return s;
+  const Features& f = args.features;
+  if (f.form == Form::power && !args.grad_coeff) return Status::null_pointer;
+  if (f.batch * f.tokens > 0 && (!args.grad_u || (args.groups.count && !args.grad_total))) return Status::null_pointer;
+  return Status::ok;
+}
+
+// Groups of queries: dealt by offsets, or evenly.
+inline Status check_readout(const Gates& gates, int64_t groups, const int64_t* offsets, const StateView& state) {
+  if (const Status s = check(gates); s != Status::ok) return s;
+  if (groups < 0 || (!offsets && (groups ? gates.tokens % groups : gates.tokens))) return Status::bad_size;
+  const bool empty = gates.batch * groups == 0;
+  return !empty && !(state.total && state.residual && state.count) ? Status::null_pointer : Status::ok;
+}
+
+inline Status check(const ReadoutArgs& args) {
+  if (const Status s = check_readout(args.gates, args.groups, args.offsets, args.state); s != Status::ok) return s;
+  return args.gates.batch * args.gates.tokens > 0 && !args.y ? Status::null_pointer : Status::ok;
+}
+
+inline Status check(const ReadoutBackwardArgs& args) {
+  if (const Status s = check_readout(args.gates, args.groups, args.offsets, args.state); s != Status::ok) return s;
+  const bool tokens = args.gates.batch * args.gates.tokens > 0;
+  if (tokens && !(args.grad_y && args.grad_gate)) return Status::null_pointer;
+  return args.gates.batch * args.groups > 0 && !args.grad_total ? Status::null_pointer : Status::ok;
+}
+
+// Gates and features of a causal mix are of the same tokens.
+inline Status check_causal(const Features& f, const Gates& g) {
+  if (const Status s = check(f); s != Status::ok) return s;
+  if (const Status s = check(g); s != Status::ok) return s;
+  if (f.batch != g.batch || f.tokens != g.tokens || f.channels() != g.channels) return Status::bad_size;
+  if (f.rotary.axes != g.rotary.axes || (g.heads == 1 && f.rotary.half != g.rotary.half)) return Status::bad_size;
+  return f.dtype == g.dtype ? Status::ok : Status::bad_dtype;
+}
+
+inline Status check(const CausalArgs& args) {
+  if (const Status s = check_causal(args.features, args.gates); s != Status::ok) return s;
+  const bool batch = args.features.batch > 0, tokens = batch && args.features.tokens > 0;
+  if (tokens && !args.y) return Status::null_pointer;
+  return batch && !(args.out.total && args.out.residual && args.out.count) ? Status::null_pointer : Status::ok;
+}
+
+inline Status check(const CausalBackwardArgs& args) {
+  if (const Status s = check_causal(args.features, args.gates); s != Status::ok) return s;
+  if (args.features.form == Form::power && !args.grad_coeff) return Status::null_pointer;
+  const bool batch = args.features.batch > 0, tokens = batch && args.features.tokens > 0;
+  if (tokens && !(args.grad_y && args.grad_u && args.grad_gate)) return Status::null_pointer;
+  return batch && !args.grad_prior ? Status::null_pointer : Status::ok;
+}
+
+// Checks, then body(accumulator{}, aligned workspace).
+template <class Args, class Body>
+Status checked_run(const Args& args, Dtype dtype, void* memory, size_t bytes, Body body) {
+  if (const Status s = check(args); s != Status::ok) return s;
+  if (!memory || bytes < workspace(args)) return Status::workspace_too_small;
+  return dtype == Dtype::f64 ? body(double{}, Arena::align(memory)) : body(float{}, Arena::align(memory));
+}
+
+}  // namespace pom::cpu

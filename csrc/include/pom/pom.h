@@ -1,0 +1,156 @@
+// The torch-free API: polynomial state, readout and causal mix on plain arrays.
+//
+// Every function fills outputs the caller owns, with a workspace the caller brings: ask `*_workspace` for its size
+// first. Arrays are row-major; where strides are given they count elements, may be zero, and the channel stride is 1.
+// `acc` below means float, and double where the inputs are double. Arrays of one call share one device and must not
+// overlap unless said. The functions check sizes, never values, and touch no output unless they return Status::ok.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "pom/types.h"
+
+namespace pom {
+
+enum class Form : int { product, power };
+
+enum class Status : int { ok, bad_degree, bad_size, bad_dtype, null_pointer, rotary_needs_power, workspace_too_small };
+const char* message(Status status);
+
+// Runs body(argument, i) for i = 0 … n-1 in any order on any threads. A null function runs them here.
+struct Executor {
+  void (*parallel_for)(void* context, int64_t n, void (*body)(void* argument, int64_t i), void* argument) = nullptr;
+  void* context = nullptr;
+};
+
+// Angles of every token for `axes` blocks of 2 * half channels; channel p of a block turns with channel p + half.
+struct Rotary {
+  const void* cos = nullptr;  // acc (tokens, axes * half)
+  const void* sin = nullptr;
+  int64_t half = 0;
+  int axes = 0;
+};
+
+// Projected tokens and the polynomial made of them. Width E is that of one factor: a token has degree * E channels in
+// product form and E in power form; that number, C, is also the width of the state.
+struct Features {
+  Form form = Form::product;
+  int degree = 0;
+  Dtype dtype = Dtype::f32;
+  int64_t batch = 0, tokens = 0, width = 0;
+  const void* u = nullptr;  // dtype (batch, tokens, C)
+  int64_t u_batch_stride = 0, u_token_stride = 0;
+  const void* coeff = nullptr;   // acc (width, degree), power form only
+  const void* weight = nullptr;  // acc (batch, tokens), or null for ones
+  Rotary rotary;
+
+  int64_t channels() const { return form == Form::product ? degree * width : width; }
+};
+
+// Which tokens a group sums. One of: nothing (all tokens, one group); offsets; a dense mask.
+struct Groups {
+  int64_t count = 1;
+  const int64_t* offsets = nullptr;  // (count + 1), from 0 to tokens: group g owns tokens offsets[g] … offsets[g+1]-1
+  bool cumulative = false;           // and with this also those of the groups before it
+  const void* mask = nullptr;        // acc (batch, count, tokens) weights; excludes offsets and Features::weight
+};
+
+// A state: value = total + residual, the residual being what `total` cannot hold; count is the sum of weights.
+struct StateView {
+  const void* total = nullptr;     // acc (batch, groups, C)
+  const void* residual = nullptr;  // acc (batch, groups, C)
+  const double* count = nullptr;   // (batch, groups)
+};
+struct StateOut {
+  void* total = nullptr;
+  void* residual = nullptr;
+  double* count = nullptr;
+};
+
+struct StateArgs {
+  Features features;
+  Groups groups;
+  StateOut out;
+};
+
+struct StateBackwardArgs {
+  Features features;
+  Groups groups;
+  const void* grad_total = nullptr;  // acc (batch, groups, C)
+  void* grad_u = nullptr;            // dtype (batch, tokens, C)
+  void* grad_coeff = nullptr;        // acc (width, degree), power form only
+};
+
+// Gates of query tokens: one per channel (heads = 1) or one scalar per head of C / heads channels.
+struct Gates {
+  Form form = Form::product;
+  Dtype dtype = Dtype::f32;
+  int64_t batch = 0, tokens = 0, channels = 0, heads = 1;
+  const void* gate = nullptr;  // dtype (batch, tokens, channels or heads)
+  int64_t gate_batch_stride = 0, gate_token_stride = 0;
+  Rotary rotary;  // over the gates
+
+  int64_t width() const { return heads > 1 ? heads : channels; }
+};
+
+struct ReadoutArgs {
+  Gates gates;
+  int64_t groups = 1;
+  const int64_t* offsets = nullptr;  // (groups + 1): queries offsets[g] … read group g; null deals them evenly
+  StateView state;
+  void* y = nullptr;  // dtype (batch, tokens, channels)
+};
+
+struct ReadoutBackwardArgs {
+  Gates gates;
+  int64_t groups = 1;
+  const int64_t* offsets = nullptr;
+  StateView state;
+  const void* grad_y = nullptr;  // dtype (batch, tokens, channels)
+  int64_t grad_y_batch_stride = 0, grad_y_token_stride = 0;
+  void* grad_gate = nullptr;   // dtype (batch, tokens, channels or heads)
+  void* grad_total = nullptr;  // acc (batch, groups, channels)
+};
+
+// Token-causal mix: token m reads the sum of tokens 0 … m and of `prior`, if there is one (batch, 1, C).
+struct CausalArgs {
+  Features features;
+  Gates gates;
+  StateView prior;  // null pointers for none
+  void* y = nullptr;
+  StateOut out;  // the state after the last token (batch, 1, C)
+};
+
+struct CausalBackwardArgs {
+  Features features;
+  Gates gates;
+  StateView prior;
+  const void* grad_y = nullptr;
+  int64_t grad_y_batch_stride = 0, grad_y_token_stride = 0;
+  const void* grad_total = nullptr;  // acc (batch, 1, C): gradient of the final state, or null
+  void* grad_u = nullptr;
+  void* grad_gate = nullptr;
+  void* grad_coeff = nullptr;
+  void* grad_prior = nullptr;  // acc (batch, 1, C)
+};
+
+namespace cpu {
+
+size_t workspace(const StateArgs& args);
+size_t workspace(const StateBackwardArgs& args);
+size_t workspace(const ReadoutArgs& args);
+size_t workspace(const ReadoutBackwardArgs& args);
+size_t workspace(const CausalArgs& args);
+size_t workspace(const CausalBackwardArgs& args);
+
+Status state(const StateArgs& args, void* workspace, size_t bytes, const Executor& executor = {});
+Status state_backward(const StateBackwardArgs& args, void* workspace, size_t bytes, const Executor& executor = {});
+Status readout(const ReadoutArgs& args, void* workspace, size_t bytes, const Executor& executor = {});
+Status readout_backward(const ReadoutBackwardArgs& args, void* workspace, size_t bytes, const Executor& executor = {});
+Status causal_mix(const CausalArgs& args, void* workspace, size_t bytes, const Executor& executor = {});
+Status causal_mix_backward(const CausalBackwardArgs& args, void* workspace, size_t bytes,
+                           const Executor& executor = {});
+
+}  // namespace cpu
+}  // namespace pom

@@ -1,0 +1,105 @@
+"""What torch knows of the compiled operations beside their kernels: shapes of the results, and gradients.
+
+Gradients are registered operations too, so that traced graphs contain them. They save inputs and the state alone;
+features are computed again.
+"""
+
+import torch
+
+from .checks import accumulator
+
+
+def _new_state(u, groups):
+    dtype = accumulator(u.dtype)
+    total = u.new_empty(u.shape[0], groups, u.shape[2], dtype=dtype)
+    return total, torch.empty_like(total), u.new_empty(u.shape[0], groups, dtype=torch.float64)
+
+
+def _new_coeff_grad(u, form, degree):
+    return u.new_empty(*((u.shape[2], degree) if form == "power" else (0, 0)), dtype=accumulator(u.dtype))
+
+
+def _contiguous_like(t):
+    return t.new_empty(t.shape)
+
+
+def _state_fake(u, coeff, weight, mask, offsets, cumulative, cos, sin, axes, form, degree):
+    groups = mask.shape[1] if mask is not None else offsets.shape[0] - 1 if offsets is not None else 1
+    return _new_state(u, groups)
+
+
+def _state_backward_fake(grad_total, u, coeff, weight, mask, offsets, cumulative, cos, sin, axes, form, degree):
+    return _contiguous_like(u), _new_coeff_grad(u, form, degree)
+
+
+def _readout_fake(gate, total, residual, count, offsets, cos, sin, axes, form, heads):
+    return gate.new_empty(gate.shape[0], gate.shape[1], total.shape[2])
+
+
+def _readout_backward_fake(grad_y, gate, total, residual, count, offsets, cos, sin, axes, form, heads):
+    return _contiguous_like(gate), _contiguous_like(total)
+
+
+def _causal_mix_fake(u, gate, *rest):
+    return (gate.new_empty(u.shape), *_new_state(u, 1))
+
+
+def _causal_mix_backward_fake(grad_y, grad_total, u, gate, *rest):
+    form, degree = rest[-3:-1]
+    grads = _contiguous_like(u), _contiguous_like(gate), _new_coeff_grad(u, form, degree)
+    return (*grads, u.new_empty(u.shape[0], 1, u.shape[2], dtype=accumulator(u.dtype)))
+
+
+def _save(*positions):
+    """A setup_context that keeps all inputs: tensors at `positions` through autograd, the rest as they are."""
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*(inputs[i] for i in positions))
+        ctx.rest = inputs[len(positions) :]
+        if isinstance(output, tuple):
+            ctx.mark_non_differentiable(output[-1])  # the count
+
+    return setup_context
+
+
+def _state_backward(ctx, grad_total, grad_residual, grad_count):
+    # The residual is rounding error of the total: as a function of the inputs its derivative is zero.
+    grad_u, grad_coeff = torch.ops.pom_ext.state_backward(grad_total, *ctx.saved_tensors, *ctx.rest)
+    has_coeff = ctx.saved_tensors[1] is not None
+    return grad_u, grad_coeff if has_coeff else None, *[None] * 9
+
+
+def _readout_backward(ctx, grad_y):
+    grad_gate, grad_total = torch.ops.pom_ext.readout_backward(grad_y, *ctx.saved_tensors, *ctx.rest)
+    return grad_gate, grad_total, grad_total, *[None] * 7
+
+
+def _causal_mix_backward(ctx, grad_y, grad_total, grad_residual, grad_count):
+    grads = torch.ops.pom_ext.causal_mix_backward(grad_y, grad_total, *ctx.saved_tensors, *ctx.rest)
+    grad_u, grad_gate, grad_coeff, grad_prior = grads
+    u, gate, coeff, weight, total = ctx.saved_tensors[:5]
+    grad_prior = grad_prior if total is not None else None
+    return grad_u, grad_gate, grad_coeff if coeff is not None else None, None, grad_prior, grad_prior, *[None] * 9
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError("pom_ext: gradients of gradients are not defined yet; call backward without create_graph=True")
+
+
+def register():
+    for name, fake in {
+        "state": _state_fake,
+        "state_backward": _state_backward_fake,
+        "readout": _readout_fake,
+        "readout_backward": _readout_backward_fake,
+        "causal_mix": _causal_mix_fake,
+        "causal_mix_backward": _causal_mix_backward_fake,
+    }.items():
+        torch.library.register_fake(f"pom_ext::{name}", fake)
+    for name, backward, tensors in (
+        ("state", _state_backward, 5),
+        ("readout", _readout_backward, 7),
+        ("causal_mix", _causal_mix_backward, 11),
+    ):
+        torch.library.register_autograd(f"pom_ext::{name}", backward, setup_context=_save(*range(tensors)))
+        torch.library.register_autograd(f"pom_ext::{name}_backward", _no_double_backward)

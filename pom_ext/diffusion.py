@@ -1,0 +1,152 @@
+"""What is learned: how noise is added to an image, what the network predicts of it, and how labels guide it.
+
+Times are in the network's unit: 0 is the image, 1000 is noise. Images are scaled to [-1, 1].
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+TIME_SCALE = 1000
+BASE_PIXELS = 32 * 32  # at this size noise levels are spread evenly; larger images need more noise to be hidden as well
+
+
+def seeded_generator(*key, device="cpu"):
+    """A random generator that depends on the integers `key` alone, such as (seed, index of the sample)."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    return torch.Generator(device).manual_seed(seed)
+
+
+def noise_shift(pixels, base_pixels=BASE_PIXELS):
+    """Factor s by which the noise-to-signal ratio of an image of `pixels` must rise to hide as much of it as at
+    `base_pixels`: neighbouring pixels repeat each other, so noise averages out by the square root of their number.
+
+    `pixels` counts the positions the network is given, so latents where it works on latents.
+    Source: Esser et al. 2024 (Stable Diffusion 3), arXiv 2403.03206, equation 23.
+    """
+    return math.sqrt(pixels / base_pixels)
+
+
+def shift_time(time, shift):
+    """t' = s t / (1 + (s - 1) t) for t in [0, 1]: multiplies the noise-to-signal ratio t / (1 - t) by s."""
+    return shift * time / (1 + (shift - 1) * time)
+
+
+def uniform_time(batch, generator):
+    """(batch,) times in [0, 1), one from each of `batch` equal intervals: evenly spread in every batch."""
+    offset = torch.rand(batch, generator=generator, device=generator.device)
+    return (torch.arange(batch, device=generator.device) + offset) / batch
+
+
+class FlowMatching:
+    """Straight path from image to noise, x_t = (1 - t) x + t noise; the network predicts its velocity, noise - x.
+
+    Args:
+        shift: see `noise_shift`. Training draws, and sampling visits, more of the noisy times the larger it is.
+
+    Source: Lipman et al. 2023, arXiv 2210.02747; Liu et al. 2023, arXiv 2209.03003; logit-normal times: Esser et al.
+    2024, arXiv 2403.03206, section 3.1.
+    """
+
+    def __init__(self, shift=1.0):
+        self.shift = _positive("shift", shift)
+
+    def draw_time(self, batch, generator):
+        """(batch,) times to train on: logit-normal before the shift, so mostly where image and noise are both strong."""
+        time = torch.special.ndtri(uniform_time(batch, generator)).sigmoid()
+        return TIME_SCALE * shift_time(time, self.shift)
+
+    def add_noise(self, clean, noise, time):
+        """x_t for images and noise (B, ...) at times (B,)."""
+        t = (time / TIME_SCALE).to(clean.dtype).view(-1, *[1] * (clean.dim() - 1))
+        return (1 - t) * clean + t * noise
+
+    def target(self, clean, noise):
+        """What the network should answer."""
+        return noise - clean
+
+
+class NoisePrediction:
+    """Denoising diffusion with 1000 noise levels; the network predicts the noise in the image.
+
+    Args:
+        shift: see `noise_shift`. It multiplies the noise-to-signal ratio of every level, so that a network must be
+            sampled with the shift it was trained with.
+
+    `scheduler` is the matching `diffusers.DDIMScheduler`.
+    Source: Ho et al. 2020, arXiv 2006.11239 (linear betas); Song et al. 2021, arXiv 2010.02502 (sampling).
+    """
+
+    def __init__(self, shift=1.0):
+        from diffusers import DDIMScheduler
+
+        self.shift = _positive("shift", shift)
+        signal = np.cumprod(1 - np.linspace(1e-4, 0.02, TIME_SCALE))
+        signal = signal / (signal + self.shift**2 * (1 - signal))
+        betas = 1 - signal / np.concatenate([[1.0], signal[:-1]])
+        self.scheduler = DDIMScheduler(TIME_SCALE, trained_betas=betas, timestep_spacing="trailing")
+
+    def draw_time(self, batch, generator):
+        """(batch,) integer times to train on."""
+        return (TIME_SCALE * uniform_time(batch, generator)).long().clamp(max=TIME_SCALE - 1)
+
+    def add_noise(self, clean, noise, time):
+        """x_t for images and noise (B, ...) at integer times (B,)."""
+        return self.scheduler.add_noise(clean, noise, time)
+
+    def target(self, clean, noise):
+        """What the network should answer."""
+        return noise
+
+
+OBJECTIVES = {"flow": FlowMatching, "noise": NoisePrediction}
+
+
+def build_objective(name, shift=1.0):
+    """The objective called "flow" or "noise".
+
+    Raises:
+        ValueError: another name, or a shift that is not positive.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective: expected one of {sorted(OBJECTIVES)}, got {name!r}")
+    return OBJECTIVES[name](shift)
+
+
+def _positive(name, value):
+    if not (0 < value < math.inf):
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+    return float(value)
+
+
+def diffusion_loss(model, objective, images, labels, generator):
+    """Mean squared error of the network's prediction at random times.
+
+    images (B, C, H, W) in [-1, 1] and labels (B,); noise and times come from `generator`, on the images' device.
+    """
+    time = objective.draw_time(len(images), generator)
+    noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
+    prediction = model(objective.add_noise(images, noise, time), time.to(images.dtype), labels)
+    return F.mse_loss(prediction.to(images.dtype), objective.target(images, noise))
+
+
+def drop_labels(labels, no_class, probability, generator):
+    """Replace each label by `no_class` with the given probability: what teaches the network to draw unguided."""
+    dropped = torch.rand(labels.shape, generator=generator, device=labels.device) < probability
+    return labels.masked_fill(dropped, no_class)
+
+
+def guided_prediction(model, images, time, labels, guidance):
+    """Classifier-free guidance: u + guidance (c - u), with c the prediction for the labels and u without them.
+
+    guidance 1 is the plain conditional prediction, at half the cost; 0 ignores the labels. Both halves are one call.
+    Source: Ho & Salimans 2022, arXiv 2207.12598.
+    """
+    if guidance == 1:
+        return model(images, time, labels)
+    no_class = torch.full_like(labels, model.config["n_classes"])
+    both = model(torch.cat([images, images]), torch.cat([time, time]), torch.cat([labels, no_class]))
+    conditional, unconditional = both.chunk(2)
+    return unconditional + guidance * (conditional - unconditional)

@@ -1,0 +1,149 @@
+"""PoM: the polynomial mixer as a layer, the drop-in for multi-head attention."""
+
+import math
+
+import torch
+from torch import nn
+
+from .ops import polynomial_mix
+from .rotary import AXES, rotary_table
+
+
+class GroupedLinear(nn.Module):
+    """A linear map whose weight is block diagonal: group i of the inputs makes group i of the outputs.
+
+    weight: (groups, out_features / groups, in_features / groups)
+    """
+
+    def __init__(self, in_features, out_features, groups, bias=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, out_features // groups, in_features // groups))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        bound = math.sqrt(groups / in_features)
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x):  # (B, N, in) -> (B, N, out)
+        y = torch.einsum("bngi,goi->bngo", x.unflatten(-1, (self.weight.shape[0], -1)), self.weight).flatten(-2)
+        return y if self.bias is None else y + self.bias
+
+
+class PoM(nn.Module):
+    """Polynomial mixer: y = W_o (γ(W_g x) ⊙ H) + b_o, with H the mean polynomial feature of the context W_c c.
+
+    Args:
+        dim: width D of the tokens.
+        degree: degree of the polynomial, 1 to 16.
+        expand: width of one polynomial factor, in multiples of `dim`.
+        form: "product" (arXiv 2411.12663, davidpicard/HoMM `HoM`) or "power" (arXiv 2604.06129, davidpicard/pom `PoM`).
+        n_groups: groups of the context projection (block-diagonal weight).
+        n_sel_heads: 1 for a gate per channel, more for one scalar gate per head of channels.
+        bias: biases on the context and output projections; None takes the authors' default, True for product and
+            False for power. The gate of the power form always has one, as the authors' has.
+        rope: None, "1d", "2d" or "3d": rotary positions on the features and on the gate (power form).
+
+    Raises:
+        ValueError: a size that does not divide, or a value outside the ranges above.
+    """
+
+    def __init__(self, dim, degree=2, expand=2, *, form="product", n_groups=1, n_sel_heads=1, bias=None, rope=None):
+        super().__init__()
+        if form not in ("product", "power"):
+            raise ValueError(f"form: expected 'product' or 'power', got {form!r}")
+        if not 1 <= degree <= 16:
+            raise ValueError(f"degree: expected 1 to 16, got {degree}")
+        if dim < 1 or expand < 1:
+            raise ValueError(f"dim and expand: expected positive integers, got dim={dim}, expand={expand}")
+        self.dim, self.degree, self.expand, self.form, self.rope = dim, degree, expand, form, rope
+        self.n_groups, self.n_sel_heads = n_groups, n_sel_heads
+        width = dim * expand * (degree if form == "product" else 1)  # C: channels of the state
+        if n_groups < 1 or dim % n_groups or width % n_groups:
+            raise ValueError(f"n_groups: expected a divisor of dim={dim}, got {n_groups}")
+        if n_sel_heads < 1 or width % n_sel_heads:
+            raise ValueError(f"n_sel_heads: expected a divisor of the state width {width}, got {n_sel_heads}")
+        if rope is not None:
+            if rope not in AXES:
+                raise ValueError(f"rope: expected None, '1d', '2d' or '3d', got {rope!r}")
+            if form != "power":
+                raise ValueError("rope: rotary positions are defined for form='power' only, got form='product'")
+            pairs = width if n_sel_heads == 1 else n_sel_heads
+            if pairs < 2 * AXES[rope]:
+                raise ValueError(f"rope: {rope!r} needs at least {2 * AXES[rope]} gates to rotate, got {pairs}")
+        bias = (form == "product") if bias is None else bias
+        self.state_width = width
+        if n_groups == 1:
+            self.context_proj = nn.Linear(dim, width, bias=bias)
+        else:
+            self.context_proj = GroupedLinear(dim, width, n_groups, bias=bias)
+        self.gate_proj = nn.Linear(dim, n_sel_heads if n_sel_heads > 1 else width, bias=bias or form == "power")
+        self.out_proj = nn.Linear(width, dim, bias=bias)
+        if form == "power":
+            # Starts as the activation itself, plus small higher powers for the training to grow.
+            coeff = torch.randn(width, degree) * 0.1
+            coeff[:, 0] += 1
+            self.coeff = nn.Parameter(coeff)
+        else:
+            self.register_parameter("coeff", None)
+
+    def extra_repr(self):
+        return (
+            f"dim={self.dim}, degree={self.degree}, expand={self.expand}, form={self.form!r}, "
+            f"n_groups={self.n_groups}, n_sel_heads={self.n_sel_heads}, rope={self.rope!r}"
+        )
+
+    def _rotaries(self, x, context, positions, context_positions):
+        """Angle tables of the features and of the gate."""
+        if self.rope is None:
+            for name, given in (("positions", positions), ("context_positions", context_positions)):
+                if given is not None:
+                    raise ValueError(f"{name}: this layer has no rotary positions; build it with rope='1d', '2d' or '3d'")
+            return None, None
+        axes = AXES[self.rope]
+        if context is x and context_positions is None:
+            context_positions = positions
+        tables = []
+        for name, given, tokens in (("context_positions", context_positions, context), ("positions", positions, x)):
+            if given is None:
+                if axes > 1:
+                    raise ValueError(f"{name}: rope={self.rope!r} needs the coordinates of the tokens, (N, {axes})")
+                given = torch.arange(tokens.shape[1], device=tokens.device)
+            expected = (tokens.shape[1],) if axes == 1 and given.dim() == 1 else (tokens.shape[1], axes)
+            if tuple(given.shape) != expected:
+                raise ValueError(f"{name}: expected shape {expected}, got {tuple(given.shape)}")
+            tables.append(given)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        width, heads = self.state_width, self.n_sel_heads
+        features = rotary_table(tables[0], width, axes, dtype=dtype)
+        if heads == 1:
+            return features, rotary_table(tables[1], width, axes, dtype=dtype)
+        stride = width // heads // 2 * axes
+        return features, rotary_table(tables[1], heads, axes, stride, table_channels=width, dtype=dtype)
+
+    def forward(self, x, context=None, *, weight=None, mask=None, causal=False, frames=None, cu_seqlens=None,
+                positions=None, context_positions=None, state=None, return_state=False):
+        """Mix. Every context mode of `polynomial_mix` is available here.
+
+        Args:
+            x: (B, M, dim) query tokens.
+            context: (B, N, dim) context tokens; None mixes x with itself.
+            weight: (B, N) weight of each context token, at least 0; a padding mask is one.
+            mask: (B, M, N) who sees whom; the one mode that is not linear in tokens.
+            causal: token m sees tokens 0..m.
+            frames: one frame length, or offsets 0, ..., N; a token of frame f sees frames 0..f.
+            cu_seqlens: offsets 0, ..., N of packed sequences that do not see each other.
+            positions, context_positions: (M,) or (M, axes) coordinates for `rope`.
+            state: `State` of what came before, seen by every query.
+            return_state: also return the `State` after the last context token.
+
+        Returns:
+            (B, M, dim), and the State if asked for.
+        """
+        context = x if context is None else context
+        rotary, gate_rotary = self._rotaries(x, context, positions, context_positions)
+        mixed = polynomial_mix(
+            self.context_proj(context), self.gate_proj(x), self.coeff, form=self.form, degree=self.degree,
+            n_sel_heads=self.n_sel_heads, weight=weight, mask=mask, causal=causal, frames=frames, cu_seqlens=cu_seqlens,
+            rotary=rotary, gate_rotary=gate_rotary, state=state, return_state=return_state,
+        )  # fmt: skip
+        if return_state:
+            return self.out_proj(mixed[0]), mixed[1]
+        return self.out_proj(mixed)

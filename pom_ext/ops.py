@@ -1,0 +1,196 @@
+"""The compiled operations as functions: polynomial state, readout, and both in one."""
+
+import torch
+
+from . import _library
+from .checks import (
+    accumulator,
+    check_features,
+    check_gate,
+    check_rotary,
+    check_state,
+    check_tensor,
+    check_weights,
+    frame_offsets,
+    offsets_tensor,
+)
+from .state import State
+
+if _library.ERROR is None:
+    from ._registration import register
+
+    register()
+
+
+def _require(tensor, name):
+    """The compiled library is there and serves the device of the tensor."""
+    _library.load()
+    if isinstance(tensor, torch.Tensor) and tensor.device.type not in ("cpu", "meta"):
+        raise ValueError(f"{name}: this build has kernels for the CPU only, got a tensor on {tensor.device}")
+
+
+def _only_one(**modes):
+    given = [name for name, value in modes.items() if value is not None and value is not False]
+    if len(given) > 1:
+        raise ValueError(f"{given[0]} and {given[1]}: each says who sees whom; give one of them")
+
+
+def _context(u, weight, mask, frames, cu_seqlens):
+    """(weight, mask, offsets, cumulative) as the kernels take them."""
+    batch, tokens = u.shape[:2]
+    if mask is not None:
+        if weight is not None:
+            raise ValueError("mask and weight: the mask holds the weights already; give one of them")
+        return None, check_weights("mask", mask, (batch, "M", tokens), u), None, False
+    if weight is not None:
+        weight = check_weights("weight", weight, (batch, tokens), u)
+    if frames is not None:
+        return weight, None, frame_offsets(frames, tokens, u), True
+    if cu_seqlens is not None:
+        return weight, None, offsets_tensor("cu_seqlens", cu_seqlens, tokens, u), False
+    return weight, None, None, False
+
+
+def _coefficients(coeff, u):
+    return None if coeff is None else coeff.to(accumulator(u.dtype))
+
+
+def _angles(rotary):
+    return (None, None, 0) if rotary is None else (rotary.cos, rotary.sin, rotary.axes)
+
+
+def polynomial_state(
+    u, coeff=None, *, form, degree, weight=None, mask=None, causal=False, frames=None, cu_seqlens=None, rotary=None,
+    state=None,
+):  # fmt: skip
+    """Sum the polynomial features φ(u) of the context tokens into a State. One pass over u.
+
+    Args:
+        u: projected context tokens, float32, float64, bfloat16 or float16, any strides. (B, N, degree * E) in product
+            form (arXiv 2411.12663), (B, N, E) in power form (arXiv 2604.06129). The state is as wide, C channels.
+        coeff: (E, degree) coefficients of the power form.
+        form: "product" or "power".
+        degree: 1 to 16.
+        weight: (B, N) weight of every token, at least 0.
+        mask: (B, M, N) weights of every token for M groups; costs M * N * C, not linear in tokens.
+        causal: one group a token, of the tokens up to and with it.
+        frames: a frame length, or offsets 0, ..., N; one group a frame, of the frames up to and with it.
+        cu_seqlens: offsets 0, ..., N; one group a sequence.
+        rotary: `rotary.Rotary` angles by which the features are turned before they are summed (power form).
+        state: State with one group, of what came before; added to every group.
+
+    Returns:
+        State with G groups: 1, M, N, frames or sequences.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it. ImportError: nothing compiled.
+    """
+    _require(u, "u")
+    check_features(u, coeff, form, degree)
+    _only_one(mask=mask, causal=causal, frames=frames, cu_seqlens=cu_seqlens)
+    if state is not None:
+        _only_one(state=state, mask=mask, cu_seqlens=cu_seqlens)
+        check_state("state", state, u.shape[0], u.shape[2], u.dtype, u)
+    check_rotary("rotary", rotary, u.shape[1], u.shape[2], form, u)
+    weight, mask, offsets, cumulative = _context(u, weight, mask, 1 if causal else frames, cu_seqlens)
+    new = State(
+        *torch.ops.pom_ext.state(
+            u, _coefficients(coeff, u), weight, mask, offsets, cumulative, *_angles(rotary), form, degree
+        )
+    )
+    return new if state is None else state + new
+
+
+def polynomial_readout(gate, state, *, form, n_sel_heads=1, frames=None, cu_seqlens=None, rotary=None):
+    """y = γ(gate) ⊙ H: every query token gates the mean features of its group. One pass over the gates.
+
+    Args:
+        gate: (B, M, C), or (B, M, n_sel_heads) with one scalar for a head of C / n_sel_heads channels.
+        state: State (B, G, C). Queries are dealt to the groups evenly and in order unless offsets are given.
+        form: "product" (γ = sigmoid) or "power" (γ = hardsigmoid).
+        frames, cu_seqlens: a length, or offsets 0, ..., M: the queries of every group.
+        rotary: angles by which the gates are turned (power form).
+
+    Returns:
+        (B, M, C) in the dtype of the gates; 0 where a group has no tokens.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it. ImportError: nothing compiled.
+    """
+    _require(gate, "gate")
+    if not isinstance(state, State):
+        raise TypeError(f"state: expected a State, got {type(state).__name__}")
+    groups, channels = state.total.shape[1:]
+    check_gate(gate, channels, n_sel_heads, form)
+    check_state("state", state, gate.shape[0], channels, gate.dtype, gate, groups)
+    check_rotary("rotary", rotary, gate.shape[1], gate.shape[2], form, gate)
+    _only_one(frames=frames, cu_seqlens=cu_seqlens)
+    queries, offsets = gate.shape[1], None
+    if frames is not None:
+        offsets = frame_offsets(frames, queries, gate)
+    elif cu_seqlens is not None:
+        offsets = offsets_tensor("cu_seqlens", cu_seqlens, queries, gate)
+    elif (queries % groups if groups else queries) != 0:
+        raise ValueError(f"gate: {queries} queries cannot be dealt evenly to {groups} groups; give frames or cu_seqlens")
+    if offsets is not None and offsets.shape[0] != groups + 1:
+        raise ValueError(f"state: {groups} groups do not match offsets of {offsets.shape[0] - 1} groups")
+    return torch.ops.pom_ext.readout(
+        gate, state.total, state.residual, state.count, offsets, *_angles(rotary), form, n_sel_heads
+    )
+
+
+def polynomial_mix(
+    u, gate, coeff=None, *, form, degree, n_sel_heads=1, weight=None, mask=None, causal=False, frames=None,
+    cu_seqlens=None, rotary=None, gate_rotary=None, state=None, return_state=False,
+):  # fmt: skip
+    """State and readout: every query token gates the mean polynomial features of the context it sees.
+
+    Arguments as in `polynomial_state` and `polynomial_readout`. With `causal`, `frames` and `cu_seqlens` the queries
+    are the context tokens themselves (M = N); with `mask` query m reads group m. `causal` keeps a running sum and
+    stores no state for every token. Memory beyond inputs and outputs is that of the state, whatever N.
+
+    Returns:
+        y (B, M, C) in the dtype of the gates; with `return_state` also the State (B, 1, C) after the last token.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it. ImportError: nothing compiled.
+    """
+    _require(u, "u")
+    check_features(u, coeff, form, degree)
+    check_gate(gate, u.shape[2], n_sel_heads, form)
+    tokens = u.shape[1]
+    aligned = causal or frames is not None or cu_seqlens is not None
+    queries = tokens if aligned else mask.shape[1] if isinstance(mask, torch.Tensor) and mask.dim() == 3 else "M"
+    check_tensor("gate", gate, (u.shape[0], queries, gate.shape[2]), (u.dtype,), u)
+    if return_state:
+        _only_one(return_state=True, mask=mask, cu_seqlens=cu_seqlens)
+    if causal:
+        _only_one(causal=True, mask=mask, frames=frames, cu_seqlens=cu_seqlens)
+        return _causal_mix(
+            u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary, state, return_state
+        )
+    new = polynomial_state(
+        u, coeff, form=form, degree=degree, weight=weight, mask=mask, frames=frames, cu_seqlens=cu_seqlens,
+        rotary=rotary, state=state,
+    )  # fmt: skip
+    y = polynomial_readout(
+        gate, new, form=form, n_sel_heads=n_sel_heads, frames=frames, cu_seqlens=cu_seqlens, rotary=gate_rotary
+    )
+    return (y, new.last()) if return_state else y
+
+
+def _causal_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary, state, return_state):
+    if state is not None:
+        check_state("state", state, u.shape[0], u.shape[2], u.dtype, u)
+    check_rotary("rotary", rotary, u.shape[1], u.shape[2], form, u)
+    check_rotary("gate_rotary", gate_rotary, gate.shape[1], gate.shape[2], form, gate)
+    if (rotary is None) != (gate_rotary is None):
+        raise ValueError("rotary and gate_rotary: with causal=True give both or neither")
+    weight = _context(u, weight, None, None, None)[0]
+    prior = (None, None, None) if state is None else (state.total, state.residual, state.count)
+    cos, sin, axes = _angles(rotary)
+    gate_cos, gate_sin, _ = _angles(gate_rotary)
+    y, *new = torch.ops.pom_ext.causal_mix(
+        u, gate, _coefficients(coeff, u), weight, *prior, cos, sin, gate_cos, gate_sin, axes, form, degree, n_sel_heads
+    )
+    return (y, State(*new)) if return_state else y

@@ -1,0 +1,196 @@
+"""The command line: every subcommand once, and what a mistake looks like."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from pom_ext.checkpoint import read_checkpoint
+from pom_ext.cli import app
+
+TINY = ["--patch", "4", "--dim", "16", "--layers", "2", "--heads", "2", "--batch-size", "4"]
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def assert_fails(result, *texts):
+    """One line on stderr, exit code 1, no traceback."""
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    for text in texts:
+        assert text in message
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    for name, color in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
+        (root / name).mkdir()
+        for i in range(4):
+            Image.new("RGB", (9 + i, 8), color).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    result = call("train", "--data", pictures, "--size", 8, "--steps", 3, "--out", out, *TINY)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_train_leaves_checkpoint_and_loss_curve(trained):
+    assert {path.name for path in trained.iterdir()} == {"model.safetensors", "loss.png"}
+    settings = read_checkpoint(trained / "model.safetensors")[1]
+    assert settings["step"] == 3 and settings["data"]["classes"] == ["blue", "red"]
+    assert settings["model"]["mixer"] == "power" and settings["train"]["shift"] == 0.25
+    assert Image.open(trained / "loss.png").size[0] > 300
+
+
+def test_train_resumes_and_does_not_overwrite(pictures, trained, tmp_path):
+    out = tmp_path / "copy"
+    out.mkdir()
+    (out / "model.safetensors").write_bytes((trained / "model.safetensors").read_bytes())
+    command = ["train", "--data", pictures, "--size", 8, "--out", out, *TINY]
+    assert_fails(call(*command, "--steps", 5), "model.safetensors exists", "--resume")
+    assert_fails(call(*command, "--steps", 5, "--resume", "--lr", "0.5"), "lr is 0.002", "given 0.5")
+    assert read_checkpoint(out / "model.safetensors")[1]["step"] == 3
+    assert call(*command, "--steps", 5, "--resume").exit_code == 0
+    assert read_checkpoint(out / "model.safetensors")[1]["step"] == 5
+
+
+def test_train_takes_hybrids_standard_sizes_and_noise_prediction(pictures, tmp_path):
+    command = ["train", "--data", pictures, "--size", 8, "--steps", 1, *TINY]
+    result = call(*command, "--out", tmp_path / "a", "--mixer", "product,attention", "--objective", "noise", "--bf16")
+    assert result.exit_code == 0, result.output
+    settings = read_checkpoint(tmp_path / "a" / "model.safetensors")[1]
+    assert settings["model"]["mixer"] == ["product", "attention"] and settings["train"]["objective"] == "noise"
+    result = call(*command, "--out", tmp_path / "b", "--model", "S/8", "--no-local-conv")
+    assert result.exit_code == 0, result.output
+    model = read_checkpoint(tmp_path / "b" / "model.safetensors")[1]["model"]
+    assert (model["patch"], model["dim"], model["local_conv"]) == (4, 16, False), "options go before those of the size"
+    assert call("sample", tmp_path / "a" / "model.safetensors", "--out", tmp_path / "a.png", "--steps", 2).exit_code == 0
+
+
+def test_sample_draws_a_grid(trained, tmp_path):
+    checkpoint = trained / "model.safetensors"
+    result = call("sample", checkpoint, "--out", tmp_path / "a.png", "--steps", 2, "--per-label", 3)
+    assert result.exit_code == 0, result.output
+    assert "6 images" in result.output
+    one = call("sample", checkpoint, "--out", tmp_path / "b.png", "--steps", 2, "--labels", "red", "--size", 16, "--solver", "heun")
+    assert one.exit_code == 0, one.output
+    first, second = Image.open(tmp_path / "a.png"), Image.open(tmp_path / "b.png")
+    assert first.size[0] / first.size[1] < second.size[0] / second.size[1], "two rows of three, one row of eight"
+
+
+def test_sample_names_mistakes(trained, tmp_path):
+    checkpoint, out = trained / "model.safetensors", tmp_path / "a.png"
+    assert_fails(call("sample", checkpoint, "--out", out, "--labels", "red,green"), "no class 'green'", "blue, red")
+    assert_fails(call("sample", checkpoint, "--out", out, "--labels", "2"), "no class '2'", "0 to 1")
+    assert_fails(call("sample", checkpoint, "--out", out, "--steps", 0), "steps")
+    assert_fails(call("sample", checkpoint, "--out", out, "--size", 10), "multiples of the patch size 4")
+    assert_fails(call("sample", checkpoint, "--out", out, "--per-label", 0), "per-label")
+    assert_fails(call("sample", checkpoint, "--out", out, "--device", "tpu"), "device", "tpu")
+    assert_fails(call("sample", tmp_path / "none.safetensors", "--out", out), "no file at")
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(checkpoint.read_bytes()[:500])
+    assert_fails(call("sample", broken, "--out", out), "broken.safetensors is truncated")
+    assert not out.exists()
+
+
+def test_train_names_mistakes(pictures, tmp_path):
+    out = tmp_path / "out"
+    command = ["train", "--out", out, "--steps", 1, *TINY]
+    assert_fails(call(*command, "--data", tmp_path / "nowhere", "--size", 8), "nowhere", "not a folder")
+    assert_fails(call(*command, "--data", pictures), "size: needed")
+    assert_fails(call(*command, "--data", pictures, "--size", 10), "image_size", "multiple of patch=4")
+    assert_fails(call(*command, "--data", pictures, "--size", 8, "--mixer", "magic"), "mixer", "magic")
+    assert_fails(call(*command, "--data", pictures, "--size", 8, "--model", "XXL/2"), "XXL/2")
+    assert_fails(call(*command, "--data", pictures, "--size", 8, "--objective", "score"), "objective", "score")
+    assert_fails(call(*command, "--data", pictures, "--size", 8, "--lr", 0), "lr")
+    assert_fails(call(*command, "--data", pictures, "--size", 8, "--resume"), "no file at")
+    assert_fails(call("train", "--data", pictures, "--size", 8, "--out", out, *TINY), "steps, seconds")
+    assert not out.exists()
+
+
+def test_an_interrupted_train_says_how_to_go_on(pictures, tmp_path, monkeypatch):
+    from pom_ext.training import Trainer
+
+    step = Trainer.step
+
+    def interrupted(self, *arguments):
+        if len(self.losses) == 2:
+            raise KeyboardInterrupt
+        step(self, *arguments)
+
+    command = ["train", "--data", pictures, "--size", 8, "--steps", 3, "--out", tmp_path, "--save-every", 2, *TINY]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        result = call(*command)
+    assert result.exit_code == 130
+    assert "--resume" in result.stderr
+    assert call(*command, "--resume").exit_code == 0
+
+
+def test_demo_writes_all_its_files(tmp_path, monkeypatch):
+    """The whole demo with hardly any training: the report must tell the truth about unreadable samples, too."""
+    from pom_ext import demo
+
+    monkeypatch.setattr(demo, "SAMPLING", {"steps": 2, "guidance": 1.0, "solver": "euler"})
+    report = demo.run_demo(tmp_path, seconds=0.5, per_class=10)
+    expected = {"samples.png", "loss.png", "model.safetensors", "report.md", "report.json"}
+    assert {path.name for path in tmp_path.iterdir()} == expected
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert report["classifier_accuracy_on_real_images"] >= 0.97
+    assert report["samples_read_as_requested"] < 0.9, "half a second of training draws no digits"
+    assert f"{report['samples_read_as_requested']:.1%}" in (tmp_path / "report.md").read_text()
+    assert Image.open(tmp_path / "samples.png").size[0] > 600
+
+
+def test_bench_runs_the_source_trees_benchmarks(monkeypatch, tmp_path):
+    from pom_ext import cli
+
+    package = tmp_path / "pom_ext"
+    monkeypatch.setattr(cli, "__file__", str(package / "cli.py"))
+    assert_fails(call("bench"), "no ", "benchmarks/run.py")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "run.py").write_text("import sys; sys.exit(len(sys.argv))")
+    assert call("bench", "--case", "forward").exit_code == 3, "arguments and exit code are passed on"
+
+
+def test_doctor_tells_what_is_here():
+    result = call("doctor")
+    assert result.exit_code == 0, result.output
+    for text in (torch.__version__, sys.version.split()[0], "loaded", "threads"):
+        assert text in result.output
+
+
+def test_doctor_prints_why_the_library_does_not_load(monkeypatch):
+    from pom_ext import _library
+
+    monkeypatch.setattr(_library, "ERROR", "no compiled library: build it")
+    result = call("doctor")
+    assert result.exit_code == 1
+    assert "not loaded: ImportError: no compiled library: build it" in result.output
+
+
+def test_help_and_import_are_light():
+    """Neither importing the package nor asking for help loads what only training needs."""
+    code = (
+        "import sys, pom_ext, pom_ext.cli; heavy = {'diffusers', 'accelerate', 'matplotlib', 'mlxtend', 'PIL', 'sklearn'};"
+        "print(heavy & set(sys.modules) or 'light')"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed == "light\n"
+    result = call("--help")
+    assert result.exit_code == 0
+    for name in ("demo", "train", "sample", "bench", "doctor"):
+        assert name in result.output

@@ -1,0 +1,87 @@
+"""Any strides that a user can produce give the right answer: transposed, sliced, unaligned and expanded tensors."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from cases import Case, check, draw_inputs
+
+
+def inside_nan(tensor, step=1):
+    """The same values in the middle of a larger buffer of NaN, `step` apart: whoever reads beside them shows it."""
+    buffer = tensor.new_full([4 + step * size for size in tensor.shape], float("nan"))
+    view = buffer[tuple(slice(3, 3 + step * size, step) for size in tensor.shape)]
+    return view.copy_(tensor)
+
+
+def one_element_off(tensor):
+    """Contiguous, at an address that is aligned to one element alone."""
+    return tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "batch last": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+    "tokens first": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "sliced": inside_nan,
+    "every other": lambda t: inside_nan(t, step=2),
+    "unaligned": one_element_off,
+    "one sample": lambda t: t[:1].expand_as(t),
+    "one row": lambda t: t[..., :1, :].expand_as(t),
+    "one channel": lambda t: t[..., :1].expand_as(t),
+    "one value": lambda t: t.flatten()[3].expand_as(t),
+}
+MODES = {"weight": ("weight", "causal+weight"), "mask": ("mask",)}
+CALLS = [
+    (argument, form, mode)
+    for argument in ("u", "gate", "coeff", "prior", "grad of y", "grad of state", "weight", "mask")
+    for form, mode in product(("product", "power"), MODES.get(argument, ("whole", "frames_unequal", "causal")))
+    if (argument, form) != ("coeff", "product")
+]
+
+
+def with_layout(inputs, argument, layout):
+    """The same call with one of its tensors laid out differently."""
+    if argument.startswith("grad of "):
+        name = argument.removeprefix("grad of ")
+        return replace(inputs, output_grads=inputs.output_grads | {name: layout(inputs.output_grads[name])})
+    if argument in inputs.context:
+        return replace(inputs, context=inputs.context | {argument: layout(inputs.context[argument])})
+    return replace(inputs, leaves=inputs.leaves | {argument: layout(inputs.leaves[argument])})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("argument, form, mode", CALLS)
+def test_one_tensor_laid_out_differently(argument, form, mode, layout, device):
+    inputs = draw_inputs(Case(form, 2, mode, batch=3, tokens=11, width=20, prior=argument == "prior"))
+    check(with_layout(inputs, argument, LAYOUTS[layout]), device)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64), ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", ("product", "power"))
+def test_all_tensors_laid_out_differently(form, layout, dtype, device):
+    inputs = draw_inputs(Case(form, 3, "frames_unequal+weight", dtype, batch=3, tokens=33, width=20, heads=4, prior=True))
+    for argument in (*inputs.leaves, "weight", "grad of y", "grad of state"):
+        inputs = with_layout(inputs, argument, LAYOUTS[layout])
+    check(inputs, device)
+
+
+@pytest.mark.parametrize("layout", ("transposed", "sliced", "every other", "unaligned"))
+@pytest.mark.parametrize("which", ("rotary", "gate_rotary"))
+def test_rotary_tables_laid_out_differently(which, layout, device):
+    inputs = draw_inputs(Case("power", 2, "causal", tokens=11, width=20, axes=2))
+    table = inputs.rotaries[which]
+    moved = table._replace(cos=LAYOUTS[layout](table.cos), sin=LAYOUTS[layout](table.sin))
+    check(replace(inputs, rotaries=inputs.rotaries | {which: moved}), device)
+
+
+@pytest.mark.parametrize("layout", ("batch last", "sliced", "one sample", "one value"))
+def test_a_strided_state(layout, device):
+    """Residual and count of a state that was cut out of a larger one."""
+    inputs = draw_inputs(Case("power", 2, "causal", torch.float64, batch=3, prior=True))
+    change = LAYOUTS[layout]
+    residual = change(inputs.prior_residual)
+    count = change(inputs.prior_count) if layout != "one value" else inputs.prior_count[:1].expand(3, 1)
+    check(replace(inputs, prior_residual=residual, prior_count=count), device)
