@@ -57,7 +57,8 @@ def read_checkpoint(path, parts=None):
     try:
         with safe_open(path, framework="pt") as file:
             settings = json.loads((file.metadata() or {})[METADATA_KEY])
-            for key in file.keys():
+            keys = file.keys()
+            for key in keys:
                 part, name = key.split(".", 1)
                 if parts is None or part in parts:
                     found.setdefault(part, {})[name] = file.get_tensor(key)

@@ -6,11 +6,13 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="PoM: train and sample diffusion transformers whose cost is linear in tokens.", no_args_is_help=True)
+app = typer.Typer(
+    help="PoM: train and sample diffusion transformers whose cost is linear in tokens.", no_args_is_help=True
+)
 SMALL = {"patch": 4, "dim": 96, "n_layers": 4, "n_heads": 8}  # without --model
 
 
@@ -34,7 +36,7 @@ def one_line_errors(command):
 @app.command()
 @one_line_errors
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the results; files of an earlier demo are replaced.")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the results of this demo.")] = Path("out/demo"),
     seconds: Annotated[float, typer.Option(help="Training time. The rest takes about a minute on two cores.")] = 220.0,
     seed: Annotated[int, typer.Option(help="Seed of weights, training and samples.")] = 0,
 ):
@@ -42,31 +44,32 @@ def demo(
     from .demo import run_demo
 
     report = run_demo(out, seconds=seconds, seed=seed)
-    typer.echo(f"requested digit read in {report['samples_read_as_requested']:.1%} of {report['sampling']['images']} samples")
+    share, count = report["samples_read_as_requested"], report["sampling"]["images"]
+    typer.echo(f"a classifier read the requested digit in {share:.1%} of {count} samples")
     typer.echo(f"see {out}/samples.png, loss.png and report.md ({report['total_seconds']:.0f} s in all)")
 
 
 @app.command()
 @one_line_errors
 def train(
-    data: Annotated[str, typer.Option(help="'mnist', or a folder of pictures with one sub-folder per class.")] = "mnist",
-    size: Annotated[Optional[int], typer.Option(help="Width in pixels that pictures of a folder are scaled to.")] = None,
+    data: Annotated[str, typer.Option(help="mnist, or a folder with one sub-folder of pictures per class.")] = "mnist",
+    size: Annotated[int | None, typer.Option(help="Width in pixels that pictures of a folder are scaled to.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for model.safetensors and loss.png.")] = Path("out/train"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
-    steps: Annotated[Optional[int], typer.Option(help="Steps to train, counted from the first run.")] = None,
-    seconds: Annotated[Optional[float], typer.Option(help="Time to train, instead of --steps.")] = None,
-    model: Annotated[Optional[str], typer.Option(help="Standard size, S/2 to XL/8; without it, the small demo model.")] = None,
-    patch: Annotated[Optional[int], typer.Option(help="Side of a patch, in pixels.")] = None,
-    dim: Annotated[Optional[int], typer.Option(help="Width of the tokens.")] = None,
-    layers: Annotated[Optional[int], typer.Option(help="Number of blocks.")] = None,
-    heads: Annotated[Optional[int], typer.Option(help="Heads of the mixer.")] = None,
-    mixer: Annotated[str, typer.Option(help="product, power, attention or local, or one per layer: power,attention,...")] = "power",
-    degree: Annotated[Optional[int], typer.Option(help="Degree of the polynomial.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps to train, counted from the first run.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Time to train, instead of --steps.")] = None,
+    model: Annotated[str | None, typer.Option(help="S/2 to XL/8; without it, the small model of the demo.")] = None,
+    patch: Annotated[int | None, typer.Option(help="Side of a patch, in pixels.")] = None,
+    dim: Annotated[int | None, typer.Option(help="Width of the tokens.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of blocks.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Heads of the mixer.")] = None,
+    mixer: Annotated[str, typer.Option(help="product, power, attention, local; or one per layer: power,...")] = "power",
+    degree: Annotated[int | None, typer.Option(help="Degree of the polynomial.")] = None,
     local_conv: Annotated[bool, typer.Option(help="A 3x3 depthwise convolution in every block.")] = True,
     objective: Annotated[str, typer.Option(help="flow (matching) or noise (prediction).")] = "flow",
-    shift: Annotated[Optional[float], typer.Option(help="Noise shift; without it, from the number of pixels.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Noise shift; without it, from the size.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images per step and process.")] = 32,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate; without it, 0.4 / width of tokens.")] = None,
     ema_decay: Annotated[float, typer.Option(help="Decay of the average of the weights, per step.")] = 0.999,
     bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
@@ -97,8 +100,8 @@ def train(
     torch.manual_seed(seed)
     network = ImageDiT(**{**SMALL, **options}) if model is None else image_dit(model, **options)
     config = TrainConfig(
-        objective=objective, shift=noise_shift(side * side) if shift is None else shift, batch_size=batch_size, lr=lr,
-        ema_decay=ema_decay, bf16=bf16, seed=seed,
+        objective=objective, shift=noise_shift(side * side) if shift is None else shift, batch_size=batch_size,
+        lr=0.4 / network.config["dim"] if lr is None else lr, ema_decay=ema_decay, bf16=bf16, seed=seed,
     )  # fmt: skip
     try:
         result = run_training(
@@ -118,14 +121,16 @@ def train(
 def sample(
     checkpoint: Annotated[Path, typer.Argument(help="A model.safetensors of train or demo.")],
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("samples.png"),
-    labels: Annotated[Optional[str], typer.Option(help="Classes, by name or number: 3,7. Without it, the first ten.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Names or numbers of classes: 3,7. Default: the first ten.")
+    ] = None,
     per_label: Annotated[int, typer.Option(help="Images per class.")] = 8,
-    size: Annotated[Optional[int], typer.Option(help="Width in pixels; without it, as trained.")] = None,
+    size: Annotated[int | None, typer.Option(help="Width in pixels; without it, as trained.")] = None,
     steps: Annotated[int, typer.Option(help="Solver steps.")] = 30,
     guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 is none.")] = 3.0,
     solver: Annotated[str, typer.Option(help="euler or heun.")] = "euler",
     seed: Annotated[int, typer.Option(help="Seed of the images.")] = 0,
-    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; without it, cuda where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; without it, cuda where there is one.")] = None,
 ):
     """Draw images from a checkpoint as a grid, one row per class."""
     import torch
@@ -139,7 +144,9 @@ def sample(
         raise ValueError(f"per-label: expected at least 1, got {per_label}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device: expected cpu{' or cuda' if torch.cuda.is_available() else ', as there is no GPU here'}, got {device}")
+        raise ValueError(
+            f"device: expected cpu{' or cuda' if torch.cuda.is_available() else ', as there is no GPU here'}, got {device}"
+        )
     network, settings = load_model(checkpoint, device=device)
     classes = settings["data"]["classes"]
     chosen = _class_numbers(labels, classes)
@@ -178,8 +185,10 @@ def bench(context: typer.Context):
     """Run the benchmarks of the source tree; arguments go to benchmarks/run.py."""
     script = Path(__file__).resolve().parents[1] / "benchmarks" / "run.py"
     if not script.is_file():
-        raise ValueError(f"bench: the benchmarks are part of the source tree, and there is no {script}; run from a clone")
-    raise typer.Exit(subprocess.run([sys.executable, str(script), *context.args]).returncode)
+        raise ValueError(
+            f"bench: the benchmarks are part of the source tree, and there is no {script}; run from a clone"
+        )
+    raise typer.Exit(subprocess.run([sys.executable, str(script), *context.args], check=False).returncode)
 
 
 @app.command()
@@ -191,7 +200,9 @@ def doctor():
 
     typer.echo(f"pom_ext    {__version__}, {Path(__file__).resolve().parent}")
     typer.echo(f"python     {platform.python_version()}, {platform.system()} {platform.machine()}")
-    typer.echo(f"torch      {torch.__version__}, {torch.get_num_threads()} threads, CPU {torch.backends.cpu.get_cpu_capability()}")
+    typer.echo(
+        f"torch      {torch.__version__}, {torch.get_num_threads()} threads, CPU {torch.backends.cpu.get_cpu_capability()}"
+    )
     typer.echo(f"cuda       {_describe_cuda(torch)}")
     wanted = ("accelerate", "diffusers", "matplotlib", "mlxtend", "PIL", "tqdm")
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
@@ -200,7 +211,7 @@ def doctor():
         from ._library import load
 
         load()
-    except Exception as error:  # whatever is wrong with the library is what this command is for
+    except (ImportError, OSError) as error:
         typer.echo(f"library    not loaded: {type(error).__name__}: {error}")
         raise typer.Exit(1) from None
     typer.echo(f"library    loaded, {importlib.util.find_spec('pom_ext._C').origin}")

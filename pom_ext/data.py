@@ -58,7 +58,9 @@ class ImageFolder(ImageDataset):
         if size < 1:
             raise ValueError(f"size: expected a positive number of pixels, got {size}")
         if not root.is_dir():
-            raise ValueError(f"data: expected a folder with one sub-folder per class, got {root}, which is not a folder")
+            raise ValueError(
+                f"data: expected a folder with one sub-folder per class, got {root}, which is not a folder"
+            )
         folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
         if not folders:
             raise ValueError(f"data: expected one sub-folder per class in {root}, found none")

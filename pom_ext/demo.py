@@ -28,8 +28,9 @@ SAMPLING = {"steps": 30, "guidance": 3.0, "solver": "euler"}
 def build_classifier():
     """A small convolutional network: (B, 1, 28, 28) images to (B, 10) scores."""
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),  # (B, 32, 14, 14)
-        nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),  # (B, 64, 7, 7)
+        nn.Conv2d(1, 32, 5, stride=2, padding=2), nn.BatchNorm2d(32), nn.ReLU(),  # (B, 32, 14, 14)
+        nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU(),  # (B, 64, 7, 7)
+        nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),  # (B, 64, 7, 7)
         nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 7 * 7, 10),  # (B, 10)
     )  # fmt: skip
 
@@ -41,7 +42,7 @@ def train_classifier(images, labels, *, held_out=1000, epochs=8, batch_size=64, 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         classifier = build_classifier()
-        optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
+        optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
         for _ in tqdm(range(epochs), desc="classifier", unit="epoch"):
             for batch in rest[torch.randperm(len(rest))].split(batch_size):

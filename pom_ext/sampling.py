@@ -40,7 +40,17 @@ def denoise_ddim(predict, x, scheduler, steps):
 
 @torch.no_grad()
 def sample(
-    model, labels, *, shape, objective=None, steps=30, guidance=3.0, solver="euler", seed=0, batch_size=100, progress=False
+    model,
+    labels,
+    *,
+    shape,
+    objective=None,
+    steps=30,
+    guidance=3.0,
+    solver="euler",
+    seed=0,
+    batch_size=100,
+    progress=False,
 ):
     """Draw one image per label.
 

@@ -5,7 +5,6 @@ import math
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch.optim.swa_utils import AveragedModel
@@ -91,7 +90,9 @@ class Trainer:
         self.model, self.config, self.accelerator = model, config, accelerator
         self.settings = {"model": model.config, "train": asdict(config), **settings}
         self.ema = average_of(model.to(accelerator.device), config.ema_decay)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99))
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99)
+        )
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.objective = build_objective(config.objective, config.shift)
         self.losses, self.seconds = [], 0.0
@@ -105,7 +106,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
             "optimizer": {f"{index}.{name}": t for index, named in moments.items() for name, t in named.items()},
-            "history": {"losses": torch.tensor(self.losses), "averaged": self.ema.n_averaged},
+            "history": {"losses": torch.tensor(self.losses, dtype=torch.float64), "averaged": self.ema.n_averaged},
         }
         save_checkpoint(path, parts, {**self.settings, "step": len(self.losses), "seconds": self.seconds})
 
@@ -117,7 +118,7 @@ class Trainer:
         """
         parts, settings = read_checkpoint(path)
         for group, expected in self.settings.items():
-            _check_same(path, group, settings.get(group), expected)
+            _check_same(path, group, settings[group], expected)
         self.model.load_state_dict(parts["model"])
         self.ema.module.load_state_dict(parts["ema"])
         self.ema.n_averaged.copy_(parts["history"]["averaged"])
@@ -137,28 +138,36 @@ class Trainer:
         labels = drop_labels(labels.to(device), self.model.config["n_classes"], config.label_dropout, generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             loss = diffusion_loss(self.wrapped, self.objective, images.to(device), labels, generator)
-        if not loss.isfinite():
-            raise ArithmeticError(f"the loss is {loss.item()} at step {step}: try a lower learning rate than {config.lr}")
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ArithmeticError(f"the loss is {value} at step {step}: try a lower learning rate than {config.lr}")
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.wrapped.parameters(), config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update_parameters(self.model)
-        self.losses.append(loss.item())
+        self.losses.append(value)
 
 
 def _check_same(path, group, stored, expected):
-    if stored == expected:
-        return
-    if not (isinstance(stored, dict) and isinstance(expected, dict)):
-        raise ValueError(f"resume: {group} is {stored} in {path}, given {expected}")
-    keys = sorted(key for key in stored.keys() | expected.keys() if stored.get(key) != expected.get(key))
-    changes = ", ".join(f"{key} is {stored.get(key)}, given {expected.get(key)}" for key in keys)
-    raise ValueError(f"resume: {path} was trained with another {group}: {changes}")
+    changed = sorted(key for key in stored.keys() | expected.keys() if stored.get(key) != expected.get(key))
+    if changed:
+        changes = ", ".join(f"{key} is {stored.get(key)}, given {expected.get(key)}" for key in changed)
+        raise ValueError(f"resume: {path} was trained with another {group}: {changes}")
 
 
 def train(
-    model, dataset, path, config=None, *, steps=None, seconds=None, resume=False, save_every=1000, workers=0, progress=True
+    model,
+    dataset,
+    path,
+    config=None,
+    *,
+    steps=None,
+    seconds=None,
+    resume=False,
+    save_every=1000,
+    workers=0,
+    progress=True,
 ):
     """Train a model and leave checkpoints, the last one complete, at `path`.
 

@@ -70,7 +70,8 @@ def grid(modes=MODES, forms=FORMS, degrees=DEGREES, dtypes=DTYPES):
         batch, tokens, width = draw.choice([shape for shape in SHAPES if math.prod(shape) * degree <= LARGEST])
         channels = width * degree if form == "product" else width
         heads = draw.choice([heads for heads in (1, 2, 3, 10, 17) if channels % heads == 0])
-        axes = draw.choice([axes for axes in (0, 0, 1, 2, 3) if form == "power" and 2 * axes <= channels] or [0])
+        turned = heads if heads > 1 and mode.startswith("causal") else channels  # causal turns features and gates alike
+        axes = draw.choice([axes for axes in (0, 0, 1, 2, 3) if form == "power" and 2 * axes <= turned] or [0])
         queries = draw.choice((None, 1, 40)) if mode in FREE else None
         prior = draw.random() < 0.3 and mode.split("+")[0] not in ("mask", "cu_seqlens")
         cases.append(Case(form, degree, mode, dtype, batch, tokens, width, queries, heads, axes, prior))
@@ -94,15 +95,17 @@ def draw_context(mode, batch, tokens, queries, dtype):
     """Keyword arguments of a context mode. Weights hold zeros, offsets an empty frame or sequence."""
     kind, _, weighted = mode.partition("+")
     cuts = [0, tokens // 4, tokens // 4, tokens - tokens // 3, tokens]
-    context = {
-        "whole": {},
-        "weight": {},
-        "causal": {"causal": True},
-        "frames": {"frames": next(length for length in (5, 3, 1) if tokens % length == 0)},
-        "frames_unequal": {"frames": cuts},
-        "cu_seqlens": {"cu_seqlens": torch.tensor(cuts)},
-        "mask": {"mask": draw_weights(batch, queries, tokens, dtype=dtype)},
-    }[kind]
+    context = {}
+    if kind == "causal":
+        context["causal"] = True
+    elif kind == "frames":
+        context["frames"] = next(length for length in (5, 3, 1) if tokens % length == 0)
+    elif kind == "frames_unequal":
+        context["frames"] = cuts
+    elif kind == "cu_seqlens":
+        context["cu_seqlens"] = torch.tensor(cuts)
+    elif kind == "mask":
+        context["mask"] = draw_weights(batch, queries, tokens, dtype=dtype)
     if kind == "weight" or weighted:
         context["weight"] = draw_weights(batch, tokens, dtype=dtype)
     return context
@@ -154,7 +157,7 @@ def draw_inputs(case):
         prior_residual=total * torch.finfo(wide).eps / 4,
         prior_count=torch.full((c.batch, 1), 2.5, dtype=torch.float64),
         output_grads={
-            "y": (1 + torch.randn(c.batch, queries, c.channels)).to(dtype),
+            "y": ((1 + torch.randn(c.batch, queries, c.channels)) / max(queries, 1) ** 0.5).to(dtype),
             "state": (1 + torch.randn_like(total)) / max(c.tokens, 1),
         },
     )
@@ -184,9 +187,7 @@ def with_gradients(function, leaves, output_grads):
     """The outputs of function(**leaves), a dictionary, and the gradients of all leaves."""
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
     outputs = function(**leaves)
-    grads = torch.autograd.grad(
-        list(outputs.values()), list(leaves.values()), [output_grads[name] for name in outputs]
-    )
+    grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), [output_grads[name] for name in outputs])
     results = outputs | {f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return {name: result.detach() for name, result in results.items()}
 
@@ -277,7 +278,9 @@ def assert_accurate(results, exact, plain, case):
             plain_error = norm_error(plain_part, exact_part)
             assert plain_error < float("inf"), f"{name}: plain torch is no measure, its own error is {plain_error}"
             error, bound = norm_error(result_part, exact_part), 2 * plain_error + FLOOR[result.dtype]
-            assert error <= bound, f"{name}, part {i}: error {error:.3g}, plain torch {plain_error:.3g}, bound {bound:.3g}"
+            assert error <= bound, (
+                f"{name}, part {i}: error {error:.3g}, plain torch {plain_error:.3g}, bound {bound:.3g}"
+            )
 
 
 def check(inputs, device="cpu"):

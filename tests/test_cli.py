@@ -61,7 +61,7 @@ def test_train_resumes_and_does_not_overwrite(pictures, trained, tmp_path):
     (out / "model.safetensors").write_bytes((trained / "model.safetensors").read_bytes())
     command = ["train", "--data", pictures, "--size", 8, "--out", out, *TINY]
     assert_fails(call(*command, "--steps", 5), "model.safetensors exists", "--resume")
-    assert_fails(call(*command, "--steps", 5, "--resume", "--lr", "0.5"), "lr is 0.002", "given 0.5")
+    assert_fails(call(*command, "--steps", 5, "--resume", "--lr", "0.5"), "lr is 0.025", "given 0.5")
     assert read_checkpoint(out / "model.safetensors")[1]["step"] == 3
     assert call(*command, "--steps", 5, "--resume").exit_code == 0
     assert read_checkpoint(out / "model.safetensors")[1]["step"] == 5
@@ -77,7 +77,9 @@ def test_train_takes_hybrids_standard_sizes_and_noise_prediction(pictures, tmp_p
     assert result.exit_code == 0, result.output
     model = read_checkpoint(tmp_path / "b" / "model.safetensors")[1]["model"]
     assert (model["patch"], model["dim"], model["local_conv"]) == (4, 16, False), "options go before those of the size"
-    assert call("sample", tmp_path / "a" / "model.safetensors", "--out", tmp_path / "a.png", "--steps", 2).exit_code == 0
+    assert (
+        call("sample", tmp_path / "a" / "model.safetensors", "--out", tmp_path / "a.png", "--steps", 2).exit_code == 0
+    )
 
 
 def test_sample_draws_a_grid(trained, tmp_path):
@@ -85,7 +87,20 @@ def test_sample_draws_a_grid(trained, tmp_path):
     result = call("sample", checkpoint, "--out", tmp_path / "a.png", "--steps", 2, "--per-label", 3)
     assert result.exit_code == 0, result.output
     assert "6 images" in result.output
-    one = call("sample", checkpoint, "--out", tmp_path / "b.png", "--steps", 2, "--labels", "red", "--size", 16, "--solver", "heun")
+    one = call(
+        "sample",
+        checkpoint,
+        "--out",
+        tmp_path / "b.png",
+        "--steps",
+        2,
+        "--labels",
+        "red",
+        "--size",
+        16,
+        "--solver",
+        "heun",
+    )
     assert one.exit_code == 0, one.output
     first, second = Image.open(tmp_path / "a.png"), Image.open(tmp_path / "b.png")
     assert first.size[0] / first.size[1] < second.size[0] / second.size[1], "two rows of three, one row of eight"

@@ -62,7 +62,9 @@ def test_one_tensor_laid_out_differently(argument, form, mode, layout, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", ("product", "power"))
 def test_all_tensors_laid_out_differently(form, layout, dtype, device):
-    inputs = draw_inputs(Case(form, 3, "frames_unequal+weight", dtype, batch=3, tokens=33, width=20, heads=4, prior=True))
+    inputs = draw_inputs(
+        Case(form, 3, "frames_unequal+weight", dtype, batch=3, tokens=33, width=20, heads=4, prior=True)
+    )
     for argument in (*inputs.leaves, "weight", "grad of y", "grad of state"):
         inputs = with_layout(inputs, argument, LAYOUTS[layout])
     check(inputs, device)

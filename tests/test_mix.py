@@ -6,9 +6,20 @@ from itertools import product
 import pytest
 import torch
 from cases import (
-    DEGREES, FORMS, HALF, MODES, Case, check, draw_inputs, grid, move, norm_error, op_function, run_op,
+    DEGREES,
+    FORMS,
+    HALF,
+    MODES,
+    Case,
+    check,
+    draw_inputs,
+    grid,
+    move,
+    norm_error,
+    op_function,
+    run_op,
     run_reference,
-)  # fmt: skip
+)
 
 from pom_ext import State, polynomial_mix, reference
 
@@ -33,7 +44,7 @@ def test_equals_the_definition(case, device):
 def test_half_precision_costs_one_rounding(form, mode, dtype, device):
     """Half inputs give what the same numbers in float32 give, rounded once: everything between is float32."""
     inputs = draw_inputs(Case(form, 3, mode, dtype, tokens=129, width=33))
-    inputs.output_grads["state"].zero_()  # the gradients of two outputs may each be rounded
+    inputs.output_grads["state"].zero_()  # gradients of two outputs may each be rounded
     wide = replace(inputs, leaves=move(inputs.leaves, dtype=F32), output_grads=move(inputs.output_grads, dtype=F32))
     for (name, half), single in zip(run_op(inputs, device).items(), run_op(wide, device).values(), strict=True):
         if half.dtype in HALF:
@@ -55,7 +66,9 @@ def test_slopes_at_the_kinks_are_those_of_torch(dtype, device):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("form, degree, heads", [("product", 2, 1), ("product", 2, 3), ("power", 3, 3), ("power", 2, 1)])
+@pytest.mark.parametrize(
+    "form, degree, heads", [("product", 2, 1), ("product", 2, 3), ("power", 3, 3), ("power", 2, 1)]
+)
 def test_gradcheck(form, degree, heads, mode, device):
     prior = mode.split("+")[0] not in ("mask", "cu_seqlens")
     axes = 1 if form == "power" else 0
@@ -98,7 +111,9 @@ def test_offsets_of_any_kind(device):
     expected = run_op(replace(inputs, context={"frames": [0, 2, 4, 6]}), device)
     tensors = [torch.tensor([0, 2, 4, 6], dtype=dtype) for dtype in (torch.int32, torch.int64)]
     for frames in (2, (0, 2, 4, 6), *tensors):
-        torch.testing.assert_close(run_op(replace(inputs, context={"frames": frames}), device), expected, rtol=0, atol=0)
+        torch.testing.assert_close(
+            run_op(replace(inputs, context={"frames": frames}), device), expected, rtol=0, atol=0
+        )
 
 
 @pytest.mark.parametrize("dtype", (F32, torch.bfloat16), ids=str)
@@ -216,9 +231,10 @@ def test_infinite_inputs(device):
 
 
 @pytest.mark.parametrize("axes", (1, 2, 3))
+@pytest.mark.parametrize("mode", ("whole", "frames_unequal"))
 @pytest.mark.parametrize("which", ("rotary", "gate_rotary"))
-def test_one_rotary_alone(which, axes, device):
-    inputs = draw_inputs(Case("power", 2, "causal", axes=axes, width=20))
+def test_one_rotary_alone(which, mode, axes, device):
+    inputs = draw_inputs(Case("power", 2, mode, axes=axes, width=20))
     check(replace(inputs, rotaries={which: inputs.rotaries[which]}), device)
 
 

@@ -3,9 +3,19 @@
 import pytest
 import torch
 from cases import (
-    DTYPES, FORMS, Case, assert_accurate, draw_inputs, draw_rotary, grid, move, offsets, run_op, state_dtype,
+    DTYPES,
+    FORMS,
+    Case,
+    assert_accurate,
+    draw_inputs,
+    draw_rotary,
+    grid,
+    move,
+    offsets,
+    run_op,
+    state_dtype,
     with_gradients,
-)  # fmt: skip
+)
 
 from pom_ext import State, polynomial_readout, polynomial_state, reference
 
@@ -71,7 +81,13 @@ def test_state_then_readout_is_mix(case, device):
         prior = State(leaves["prior"], inputs.prior_residual.to(device), inputs.prior_count.to(device))
     form = {"form": case.form}
     state = polynomial_state(
-        leaves["u"], leaves.get("coeff"), degree=case.degree, rotary=rotaries.get("rotary"), state=prior, **form, **context
+        leaves["u"],
+        leaves.get("coeff"),
+        degree=case.degree,
+        rotary=rotaries.get("rotary"),
+        state=prior,
+        **form,
+        **context,
     )
     dealt = {name: context[name] for name in ("frames", "cu_seqlens") if name in context}
     y = polynomial_readout(

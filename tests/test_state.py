@@ -1,11 +1,23 @@
 """The state of a context: values and gradients of every mode, splits, and sums that stay accurate."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from cases import (
-    FORMS, Case, assert_accurate, draw_inputs, draw_u, draw_weights, grid, move, norm_error, prior_state,
-    reference_state, state_dtype, with_gradients,
-)  # fmt: skip
+    FORMS,
+    assert_accurate,
+    draw_inputs,
+    draw_u,
+    draw_weights,
+    grid,
+    move,
+    norm_error,
+    prior_state,
+    reference_state,
+    state_dtype,
+    with_gradients,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,7 +52,13 @@ def test_equals_the_definition(case, device):
 
     def op(u, coeff=None, prior=None):
         state = polynomial_state(
-            u, coeff, form=case.form, degree=case.degree, rotary=rotary, state=prior_state(inputs, prior, device), **context
+            u,
+            coeff,
+            form=case.form,
+            degree=case.degree,
+            rotary=rotary,
+            state=prior_state(inputs, prior, device),
+            **context,
         )
         assert state.total.dtype == state.residual.dtype == state_dtype(case.dtype)
         assert state.total.shape == state.residual.shape and state.count.shape == state.total.shape[:2]
@@ -89,16 +107,15 @@ def test_powers_element_by_element(degree, device):
     torch.testing.assert_close(total.double(), exact, rtol=(degree + 2) * 1.2e-7, atol=1e-37)
 
 
-@given(cuts=st.lists(st.integers(0, 40), max_size=6), seed=st.randoms(use_true_random=False), form=st.sampled_from(FORMS))
+@given(
+    cuts=st.lists(st.integers(0, 40), max_size=6), seed=st.randoms(use_true_random=False), form=st.sampled_from(FORMS)
+)
 def test_any_split_merged_in_any_order_equals_the_whole(device, cuts, seed, form):
     u, coeff = draw_leaves(form, 3, 2, 40, 5, device)
     weight = draw_weights(2, 40).to(device)
     whole = polynomial_state(u, coeff, form=form, degree=3, weight=weight)
     edges = [0, *sorted(cuts), 40]
-    parts = [
-        polynomial_state(u[:, a:b], coeff, form=form, degree=3, weight=weight[:, a:b])
-        for a, b in zip(edges, edges[1:], strict=False)
-    ]
+    parts = [polynomial_state(u[:, a:b], coeff, form=form, degree=3, weight=weight[:, a:b]) for a, b in pairwise(edges)]
     while len(parts) > 1:
         seed.shuffle(parts)
         parts.append(parts.pop() + parts.pop())
@@ -129,7 +146,7 @@ def test_groups_are_the_states_of_their_parts(form, device):
     packed = state(slice(None), cu_seqlens=edges)
     causal = state(slice(None), causal=True)
     assert frames.total.shape[1] == packed.total.shape[1] == 4 and causal.total.shape[1] == 11
-    for group, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for group, (start, end) in enumerate(pairwise(edges)):
         assert_same_state(pick(frames, group), state(slice(0, end)))
         assert_same_state(pick(packed, group), state(slice(start, end)))
     for token in range(11):

@@ -62,7 +62,9 @@ def test_addition(groups, other_groups, device):
     assert_identical(b, before[1])
 
 
-@given(scales=st.lists(st.floats(-1e6, 1e6, width=32), min_size=2, max_size=30), order=st.randoms(use_true_random=False))
+@given(
+    scales=st.lists(st.floats(-1e6, 1e6, width=32), min_size=2, max_size=30), order=st.randoms(use_true_random=False)
+)
 def test_order_does_not_matter(device, scales, order):
     states = [
         State(
@@ -154,7 +156,9 @@ def test_to(device):
 def test_last(device):
     state = draw_state(groups=3, device=device)
     assert state.last().total.shape == (2, 1, 5)
-    assert torch.equal(value(state.last()), value(state)[:, -1:]) and torch.equal(state.last().count, state.count[:, -1:])
+    assert torch.equal(value(state.last()), value(state)[:, -1:]) and torch.equal(
+        state.last().count, state.count[:, -1:]
+    )
 
 
 def test_state_dict_round_trip(device):
@@ -210,7 +214,9 @@ def damaged(name, path):
     elif name == "another model":
         save_file({"weight": torch.ones(3)}, path)
     elif name == "wrong shapes":
-        save_file({"total": torch.ones(2, 1, 5), "residual": torch.ones(2, 1, 4), "count": torch.ones(2, 1).double()}, path)
+        save_file(
+            {"total": torch.ones(2, 1, 5), "residual": torch.ones(2, 1, 4), "count": torch.ones(2, 1).double()}, path
+        )
 
 
 @pytest.mark.parametrize(

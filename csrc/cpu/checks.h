@@ -21,6 +21,7 @@ inline Status check(const Features& f) {
 inline Status check(const Groups& groups, const Features& f) {
   if (groups.count < 0 || (groups.count > 1 && !groups.offsets && !groups.mask)) return Status::bad_size;
   if (groups.mask && (groups.offsets || f.weight)) return Status::bad_size;
+  if (groups.count == 0 && f.tokens && !groups.mask) return Status::bad_size;  // tokens of no group
   return Status::ok;
 }
 

@@ -6,17 +6,23 @@
 
 namespace pom::cpu::POM_ISA {
 
+// What lies in scratch or beside the tokens, as a vector of the kind the tokens are in.
+template <class V, class Acc, class Lanes>
+POM_INLINE V load_as(const Acc* p, Lanes n) {
+  return V(load(p, n));
+}
+
 template <class Form, class T>
 struct Feature {
   using Acc = typename accumulator<T>::type;
-  using V = Vec<Acc>;
+  using V = typename vector_of<T>::type;
   static constexpr int kFactors = Form::capacity;
   static constexpr int kCoeffs = Form::has_coeff ? decltype(Form::degree)::capacity : 1;
 
   template <class Lanes>
   POM_INLINE static void load_coeff(const Form& form, const Acc* coeff, int64_t stride, Lanes n, V* c) {
     if constexpr (Form::has_coeff)
-      for (int i = 0; i < form.degree; ++i) c[i] = load(coeff + i * stride, n);
+      for (int i = 0; i < form.degree; ++i) c[i] = load_as<V>(coeff + i * stride, n);
   }
 
   template <class Lanes>
@@ -81,7 +87,7 @@ struct Feature {
         load_factors(form, u + channel + row * stride, rows.range_stride, n, x);
         const Acc* dphi_row = dphi_ + row * dphi_stride + channel;
         for (int i = 0; i < form.factors(); ++i) {
-          dphi[i] = load(dphi_row + i * dphi_range_stride, n);
+          dphi[i] = load_as<V>(dphi_row + i * dphi_range_stride, n);
           if (weight) dphi[i] = V(double(weight[row])) * dphi[i];
         }
         form.slope(x, c, dphi, du, dc);
@@ -101,7 +107,7 @@ struct Feature {
 template <class Gate, class T>
 struct Gated {
   using Acc = typename accumulator<T>::type;
-  using V = Vec<Acc>;
+  using V = typename vector_of<T>::type;
 
   static void value(int64_t width, const void* gate, Acc* value) {
     for_channels<V>(width, [&](int64_t c, auto n) {
@@ -112,21 +118,21 @@ struct Gated {
   static void slope(int64_t width, const void* gate, const Acc* dvalue, void* dgate) {
     for_channels<V>(width, [&](int64_t c, auto n) {
       const V slope = Gate::slope(load(static_cast<const T*>(gate) + c, n));
-      store(static_cast<T*>(dgate) + c, slope * load(dvalue + c, n), n);
+      store(static_cast<T*>(dgate) + c, slope * load_as<V>(dvalue + c, n), n);
     });
   }
 
   static void multiply(int64_t width, const Acc* value, const Acc* mean, void* y) {
     for_channels<V>(width, [&](int64_t c, auto n) {
-      store(static_cast<T*>(y) + c, load(value + c, n) * load(mean + c, n), n);
+      store(static_cast<T*>(y) + c, load_as<V>(value + c, n) * load_as<V>(mean + c, n), n);
     });
   }
 
   static void multiply_backward(int64_t width, const void* dy, const Acc* mean, Acc* value, Acc* dmean) {
     for_channels<V>(width, [&](int64_t c, auto n) {
       const V d = load(static_cast<const T*>(dy) + c, n);
-      store(dmean + c, d * load(value + c, n), n);
-      store(value + c, d * load(mean + c, n), n);
+      store(dmean + c, d * load_as<V>(value + c, n), n);
+      store(value + c, d * load_as<V>(mean + c, n), n);
     });
   }
 

@@ -43,7 +43,8 @@ struct lane_int<double> {
   using type = int64_t;
 };
 
-template <class L>
+// `fine` is false for what comes from 16-bit storage: there a coarser erf is still far finer than the storage.
+template <class L, bool fine = true>
 struct Vec {
   static constexpr int lanes = kVectorBytes / sizeof(L);
   typedef L Native __attribute__((vector_size(kVectorBytes)));
@@ -53,6 +54,8 @@ struct Vec {
   Vec() = default;
   POM_INLINE explicit Vec(double x) : v(Native{} + L(x)) {}
   POM_INLINE Vec(Native v) : v(v) {}
+  template <bool other>
+  POM_INLINE explicit Vec(Vec<L, other> x) : v(x.v) {}
   POM_INLINE Bits bits() const { return (Bits)v; }
   POM_INLINE static Vec of_bits(Bits b) { return Vec((Native)b); }
 
@@ -74,30 +77,49 @@ struct Vec {
 
 using Floats = Vec<float>;
 using Doubles = Vec<double>;
+using CoarseFloats = Vec<float, false>;
+
+// The vectors that hold channels stored as T.
+template <class T>
+struct vector_of {
+  using type = CoarseFloats;
+};
+template <>
+struct vector_of<float> {
+  using type = Floats;
+};
+template <>
+struct vector_of<double> {
+  using type = Doubles;
+};
 
 // max(bound, x) and min(bound, x): the instructions return their second operand when either is NaN.
+template <class L, bool fine>
+POM_INLINE Vec<L, fine> larger(Vec<L, fine> bound, Vec<L, fine> x) {
 #if defined(__AVX512F__)
-POM_INLINE Floats larger(Floats bound, Floats x) { return Floats(_mm512_max_ps(bound.v, x.v)); }
-POM_INLINE Floats smaller(Floats bound, Floats x) { return Floats(_mm512_min_ps(bound.v, x.v)); }
-POM_INLINE Doubles larger(Doubles bound, Doubles x) { return Doubles(_mm512_max_pd(bound.v, x.v)); }
-POM_INLINE Doubles smaller(Doubles bound, Doubles x) { return Doubles(_mm512_min_pd(bound.v, x.v)); }
+  if constexpr (sizeof(L) == 4) return Vec<L, fine>(_mm512_max_ps(bound.v, x.v));
+  if constexpr (sizeof(L) == 8) return Vec<L, fine>(_mm512_max_pd(bound.v, x.v));
 #elif defined(__AVX2__)
-POM_INLINE Floats larger(Floats bound, Floats x) { return Floats(_mm256_max_ps(bound.v, x.v)); }
-POM_INLINE Floats smaller(Floats bound, Floats x) { return Floats(_mm256_min_ps(bound.v, x.v)); }
-POM_INLINE Doubles larger(Doubles bound, Doubles x) { return Doubles(_mm256_max_pd(bound.v, x.v)); }
-POM_INLINE Doubles smaller(Doubles bound, Doubles x) { return Doubles(_mm256_min_pd(bound.v, x.v)); }
+  if constexpr (sizeof(L) == 4) return Vec<L, fine>(_mm256_max_ps(bound.v, x.v));
+  if constexpr (sizeof(L) == 8) return Vec<L, fine>(_mm256_max_pd(bound.v, x.v));
 #else
-template <class L>
-POM_INLINE Vec<L> larger(Vec<L> bound, Vec<L> x) {
   return where(bound > x, bound, x);
-}
-template <class L>
-POM_INLINE Vec<L> smaller(Vec<L> bound, Vec<L> x) {
-  return where(bound < x, bound, x);
-}
 #endif
+}
+template <class L, bool fine>
+POM_INLINE Vec<L, fine> smaller(Vec<L, fine> bound, Vec<L, fine> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(L) == 4) return Vec<L, fine>(_mm512_min_ps(bound.v, x.v));
+  if constexpr (sizeof(L) == 8) return Vec<L, fine>(_mm512_min_pd(bound.v, x.v));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(L) == 4) return Vec<L, fine>(_mm256_min_ps(bound.v, x.v));
+  if constexpr (sizeof(L) == 8) return Vec<L, fine>(_mm256_min_pd(bound.v, x.v));
+#else
+  return where(bound < x, bound, x);
+#endif
+}
 
-// Entry i of an eight-entry table for every lane, 0 <= i < 8.
+// Entry i mod 16 of an eight-entry table for every lane; i mod 16 must be below 8.
 POM_INLINE Floats lookup(const float (&table)[8], Floats::Bits i) {
 #if defined(__AVX512F__)
   const __m512 entries = _mm512_castps256_ps512(_mm256_loadu_ps(table));
@@ -106,13 +128,15 @@ POM_INLINE Floats lookup(const float (&table)[8], Floats::Bits i) {
   return Floats(_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)i));
 #else
   Floats x;
-  for (int lane = 0; lane < Floats::lanes; ++lane) x.v[lane] = table[i[lane]];
+  for (int lane = 0; lane < Floats::lanes; ++lane) x.v[lane] = table[i[lane] & 7];
   return x;
 #endif
 }
 
 // e^x to 2 ulp, for float arguments of any size.
-POM_INLINE Floats exp(Floats x) {
+template <bool fine>
+POM_INLINE Vec<float, fine> exp(Vec<float, fine> given) {
+  const Floats x(given);
   // x = n ln 2 + r with |r| <= ln 2 / 2; past the bounds the result is 0 or infinity all the same.
   const Floats held = smaller(Floats(89.0), larger(Floats(-104.0), x));
   const Floats magic(12582912.0);  // 1.5 * 2^23: adding it rounds to an integer
@@ -129,48 +153,64 @@ POM_INLINE Floats exp(Floats x) {
   // 2^n in two steps, since n may lie outside the range of one exponent.
   const Floats::Bits whole = shifted.bits() - magic.bits(), half = whole >> 1;
   const Floats low = Floats::of_bits((half + 127) << 23), high = Floats::of_bits((whole - half + 127) << 23);
-  return p * low * high;
+  return Vec<float, fine>(p * low * high);
 }
 
-// erf to 1 ulp: a polynomial of degree 7 on each of eight intervals of |x| between 0 and 4, about its middle; in the
-// first about 0, as x + x r(x), so that small x keeps its relative accuracy. Coefficients fitted by least squares,
-// reweighted to the smallest largest relative error, each rounded to float before the next was fitted.
-POM_INLINE Floats erf(Floats x) {
-  static const float centre[8] = {0.f, 0.75f, 1.25f, 1.75f, 2.25f, 2.75f, 3.25f, 3.75f};
-  static const float c[8][8] = {
-      {0.f, 0.711155653f, 0.92290014f, 0.986671686f, 0.998537302f, 0.999899387f, 0.999995708f, 0.999999881f},
-      {0.128379181f, 0.642931104f, 0.236521125f, 0.0527749956f, 0.00714231934f, 0.000586277281f, 2.91890265e-05f,
-       8.81432186e-07f},
-      {-2.45347405e-06f, -0.482203633f, -0.295655072f, -0.0923604667f, -0.0160754677f, -0.0016149095f,
-       -9.8070559e-05f, -1.74466584e-06f},
-      {-0.37605536f, 0.0267819352f, 0.167535007f, 0.0901572108f, 0.0217244774f, 0.00276038074f, 0.000195810702f,
-       7.96990298e-06f},
-      {-0.000766256067f, 0.150906235f, -0.00598848378f, -0.0479243658f, -0.0188626293f, -0.00314520998f,
-       -0.00014986546f, -8.02472205e-05f},
-      {0.11670351f, -0.0529670604f, -0.0471483916f, 0.00662709819f, 0.0106616449f, 0.00275630085f, 0.000313685276f,
-       1.83421016e-05f},
-      {-0.00955317449f, -0.0290253032f, 0.0190557223f, 0.00712161744f, -0.00518101174f, -0.00286685233f,
-       -0.00172642211f, 0.000687493244f},
-      {-0.0168957934f, 0.0153230987f, 0.0033361821f, -0.00602983357f, -0.000739171228f, 0.000635519158f,
-       0.000173131019f, 1.70486965e-05f}};
+// erf(x / √2): a polynomial about each of eight points i * kStep between 0 and 5.66, where it reaches 1; about 0 it has
+// no constant term, so that small x keeps its relative accuracy. Coefficients fitted by least squares, reweighted to
+// the smallest largest relative error, each rounded to float before the next was fitted.
+constexpr float kStep = 0.754247248f;
+
+// to 1.5 ulp
+static const float kErf[7][8] = {
+    {0.f, 0.54929924f, 0.868571997f, 0.9763484f, 0.997447014f, 0.999837577f, 0.99999398f, 0.999999881f},
+    {0.797884583f, 0.600354135f, 0.255746633f, 0.061680235f, 0.00842204131f, 0.000651063921f, 2.84947218e-05f,
+     7.06198819e-07f},
+    {-3.17845866e-06f, -0.226408243f, -0.192896917f, -0.0697838292f, -0.0127047505f, -0.001229838f, -6.51631635e-05f,
+     -3.13438136e-06f},
+    {-0.132906422f, -0.0431468114f, 0.0543518066f, 0.0423595831f, 0.0113745984f, 0.0014345044f, 9.24373817e-05f,
+     3.14432668e-06f},
+    {-0.000631649687f, 0.0458694249f, 0.0116649531f, -0.0123209115f, -0.00646048691f, -0.00110889005f,
+     -8.14886371e-05f, 1.98829403e-05f},
+    {0.0223243479f, -0.000287272036f, -0.0114050591f, -0.000886600581f, 0.00215840898f, 0.000659607409f,
+     7.38372255e-05f, 3.94937842e-06f},
+    {-0.0039800969f, -0.00596175063f, 0.00123457599f, 0.00189925311f, -0.000223812371f, -0.000432689383f,
+     -9.81663979e-05f, -0.000113860071f}};
+
+// to 2^-20 of the value, where half precision has 2^-11 and bfloat16 2^-8
+static const float kCoarseErf[6][8] = {
+    {0.f, 0.549298704f, 0.868572116f, 0.976348579f, 0.997447014f, 0.999837518f, 0.99999398f, 0.999999881f},
+    {0.797884524f, 0.600357533f, 0.255746394f, 0.0616803393f, 0.00842198543f, 0.000651063863f, 2.8498247e-05f,
+     7.0605671e-07f},
+    {4.75047136e-06f, -0.226340786f, -0.192910537f, -0.0698048174f, -0.0127028292f, -0.0012233709f, -6.43077001e-05f,
+     -2.39980341e-06f},
+    {-0.133074135f, -0.0432416424f, 0.0543549694f, 0.0423608348f, 0.0113762049f, 0.00143442187f, 9.21920291e-05f,
+     3.14555177e-06f},
+    {0.000610614254f, 0.0446005426f, 0.0119244829f, -0.0119210547f, -0.00650457293f, -0.00121428375f,
+     -0.000101022735f, -5.02169371e-07f},
+    {0.0185665134f, 0.000243849558f, -0.0114148082f, -0.000903008447f, 0.00214928621f, 0.000661003287f,
+     7.58128954e-05f, 3.95559664e-06f}};
+
+template <int terms>
+POM_INLINE Floats erf_by_table(const float (&c)[terms][8], Floats x) {
   const Floats::Bits sign = x.bits() & int32_t(0x80000000u);
-  const Floats magnitude = smaller(Floats(3.99999976), Floats::of_bits(x.bits() ^ sign));
-  // At 1.5 * 2^22 floats are one half apart: adding it leaves the number of the interval in the last bits.
-  const Floats magic(6291456.0);
-  const Floats::Bits i = ((magnitude - Floats(0.25)) + magic).bits() & 7;
-  const Floats t = magnitude - lookup(centre, i);
-  Floats p = lookup(c[7], i);
-  for (int k = 6; k >= 1; --k) p = p * t + lookup(c[k], i);
-  p = p * t + where(i == 0, t, lookup(c[0], i));
+  const Floats magnitude = smaller(Floats(5.656), Floats::of_bits(x.bits() ^ sign));
+  // At 1.5 * 2^23 floats are whole numbers: adding it rounds, and leaves the number in the last bits.
+  const Floats magic(12582912.0), shifted = magnitude * Floats(1.0 / kStep) + magic;
+  const Floats t = magnitude - (shifted - magic) * Floats(kStep);
+  Floats p = lookup(c[terms - 1], shifted.bits());
+  for (int k = terms - 2; k >= 0; --k) p = p * t + lookup(c[k], shifted.bits());
   return Floats::of_bits(p.bits() | sign);
 }
+POM_INLINE Floats erf_over_root2(Floats x) { return erf_by_table(kErf, x); }
+POM_INLINE CoarseFloats erf_over_root2(CoarseFloats x) { return CoarseFloats(erf_by_table(kCoarseErf, Floats(x))); }
 
 POM_INLINE Doubles exp(Doubles x) {
   for (int i = 0; i < Doubles::lanes; ++i) x.v[i] = ::exp(x.v[i]);
   return x;
 }
-POM_INLINE Doubles erf(Doubles x) {
-  for (int i = 0; i < Doubles::lanes; ++i) x.v[i] = ::erf(x.v[i]);
+POM_INLINE Doubles erf_over_root2(Doubles x) {
+  for (int i = 0; i < Doubles::lanes; ++i) x.v[i] = pom::erf_over_root2(double(x.v[i]));
   return x;
 }
 
@@ -179,27 +219,31 @@ typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 
 POM_INLINE Doubles load(const double* p) { return Doubles::load(p); }
 POM_INLINE Floats load(const float* p) { return Floats::load(p); }
-POM_INLINE Floats load(const bf16* p) {
+POM_INLINE CoarseFloats load(const bf16* p) {
   Halves h;
   memcpy(&h, p, sizeof h);
   typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
-  return Floats::of_bits((Floats::Bits)(__builtin_convertvector(h, Words) << 16));
+  return CoarseFloats::of_bits((Floats::Bits)(__builtin_convertvector(h, Words) << 16));
 }
-POM_INLINE Floats load(const f16* p) {
+POM_INLINE CoarseFloats load(const f16* p) {
 #if defined(__AVX512F__)
-  return Floats(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
+  return CoarseFloats(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
 #elif defined(__AVX2__)
-  return Floats(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+  return CoarseFloats(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
 #else
-  Floats x;
+  CoarseFloats x;
   for (int i = 0; i < Floats::lanes; ++i) x.v[i] = to_float(p[i]);
   return x;
 #endif
 }
 
 POM_INLINE void store(double* p, Doubles x) { x.store(p); }
-POM_INLINE void store(float* p, Floats x) { x.store(p); }
-POM_INLINE void store(bf16* p, Floats x) {
+template <bool fine>
+POM_INLINE void store(float* p, Vec<float, fine> x) {
+  x.store(p);
+}
+template <bool fine>
+POM_INLINE void store(bf16* p, Vec<float, fine> x) {
   typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
   const Words bits = (Words)x.v;
   const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
@@ -207,7 +251,8 @@ POM_INLINE void store(bf16* p, Floats x) {
   const Halves h = __builtin_convertvector(kept, Halves);
   memcpy(p, &h, sizeof h);
 }
-POM_INLINE void store(f16* p, Floats x) {
+template <bool fine>
+POM_INLINE void store(f16* p, Vec<float, fine> x) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__AVX2__)
@@ -243,7 +288,8 @@ POM_INLINE void store(T* p, V x, int64_t n) {
 
 // p[i] += x[i], in double.
 POM_INLINE void accumulate(double* p, Doubles x, AllLanes) { store(p, load(p) + x); }
-POM_INLINE void accumulate(double* p, Floats x, AllLanes) {
+template <bool fine>
+POM_INLINE void accumulate(double* p, Vec<float, fine> x, AllLanes) {
   typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
   Half half[2];
   memcpy(half, &x.v, sizeof half);

@@ -74,7 +74,11 @@ struct Plain {
     expect_shape(*t, shape, name);
     tensor = torch::stable::contiguous(*t);
   }
-  const void* data() const { return tensor ? tensor->const_data_ptr() : nullptr; }
+  // Null means "not given": a tensor without elements, whose pointer torch leaves null, is given.
+  const void* data() const {
+    static const double nothing = 0;
+    return !tensor ? nullptr : tensor->numel() ? tensor->const_data_ptr() : &nothing;
+  }
 };
 
 template <class Args>

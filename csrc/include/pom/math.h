@@ -1,7 +1,7 @@
 // The two polynomial forms and their gates: the only copy of the formulas.
 //
 // T is float or double (one token's channel, as in a CUDA thread) or a vector of them (several channels, as in the
-// CPU kernels). A vector type brings its own `larger`, `smaller`, `where`, `exp` and `erf`.
+// CPU kernels). A vector type brings its own `larger`, `smaller`, `where`, `exp` and `erf_over_root2`.
 #pragma once
 
 #include <cmath>
@@ -27,18 +27,19 @@ POM_HD T where(bool condition, T yes, T no) {
 }
 POM_HD float exp(float x) { return ::expf(x); }
 POM_HD double exp(double x) { return ::exp(x); }
-POM_HD float erf(float x) { return ::erff(x); }
-POM_HD double erf(double x) { return ::erf(x); }
+POM_HD float erf_over_root2(float x) { return ::erff(x * 0.70710678118654752440f); }
+POM_HD double erf_over_root2(double x) { return ::erf(x * 0.70710678118654752440); }
 
-// GELU, exact: x times the Gaussian distribution function of x.
+// GELU, exact: x times the Gaussian distribution function of x, (1 + erf(x / √2)) / 2.
 struct Gelu {
   template <class T>
   POM_HD static T value(T x) {
-    return x * T(0.5) * (T(1) + erf(x * T(0.70710678118654752440)));
+    const T half = T(0.5) * x;
+    return half * erf_over_root2(x) + half;
   }
   template <class T>
   POM_HD static void value_and_slope(T x, T& value, T& slope) {
-    const T cdf = T(0.5) * (T(1) + erf(x * T(0.70710678118654752440)));
+    const T cdf = T(0.5) * erf_over_root2(x) + T(0.5);
     const T pdf = T(0.39894228040143267794) * exp(T(-0.5) * x * x);
     value = x * cdf;
     slope = cdf + x * pdf;

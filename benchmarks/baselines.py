@@ -1,0 +1,67 @@
+"""What the package is held against: the formula in plain torch, step by step as the authors' code takes them, and
+attention.
+
+Product form: arXiv 2411.12663, davidpicard/HoMM `src/model/network/layers.py`. Power form: arXiv 2604.06129,
+davidpicard/pom `pom/pom.py`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def features(u, coeff, form, degree):
+    """Polynomial features of every token, (B, N, C), every step a tensor of its own."""
+    if form == "product":
+        products = list(F.gelu(u).chunk(degree, dim=-1))
+        for i in range(1, degree):
+            products[i] = products[i] * products[i - 1]
+        return torch.cat(products, dim=-1)
+    a = torch.clamp(F.leaky_relu(u, 0.01), -0.1, 6).unsqueeze(-1)
+    powers = [a]
+    for _ in range(degree - 1):
+        powers.append(powers[-1] * a)
+    return (torch.cat(powers, dim=-1) * coeff).sum(-1)
+
+
+def mean(phi):
+    return phi.mean(dim=1, keepdim=True)
+
+
+def masked_running_mean(phi):
+    """Mean of the tokens up to and with each, through the lower-triangular matrix of who sees whom."""
+    batch, tokens, _ = phi.shape
+    seen = torch.ones(tokens, tokens, dtype=phi.dtype).tril().expand(batch, -1, -1)
+    return torch.einsum("bnc,bmn->bmc", phi, seen) / seen.sum(dim=2, keepdim=True)
+
+
+def running_mean(phi):
+    """The same linear in tokens: the best that plain torch can do."""
+    return phi.cumsum(dim=1) / torch.arange(1, phi.shape[1] + 1, dtype=phi.dtype)[:, None]
+
+
+def gated(gate, h, form):
+    """γ(gate) ⊙ h, with h (B, 1 or M, C) and a gate for every channel or for every head of channels."""
+    gate = torch.sigmoid(gate) if form == "product" else F.hardsigmoid(gate)
+    heads = gate.shape[-1]
+    return (gate.unsqueeze(-1) * h.unflatten(-1, (heads, -1))).flatten(-2)
+
+
+def plain_layer(layer, x):
+    """The forward of a `pom_ext.PoM` with its own weights, in plain torch."""
+    h = mean(features(layer.context_proj(x), layer.coeff, layer.form, layer.degree))  # (B, 1, C)
+    return layer.out_proj(gated(layer.gate_proj(x), h, layer.form))  # (B, N, D)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention on torch's own kernel."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))  # (B, N, D)

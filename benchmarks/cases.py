@@ -1,0 +1,62 @@
+"""The registry: all cases by name, with their baselines and their targets."""
+
+import torch
+
+from .layers import AUTHORS, LayerCase
+from .measure import Target
+from .ops import MemoryCase, OpCase
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+MEMORY = ("sum", "copy")
+FORMULA = ("plain", "compiled")
+FORMS = (("power", 3), ("product", 2))
+OTHER_DEGREES = (("power", 1), ("power", 2), ("power", 4), ("product", 3), ("product", 4))
+LAYERS = (("power", 3, 1), ("power", 3, 8), ("product", 2, 1))
+MANY_TOKENS = 32768  # of 1,024 channels: more than any cache holds
+
+TARGETS = {
+    ("state", "power", 3, 4096, FP32): (Target("plain", at_least=80), Target("compiled", at_least=40)),
+    ("state", "power", 3, MANY_TOKENS, FP32): (Target("sum", at_least=0.7),),
+    ("state", "product", 2, 4096, FP32): (Target("plain", at_least=10), Target("compiled", at_least=10)),
+    ("state_backward", "power", 3, 4096, FP32): (Target("plain", at_least=30),),
+    ("state_backward", "product", 2, 4096, FP32): (Target("plain", at_least=8),),
+}
+HALF_PRECISION = (Target("float32", at_least=1),)  # half the bytes, so at least as fast
+FEW_STATES = (Target("state", at_most=128),)  # extra memory in multiples of the state, for any number of tokens
+
+
+def op_cases():
+    for op, memory in (("state", MEMORY), ("state_backward", ("copy",))):
+        for form, degree in FORMS:
+            for tokens in (256, 4096, MANY_TOKENS):
+                targets = TARGETS.get((op, form, degree, tokens, FP32), ())
+                yield OpCase(op, form, degree, tokens, against=FORMULA + memory, targets=targets)
+            for dtype in (BF16, FP16):
+                against = ("float32", *memory)
+                yield OpCase(op, form, degree, MANY_TOKENS, dtype=dtype, against=against, targets=HALF_PRECISION)
+        for form, degree in OTHER_DEGREES:
+            yield OpCase(op, form, degree, 4096, against=("plain", *memory))
+    for form, degree, heads in LAYERS:
+        for tokens in (256, 4096):
+            yield OpCase("mix", form, degree, tokens, heads=heads, against=(*FORMULA, "copy"))
+        yield OpCase("causal_mix", form, degree, 4096, heads=heads, against=("plain", "cumsum", "copy"))
+
+
+def memory_cases():
+    for form, degree in FORMS:
+        for tokens in (4096, MANY_TOKENS):
+            yield MemoryCase(OpCase("state", form, degree, tokens), targets=FEW_STATES)
+
+
+def layer_cases():
+    for train in (False, True):
+        for form, degree, heads in LAYERS:
+            against = ("plain", "attention", "projections", "context projection") + AUTHORS * (form == "power")
+            for tokens in (256, 1024, 4096):
+                more = ("compiled",) * (tokens == 1024)
+                yield LayerCase(form, degree, tokens, train, heads=heads, against=against + more)
+            for dtype in (BF16, FP16):
+                yield LayerCase(form, degree, 1024, train, heads=heads, dtype=dtype, against=against)
+
+
+CASES = {case.name: case for case in (*op_cases(), *memory_cases(), *layer_cases())}

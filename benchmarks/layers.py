@@ -1,0 +1,95 @@
+"""Cases of the whole layer, beside attention and beside the matrix products that it cannot do without."""
+
+import copy
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from pom_ext import PoM
+
+from .baselines import Attention, plain_layer
+from .measure import OURS, Setup, Target, forward, measure_times, training_step
+from .ops import short
+
+AUTHORS = ("authors",) if importlib.util.find_spec("pom") else ()  # davidpicard/pom
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """`PoM` mixing x (batch, tokens, dim) with itself: the forward, or with `train` the forward and all gradients.
+
+    heads: gates of the power form (1: one for every channel). The attention beside it has heads of 64 channels.
+    """
+
+    form: str
+    degree: int
+    tokens: int
+    train: bool = False
+    dim: int = 512
+    expand: int = 2
+    heads: int = 1
+    dtype: torch.dtype = torch.float32
+    batch: int = 1
+    against: tuple[str, ...] = ()
+    targets: tuple[Target, ...] = ()
+
+    @property
+    def name(self):
+        heads = f"-heads{self.heads}" if self.heads > 1 else ""
+        what = "layer_train" if self.train else "layer"
+        return f"{what}-{self.form}{self.degree}{heads}-N{self.tokens}-D{self.dim}-{short(self.dtype)}"
+
+    @property
+    def differentiates(self):
+        return self.train
+
+    def contender(self, function, modules, *inputs):
+        if not self.train:
+            return forward(function, inputs)
+        return training_step(function, inputs, [p for module in modules for p in module.parameters()])
+
+    def setup(self):
+        layer = PoM(self.dim, self.degree, self.expand, form=self.form, n_sel_heads=self.heads).to(self.dtype)
+        x = torch.randn(self.batch, self.tokens, self.dim).to(self.dtype)
+        mixed = torch.randn(self.batch, self.tokens, layer.state_width).to(self.dtype)
+        projections = layer.context_proj, layer.gate_proj, layer.out_proj
+
+        def projected(x, mixed):
+            return layer.context_proj(x), layer.gate_proj(x), layer.out_proj(mixed)
+
+        def plain(x):
+            return plain_layer(layer, x)
+
+        def attention():
+            module = Attention(self.dim, max(1, self.dim // 64)).to(self.dtype)
+            return self.contender(module, [module], x)
+
+        def authors():
+            from pom import PoM as AuthorsPoM
+
+            module = AuthorsPoM(self.dim, self.degree, self.expand, n_groups=1, n_sel_heads=self.heads).to(self.dtype)
+            return self.contender(module, [module], x)
+
+        return Setup(
+            {"x": x},
+            {
+                OURS: lambda: self.contender(layer, [layer], x),
+                "plain": lambda: self.contender(plain, [layer], x),
+                "compiled": lambda: self.contender(torch.compile(plain, dynamic=False), [layer], x),
+                "attention": attention,
+                "authors": authors,
+                "projections": lambda: self.contender(projected, projections, x, mixed),
+                "context projection": lambda: forward(lambda: layer.context_proj(x), ()),
+            },
+            lambda: self.expected(layer, x),
+        )
+
+    def expected(self, layer, x):
+        exact = copy.deepcopy(layer).double()
+        contender = self.contender(lambda x: plain_layer(exact, x), [exact], x.double())
+        outputs = contender.run()
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def measure(self, clock, settings):
+        return measure_times(self, clock, settings)

@@ -1,0 +1,233 @@
+"""What torch expects of an operation: opcheck, compile, fake tensors, subclasses, and an import that does nothing else."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import FORMS, Case, draw_inputs, op_function
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pom_ext import PoM, polynomial_mix, polynomial_readout, polynomial_state
+
+OPS = {"state", "state_backward", "readout", "readout_backward", "causal_mix", "causal_mix_backward"}
+
+
+class RecordCalls(TorchDispatchMode):
+    """Keeps the calls of this package's operations, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "pom_ext":
+            self.calls.append((op, args))
+        return op(*args, **(kwargs or {}))
+
+
+def recorded_calls(form, mode, dtype=torch.float32):
+    """The operations that a forward and backward pass calls, as they were called."""
+    prior = mode.split("+")[0] not in ("mask", "cu_seqlens")
+    inputs = draw_inputs(Case(form, 2, mode, dtype, tokens=6, width=4, axes=1 if form == "power" else 0, prior=prior))
+    leaves = {name: leaf.requires_grad_() for name, leaf in inputs.leaves.items()}
+    with RecordCalls() as record:
+        outputs = op_function(inputs)(**leaves)
+        sum(output.sum() for output in outputs.values()).backward()
+    return record.calls
+
+
+def test_every_operation_is_recorded():
+    """What the opcheck tests rest on: the two ways through the package call all operations there are."""
+    called = {
+        op.__name__.removesuffix(".default") for mode in ("whole", "causal") for op, _ in recorded_calls("power", mode)
+    }
+    schemas = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("pom_ext::")]
+    of_tensors = {schema.name.removeprefix("pom_ext::") for schema in schemas if "Tensor" in str(schema)}
+    assert called == of_tensors == OPS
+
+
+@pytest.mark.parametrize("mode", ("whole", "causal+weight", "frames_unequal+weight", "mask"))
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck(form, mode):
+    for op, args in recorded_calls(form, mode):
+        differentiable = "backward" not in str(op)
+        args = [
+            arg.detach().requires_grad_(arg.requires_grad and differentiable) if isinstance(arg, torch.Tensor) else arg
+            for arg in args
+        ]
+        torch.library.opcheck(op, args)
+
+
+LAYERS = {
+    "product-whole": ({}, {}),
+    "product-weight": ({}, {"weight": torch.tensor([[1.0, 0, 2, 1, 1, 1], [1, 1, 1, 0, 0, 0]])}),
+    "power-heads-2d": (
+        {"form": "power", "n_sel_heads": 4, "rope": "2d"},
+        {"positions": torch.stack([torch.arange(6), torch.arange(6) % 3], dim=-1)},
+    ),
+    "power-causal": ({"form": "power", "degree": 3}, {"causal": True}),
+    "product-frames": ({"degree": 3}, {"frames": 2}),
+    "power-cu_seqlens": ({"form": "power"}, {"cu_seqlens": torch.tensor([0, 1, 1, 6])}),
+    "product-mask": ({}, {"mask": torch.ones(2, 6, 6).tril()}),
+}
+
+
+def on(device, options):
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+
+
+def assert_compiles(layer, x, options, backend):
+    """One graph, with the output and the gradients of eager mode."""
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    results = []
+    for function in (layer, compiled):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = function(leaf, **options)
+        y.square().sum().backward()
+        results.append([y.detach(), leaf.grad, *(parameter.grad.clone() for parameter in layer.parameters())])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_compile_traces_one_graph(name, device):
+    arguments, options = LAYERS[name]
+    layer = PoM(8, **arguments).to(device)
+    assert_compiles(layer, torch.randn(2, 6, 8, device=device), on(device, options), backend="aot_eager")
+
+
+def test_compile_to_code(device):
+    layer = PoM(8, 3, form="power", n_sel_heads=4).to(device)
+    assert_compiles(layer, torch.randn(2, 6, 8, device=device), {"frames": 3}, backend="inductor")
+
+
+def test_compile_of_a_stream(device):
+    """The state goes in and out of a compiled step."""
+    torch._dynamo.reset()
+    layer = PoM(8, 2, form="power").to(device)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 2, 6, 8, device=device)
+    expected, state, compiled_state = [], None, None
+    with torch.no_grad():
+        for frame in x:
+            y, state = layer(frame, state=state, return_state=True)
+            compiled_y, compiled_state = compiled(frame, state=compiled_state, return_state=True)
+            torch.testing.assert_close(compiled_y, y)
+            expected.append(y)
+    torch.testing.assert_close(compiled_state.total, state.total)
+    assert torch.equal(compiled_state.count, state.count)
+    torch.testing.assert_close(torch.cat(expected, 1), layer(x.transpose(0, 1).flatten(1, 2), frames=6))
+
+
+def test_export(device):
+    layer, x = PoM(8, 2, form="power", n_sel_heads=4).to(device), torch.randn(2, 6, 8, device=device)
+    program = torch.export.export(layer, (x,), {"causal": True})
+    torch.testing.assert_close(program.module()(x, causal=True), layer(x, causal=True))
+
+
+@pytest.mark.parametrize("context", ({}, {"causal": True}, {"frames": [0, 2, 2, 6]}, {"mask": (2, 6, 6)}), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+def test_fake_tensors_have_the_right_shapes(dtype, context):
+    """Shapes, dtypes and strides without computing anything, as on the meta device."""
+
+    def run():
+        modes = {name: torch.ones(value) if name == "mask" else value for name, value in context.items()}
+        u, gate = torch.ones(2, 6, 8, dtype=dtype), torch.ones(2, 6, 8, dtype=dtype)
+        total = polynomial_state(u, form="product", degree=2, **modes).total
+        return polynomial_mix(u, gate, form="product", degree=2, **modes), total
+
+    with FakeTensorMode():
+        fake = run()
+    for one, other in zip(fake, run(), strict=True):
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+def test_meta_device():
+    layer = PoM(8, 2, form="power", n_sel_heads=4).to("meta")
+    y, state = layer(torch.empty(2, 6, 8, device="meta"), frames=3, return_state=True)
+    assert y.shape == (2, 6, 8) and state.total.shape == (2, 1, 16) and state.total.is_meta
+
+
+class Tagged(torch.Tensor):
+    """A tensor subclass, such as those of images or of quantised weights."""
+
+
+def test_tensor_subclasses(device):
+    u, gate = torch.randn(2, 2, 6, 8, device=device).unbind()
+    expected = polynomial_mix(u, gate, form="product", degree=2)
+    y = polynomial_mix(u.as_subclass(Tagged), gate.as_subclass(Tagged), form="product", degree=2)
+    assert torch.equal(torch.Tensor(y), expected)
+    leaf = torch.nn.Parameter(u)
+    polynomial_mix(leaf, gate, form="product", degree=2).sum().backward()
+    assert leaf.grad.shape == u.shape
+
+
+def test_inference_mode(device):
+    u, gate = torch.randn(2, 2, 6, 8, device=device).unbind()
+    expected = polynomial_mix(u, gate, form="product", degree=2)
+    with torch.inference_mode():
+        state = polynomial_state(u, form="product", degree=2)
+        assert torch.equal(polynomial_mix(u, gate, form="product", degree=2), expected)
+        assert torch.equal(polynomial_readout(gate, state + state, form="product"), expected)
+
+
+def test_checkpointing(device):
+    """Recomputing the layer in the backward pass gives the same gradients."""
+    layer, x = PoM(8, 2).to(device), torch.randn(2, 6, 8, device=device).requires_grad_()
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    for reentrant in (False, True):
+        x.grad = None
+        torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
+        assert torch.equal(x.grad, expected)
+
+
+def test_deterministic_algorithms_are_these(device):
+    inputs = [draw_inputs(Case(form, 2, "causal", tokens=33)) for form in FORMS]
+    torch.use_deterministic_algorithms(True)
+    try:
+        for each in inputs:
+            outputs = op_function(each)(**{name: leaf.requires_grad_() for name, leaf in each.leaves.items()})
+            outputs["y"].sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def run_python(script):
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+
+def test_import_prints_nothing_and_brings_nothing_along():
+    """Beside torch and its own modules only small things come with the package: no plots, no datasets, no compiler."""
+    script = """
+import sys, torch, torch.library
+before = set(sys.modules)
+import pom_ext
+heavy = {"accelerate", "diffusers", "matplotlib", "mlxtend", "sklearn", "scipy", "PIL", "typer", "rich", "tqdm",
+         "transformers", "torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "safetensors"}
+new = set(sys.modules) - before
+assert not heavy & new, heavy & new
+assert not torch.cuda.is_initialized()
+"""
+    result = run_python(script)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_without_the_compiled_library_the_call_says_how_to_build_it():
+    script = """
+import sys
+sys.modules["pom_ext._C"] = None  # as where it was not built
+import torch, pom_ext
+layer = pom_ext.PoM(8)
+print("imported")
+try:
+    layer(torch.zeros(1, 2, 8))
+except ImportError as error:
+    print(error)
+"""
+    result = run_python(script)
+    assert result.returncode == 0, result.stderr
+    imported, message = result.stdout.strip().split("\n", 1)
+    assert imported == "imported" and "pip install" in message
