@@ -88,7 +88,7 @@ class LayerCase:
     def expected(self, layer, x):
         exact = copy.deepcopy(layer).double()
         contender = self.contender(lambda x: plain_layer(exact, x), [exact], x.double())
-        outputs = contender.run()
+        outputs = contender.call()
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def measure(self, clock, settings):

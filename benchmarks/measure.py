@@ -99,12 +99,12 @@ def measure_times(case, clock, settings):
     with torch.inference_mode(not case.differentiates):
         setup = case.setup()
         ours = contenders[OURS] = setup.contenders[OURS]()
-        checked = check(case, ours.run(*ours.prepare()), setup.expected())
+        checked = check(case, ours.call(), setup.expected())
         for name in case.against:
             try:
                 contender = setup.contenders[name]()
                 for _ in range(2):  # compiles, starts threads, takes memory from the system
-                    contender.run(*contender.prepare())
+                    contender.call()
                 contenders[name] = contender
             except Exception as error:  # a baseline that does not run here is reported; the others go on
                 failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]

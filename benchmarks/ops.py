@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pom_ext import polynomial_mix, polynomial_state
+from pom_ext import polynomial_mix, polynomial_state, reference
 
 from . import baselines
 from .measure import OURS, Setup, Target, backward, check, forward, measure_times
@@ -107,24 +107,27 @@ class OpCase:
         )
 
     def expected(self, tensors):
-        """The plain formula in float64; a block of tokens at a time, to be quick and small, where tokens are summed."""
-        if self.op == "causal_mix":
-            return (self.plain(**{name: tensor.double() for name, tensor in tensors.items()}),)
+        """What the definition in plain torch gives, one precision above that of the case."""
+        more = torch.float64 if self.dtype in (torch.float32, torch.float64) else torch.float32
+        u, *others = (tensor.to(more) for tensor in tensors.values())
+        if "gate" in tensors:
+            return (self.definition(u, *others),)
+        blocks = u.split(1024, dim=1)  # quicker, and no memory for the features of all tokens
+        if not self.differentiates:
+            return (sum(self.part_of_mean(block, *others) for block in blocks),)
+        parts = [backward(self.part_of_mean, [block, *others]).call() for block in blocks]
+        grad_u, *grad_coeff = zip(*parts, strict=True)
+        return torch.cat(grad_u, dim=1), *(sum(grads) for grads in grad_coeff)
 
-        def part_of_mean(u, coeff=None):
-            return baselines.features(u, coeff, self.form, self.degree).sum(dim=1, keepdim=True) / self.tokens
+    def part_of_mean(self, u, coeff=None):
+        phi = reference.features(u, coeff, form=self.form, degree=self.degree)
+        return phi.sum(dim=1, keepdim=True) / self.tokens
 
-        coeff = [tensors["coeff"].double()] if self.form == "power" else []
-        blocks = [[block, *coeff] for block in tensors["u"].split(256, dim=1)]
-        if self.op == "state_backward":
-            parts = []
-            for block, *coeff in blocks:
-                contender = backward(part_of_mean, [block.double(), *coeff])
-                parts.append(contender.run(*contender.prepare()))
-            grad_u, *grad_coeff = zip(*parts, strict=True)
-            return torch.cat(grad_u, dim=1), *(sum(grads) for grads in grad_coeff)
-        h = sum(part_of_mean(block.double(), *coeff) for block, *coeff in blocks)
-        return (baselines.gated(tensors["gate"].double(), h, self.form) if "gate" in tensors else h,)
+    def definition(self, u, *others):
+        *coeff, gate = others
+        causal = self.op == "causal_mix"
+        polynomial = {"form": self.form, "degree": self.degree}
+        return reference.mix(u, gate, *coeff, **polynomial, n_sel_heads=self.heads, causal=causal)
 
     def measure(self, clock, settings):
         return measure_times(self, clock, settings)
@@ -143,7 +146,7 @@ def peak_growth(case, name, threads):
     torch.set_num_threads(threads)
     with torch.inference_mode(not case.differentiates):
         small = dataclasses.replace(case, tokens=64).setup().contenders[name]()
-        small.run(*small.prepare())  # starts the threads
+        small.call()  # starts the threads
         contender = case.setup().contenders[name]()
         arguments = contender.prepare()
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
@@ -173,7 +176,7 @@ class MemoryCase:
         with torch.inference_mode(not self.op.differentiates):
             setup = self.op.setup()
             ours = setup.contenders[OURS]()
-            checked = check(self, ours.run(*ours.prepare()), setup.expected())
+            checked = check(self, ours.call(), setup.expected())
             state = polynomial_state(**setup.tensors, form=self.op.form, degree=self.op.degree)
         sizes = {"state": nbytes(state.state_dict()), "u": setup.tensors["u"].nbytes}
         extra = {}

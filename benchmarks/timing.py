@@ -20,6 +20,9 @@ class Contender:
     prepare: Callable[[], tuple] = tuple
     bytes_moved: int | None = None  # memory that it cannot do without reading or writing
 
+    def call(self):
+        return self.run(*self.prepare())
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -64,9 +64,9 @@ def _save(*positions):
 
 def _state_backward(ctx, grad_total, grad_residual, grad_count):
     # The residual is rounding error of the total: as a function of the inputs its derivative is zero.
-    grad_u, grad_coeff = torch.ops.pom_ext.state_backward(grad_total, *ctx.saved_tensors, *ctx.rest)
-    has_coeff = ctx.saved_tensors[1] is not None
-    return grad_u, grad_coeff if has_coeff else None, *[None] * 9
+    saved = ctx.saved_tensors
+    grad_u, grad_coeff = torch.ops.pom_ext.state_backward(grad_total, *saved, *ctx.rest)
+    return grad_u, None if saved[1] is None else grad_coeff, *[None] * 9
 
 
 def _readout_backward(ctx, grad_y):
@@ -75,11 +75,13 @@ def _readout_backward(ctx, grad_y):
 
 
 def _causal_mix_backward(ctx, grad_y, grad_total, grad_residual, grad_count):
-    grads = torch.ops.pom_ext.causal_mix_backward(grad_y, grad_total, *ctx.saved_tensors, *ctx.rest)
+    saved = ctx.saved_tensors
+    grads = torch.ops.pom_ext.causal_mix_backward(grad_y, grad_total, *saved, *ctx.rest)
     grad_u, grad_gate, grad_coeff, grad_prior = grads
-    u, gate, coeff, weight, total = ctx.saved_tensors[:5]
-    grad_prior = grad_prior if total is not None else None
-    return grad_u, grad_gate, grad_coeff if coeff is not None else None, None, grad_prior, grad_prior, *[None] * 9
+    coeff, prior = saved[2], saved[4]
+    grad_coeff = None if coeff is None else grad_coeff
+    grad_prior = None if prior is None else grad_prior
+    return grad_u, grad_gate, grad_coeff, None, grad_prior, grad_prior, *[None] * 9
 
 
 def _no_double_backward(ctx, *grads):

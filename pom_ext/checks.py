@@ -2,6 +2,8 @@
 
 import torch
 
+from .rotary import Rotary
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FORMS = ("product", "power")
 MAX_HEADS = 1024
@@ -12,10 +14,15 @@ def accumulator(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def is_integer(value):
+    """An int, or what stands for one while torch traces with dynamic shapes; True and False are none."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
 def check_form(form, degree=1):
     if form not in FORMS:
         raise ValueError(f"form: expected 'product' or 'power', got {form!r}")
-    if not isinstance(degree, int) or not 1 <= degree <= 16:
+    if not is_integer(degree) or not 1 <= degree <= 16:
         raise ValueError(f"degree: expected an integer from 1 to 16, got {degree!r}")
 
 
@@ -76,6 +83,8 @@ def offsets_tensor(name, offsets, tokens, like):
             return offsets.to(like.device, torch.int64)
         values = offsets.tolist()
     else:
+        if not isinstance(offsets, (list, tuple)) or not all(map(is_integer, offsets)):
+            raise TypeError(f"{name}: expected integer offsets 0, ..., {tokens} as a list or tensor, got {offsets!r}")
         values = list(offsets)
     if not values or values[0] != 0 or values[-1] != tokens:
         raise ValueError(f"{name}: expected offsets from 0 to {tokens}, the number of context tokens, got {values}")
@@ -86,7 +95,7 @@ def offsets_tensor(name, offsets, tokens, like):
 
 def frame_offsets(frames, tokens, like):
     """Offsets of frames given as one length or as offsets."""
-    if isinstance(frames, int) and not isinstance(frames, bool):
+    if is_integer(frames):
         if frames < 1 or tokens % frames:
             raise ValueError(f"frames: expected a frame length that divides the {tokens} context tokens, got {frames}")
         return torch.arange(0, tokens + 1, frames, dtype=torch.int64, device=like.device)
@@ -95,9 +104,9 @@ def frame_offsets(frames, tokens, like):
 
 def check_gate(gate, channels, n_sel_heads, form):
     check_form(form)
-    if n_sel_heads < 1 or channels % n_sel_heads or n_sel_heads > MAX_HEADS:
+    if not is_integer(n_sel_heads) or n_sel_heads < 1 or channels % n_sel_heads or n_sel_heads > MAX_HEADS:
         raise ValueError(
-            f"n_sel_heads: expected a divisor of the state width {channels}, at most {MAX_HEADS}, got {n_sel_heads}"
+            f"n_sel_heads: expected a divisor of the state width {channels}, at most {MAX_HEADS}, got {n_sel_heads!r}"
         )
     check_tensor("gate", gate, ("B", "M", n_sel_heads if n_sel_heads > 1 else channels))
 
@@ -105,6 +114,8 @@ def check_gate(gate, channels, n_sel_heads, form):
 def check_rotary(name, rotary, tokens, channels, form, like):
     if rotary is None:
         return
+    if not isinstance(rotary, Rotary):
+        raise TypeError(f"{name}: expected a pom_ext.rotary.Rotary, got {type(rotary).__name__}")
     if form != "power":
         raise ValueError(f"{name}: rotary positions are defined for form='power' only, got form={form!r}")
     for part in ("cos", "sin"):

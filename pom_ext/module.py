@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from .checks import MAX_HEADS, check_form, check_tensor
 from .ops import polynomial_mix
 from .rotary import AXES, rotary_table
 
@@ -47,10 +48,7 @@ class PoM(nn.Module):
 
     def __init__(self, dim, degree=2, expand=2, *, form="product", n_groups=1, n_sel_heads=1, bias=None, rope=None):
         super().__init__()
-        if form not in ("product", "power"):
-            raise ValueError(f"form: expected 'product' or 'power', got {form!r}")
-        if not 1 <= degree <= 16:
-            raise ValueError(f"degree: expected 1 to 16, got {degree}")
+        check_form(form, degree)
         if dim < 1 or expand < 1:
             raise ValueError(f"dim and expand: expected positive integers, got dim={dim}, expand={expand}")
         self.dim, self.degree, self.expand, self.form, self.rope = dim, degree, expand, form, rope
@@ -58,8 +56,10 @@ class PoM(nn.Module):
         width = dim * expand * (degree if form == "product" else 1)  # C: channels of the state
         if n_groups < 1 or dim % n_groups or width % n_groups:
             raise ValueError(f"n_groups: expected a divisor of dim={dim}, got {n_groups}")
-        if n_sel_heads < 1 or width % n_sel_heads:
-            raise ValueError(f"n_sel_heads: expected a divisor of the state width {width}, got {n_sel_heads}")
+        if not 1 <= n_sel_heads <= MAX_HEADS or width % n_sel_heads:
+            raise ValueError(
+                f"n_sel_heads: expected a divisor of the state width {width}, at most {MAX_HEADS}, got {n_sel_heads}"
+            )
         if rope is not None:
             if rope not in AXES:
                 raise ValueError(f"rope: expected None, '1d', '2d' or '3d', got {rope!r}")
@@ -138,6 +138,8 @@ class PoM(nn.Module):
             (B, M, dim), and the State if asked for.
         """
         context = x if context is None else context
+        check_tensor("x", x, ("B", "M", self.dim))
+        check_tensor("context", context, (x.shape[0], "N", self.dim), like=x)
         rotary, gate_rotary = self._rotaries(x, context, positions, context_positions)
         mixed = polynomial_mix(
             self.context_proj(context), self.gate_proj(x), self.coeff, form=self.form, degree=self.degree,

@@ -162,6 +162,7 @@ def polynomial_mix(
     aligned = causal or frames is not None or cu_seqlens is not None
     queries = tokens if aligned else mask.shape[1] if isinstance(mask, torch.Tensor) and mask.dim() == 3 else "M"
     check_tensor("gate", gate, (u.shape[0], queries, gate.shape[2]), (u.dtype,), u)
+    check_rotary("gate_rotary", gate_rotary, gate.shape[1], gate.shape[2], form, gate)
     if return_state:
         _only_one(return_state=True, mask=mask, cu_seqlens=cu_seqlens)
     if causal:
@@ -183,7 +184,6 @@ def _causal_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_
     if state is not None:
         check_state("state", state, u.shape[0], u.shape[2], u.dtype, u)
     check_rotary("rotary", rotary, u.shape[1], u.shape[2], form, u)
-    check_rotary("gate_rotary", gate_rotary, gate.shape[1], gate.shape[2], form, gate)
     if (rotary is None) != (gate_rotary is None):
         raise ValueError("rotary and gate_rotary: with causal=True give both or neither")
     weight = _context(u, weight, None, None, None)[0]

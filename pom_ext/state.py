@@ -130,7 +130,6 @@ class State:
         from safetensors.torch import load
 
         try:
-            tensors = load(Path(path).read_bytes())
-        except SafetensorError as error:
-            raise ValueError(f"path: {path} is not a complete safetensors file ({error})") from None
-        return cls.from_state_dict(tensors)
+            return cls.from_state_dict(load(Path(path).read_bytes()))
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"path: {path} is not a complete state file ({error})") from None

@@ -23,9 +23,11 @@ SHAPES = (  # batch, tokens, width of one factor
 )
 LARGEST = 60_000  # features of a drawn case, times the degree
 
-# What rounding alone may cost. Half precision: one rounding of the output. float64 has no more precise torch to be
-# held against, so its floor also pays for adding up in another order.
+# What rounding alone may cost: that of a result, and of every factor of a product. Half precision results are rounded
+# once, and their factors need not be better than 2^-20. float64 has no more precise torch to be held against, so its
+# floor also pays for adding up in another order.
 FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+FACTOR_FLOOR = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-20, torch.float16: 2.0**-20}
 
 
 def state_dtype(dtype):
@@ -277,7 +279,8 @@ def assert_accurate(results, exact, plain, case):
         for i, (result_part, exact_part, plain_part) in enumerate(compared):
             plain_error = norm_error(plain_part, exact_part)
             assert plain_error < float("inf"), f"{name}: plain torch is no measure, its own error is {plain_error}"
-            error, bound = norm_error(result_part, exact_part), 2 * plain_error + FLOOR[result.dtype]
+            floor = FLOOR[result.dtype] + case.degree * FACTOR_FLOOR[case.dtype]
+            error, bound = norm_error(result_part, exact_part), 2 * plain_error + floor
             assert error <= bound, (
                 f"{name}, part {i}: error {error:.3g}, plain torch {plain_error:.3g}, bound {bound:.3g}"
             )

@@ -69,7 +69,7 @@ def test_equals_the_definition(form, dtype, groups, heads, device):
     )
     assert results["y"].dtype == dtype and results["grad total"].dtype == wide
     assert not results["grad total"][0, -1].any()  # of the empty context
-    assert_accurate(results, exact, plain, Case(form, 1, width=width, heads=heads))
+    assert_accurate(results, exact, plain, Case(form, 1, dtype=dtype, width=width, heads=heads))
 
 
 @pytest.mark.parametrize("case", grid(degrees=(3,), dtypes=(torch.float32, torch.bfloat16)), ids=str)
