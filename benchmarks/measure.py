@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .timing import Contender, interleave, ratio, summary
+from .timing import Contender, interleave, ratios, summary
 
 OURS = "pom_ext"
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -109,13 +109,15 @@ def measure_times(case, clock, settings):
             except Exception as error:  # a baseline that does not run here is reported; the others go on
                 failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         times = interleave(contenders, clock, settings)
-    ratios = {name: ratio(times[name], times[OURS]) for name in times if name != OURS}
+    cold = {name: cold for name, (cold, _) in ratios(times, OURS).items()}
+    warm = {name: warm for name, (_, warm) in ratios(times, OURS).items()}
     return {
         "kind": "time",
         "shapes": {name: list(tensor.shape) for name, tensor in setup.tensors.items()},
         "check": checked,
         "contenders": {name: summary(times[name], contenders[name].bytes_moved) for name in times},
         "failed": failed,
-        "ratios": ratios,
-        "targets": [target.judged(ratios) for target in case.targets],
+        "ratios": warm,
+        "cold_ratios": cold,
+        "targets": [target.judged(warm) for target in case.targets],
     }

@@ -97,11 +97,13 @@ def table(name, result):
             of_size = f"{amount(result['bytes'][size])} of {size}"
             lines.append(f"  {OURS} / {of_size:<24}{value:>10.3g}   {verdicts.get(size, '')}".rstrip())
         return lines
-    lines.append(f"  {'':<20}{'median ms':>11}{'min':>11}{'IQR':>10}{'GB/s':>8}{'/ ' + OURS:>12}")
+    heads = ("median ms", "min", "IQR", "GB/s", "ratio", "cold ms", "cold ratio")
+    lines.append(" " * 22 + "".join(f"{head:>11}" for head in heads))
     for contender, row in result["contenders"].items():
         speed = "" if row["bytes_per_second"] is None else f"{row['bytes_per_second'] / 1e9:.1f}"
-        times = "" if contender == OURS else f"{result['ratios'][contender]:.3g}"
-        figures = f"{row['median_ms']:>11.3f}{row['min_ms']:>11.3f}{row['iqr_ms']:>10.3f}{speed:>8}{times:>12}"
+        warm, cold = (f"{result[key].get(contender, 1):.3g}" for key in ("ratios", "cold_ratios"))
+        times = [f"{row[key]:.3f}" for key in ("median_ms", "min_ms", "iqr_ms", "cold_median_ms")]
+        figures = "".join(f"{figure:>11}" for figure in (*times[:3], speed, warm, times[3], cold))
         lines.append(f"  {contender:<20}{figures}   {verdicts.get(contender, '')}".rstrip())
     lines += [f"  {contender:<20} did not run: {why}" for contender, why in result["failed"].items()]
     return lines

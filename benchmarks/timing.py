@@ -34,23 +34,27 @@ class Settings:
 
 
 class HostClock:
-    """Wall-clock time of a call whose inputs are not in the cache."""
+    """Wall-clock time of two calls in a row: one after the caches were cleared, one that finds what the first left."""
 
     def __init__(self):
         size = LAST_LEVEL_CACHE.read_text().strip() if LAST_LEVEL_CACHE.exists() else "32768K"
-        self.flushed_bytes = 2 * 1024 * int(size.removesuffix("K"))
-        self._other = torch.ones(self.flushed_bytes // 4)
+        self.cleared_bytes = 2 * 1024 * int(size.removesuffix("K"))
+        self._other = torch.ones(self.cleared_bytes // 4)
 
     def seconds(self, contender):
-        arguments = contender.prepare()
+        """(cold, warm)"""
+        arguments = [contender.prepare() for _ in range(2)]
         self._other.sum()  # read, not written: writing such lines back would slow down what comes next
-        start = time.perf_counter()
-        contender.run(*arguments)
-        return time.perf_counter() - start
+        seconds = []
+        for i in range(2):
+            start = time.perf_counter()
+            contender.run(*arguments[i])
+            seconds.append(time.perf_counter() - start)
+        return tuple(seconds)
 
 
 def interleave(contenders, clock, settings):
-    """Rounds A, B, C, A, B, C, ...: {name: [seconds of every round]}. Every contender has to be warm."""
+    """Rounds A, B, C, A, B, C, ...: {name: [(cold, warm) seconds of every round]}, of contenders called before."""
     times = {name: [] for name in contenders}
     gc.collect()
     gc.disable()
@@ -67,18 +71,25 @@ def interleave(contenders, clock, settings):
 
 
 def summary(seconds, bytes_moved):
-    """Median, least and interquartile range in ms, and the bytes moved per second at the median."""
-    median = statistics.median(seconds)
-    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    """Of the warm calls the median, least and interquartile range and the bytes moved per second; the cold median."""
+    cold, warm = zip(*seconds, strict=True)
+    median = statistics.median(warm)
+    low, _, high = statistics.quantiles(warm, n=4, method="inclusive")
     return {
         "median_ms": 1e3 * median,
-        "min_ms": 1e3 * min(seconds),
+        "min_ms": 1e3 * min(warm),
         "iqr_ms": 1e3 * (high - low),
+        "cold_median_ms": 1e3 * statistics.median(cold),
         "rounds": len(seconds),
         "bytes_per_second": None if bytes_moved is None else bytes_moved / median,
     }
 
 
-def ratio(baseline, ours):
-    """How many times as long the baseline takes: the median over rounds, whose times were taken side by side."""
-    return statistics.median(b / o for b, o in zip(baseline, ours, strict=True))
+def ratios(times, ours):
+    """How many times as long every other contender takes, {name: (cold, warm)}: medians over rounds, not ratios of
+    medians, since the times of a round were taken side by side."""
+
+    def ratio(name, i):
+        return statistics.median(theirs[i] / own[i] for theirs, own in zip(times[name], times[ours], strict=True))
+
+    return {name: (ratio(name, 0), ratio(name, 1)) for name in times if name != ours}

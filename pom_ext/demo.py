@@ -21,7 +21,7 @@ from .sampling import sample
 from .training import TrainConfig, train
 
 MODEL = {"patch": 4, "dim": 96, "n_layers": 4, "n_heads": 8, "mixer": "power"}
-TRAIN = TrainConfig()
+TRAIN = TrainConfig(lr=8e-3)
 SAMPLING = {"steps": 30, "guidance": 3.0, "solver": "euler"}
 
 

@@ -1,6 +1,7 @@
 """The compiled operations as functions: polynomial state, readout, and both in one."""
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from . import _library
 from .checks import (
@@ -27,6 +28,15 @@ def _require(tensor, name):
     _library.load()
     if isinstance(tensor, torch.Tensor) and tensor.device.type not in ("cpu", "meta"):
         raise ValueError(f"{name}: this build has kernels for the CPU only, got a tensor on {tensor.device}")
+
+
+def _no_tangents(**tensors):
+    """Forward-mode derivatives are not defined yet, and torch would silently take them for zero."""
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"{name}: forward-mode derivatives (jvp) of the compiled operations are not defined yet")
 
 
 def _only_one(**modes):
@@ -86,6 +96,7 @@ def polynomial_state(
         ValueError, TypeError: an argument is wrong; the message names it. ImportError: nothing compiled.
     """
     _require(u, "u")
+    _no_tangents(u=u, coeff=coeff)
     check_features(u, coeff, form, degree)
     _only_one(mask=mask, causal=causal, frames=frames, cu_seqlens=cu_seqlens)
     if state is not None:
@@ -120,6 +131,7 @@ def polynomial_readout(gate, state, *, form, n_sel_heads=1, frames=None, cu_seql
     _require(gate, "gate")
     if not isinstance(state, State):
         raise TypeError(f"state: expected a State, got {type(state).__name__}")
+    _no_tangents(gate=gate, state=state.total)
     groups, channels = state.total.shape[1:]
     check_gate(gate, channels, n_sel_heads, form)
     check_state("state", state, gate.shape[0], channels, gate.dtype, gate, groups)
@@ -156,6 +168,7 @@ def polynomial_mix(
         ValueError, TypeError: an argument is wrong; the message names it. ImportError: nothing compiled.
     """
     _require(u, "u")
+    _no_tangents(u=u, gate=gate, coeff=coeff)
     check_features(u, coeff, form, degree)
     check_gate(gate, u.shape[2], n_sel_heads, form)
     tokens = u.shape[1]
@@ -183,6 +196,7 @@ def polynomial_mix(
 def _causal_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary, state, return_state):
     if state is not None:
         check_state("state", state, u.shape[0], u.shape[2], u.dtype, u)
+        _no_tangents(state=state.total)
     check_rotary("rotary", rotary, u.shape[1], u.shape[2], form, u)
     if (rotary is None) != (gate_rotary is None):
         raise ValueError("rotary and gate_rotary: with causal=True give both or neither")

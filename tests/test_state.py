@@ -5,6 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import (
+    DTYPES,
+    FACTOR_FLOOR,
     FORMS,
     assert_accurate,
     draw_inputs,
@@ -91,10 +93,10 @@ def test_gelu_over_its_whole_range(dtype, device):
     exact_u = u.detach().double().requires_grad_()
     exact = torch.nn.functional.gelu(exact_u)
     (exact_slope,) = torch.autograd.grad(exact.sum(), exact_u)
-    # An error of two units in the last place of erf, which is near 1, times u.
-    unit, rounded = FACTOR_FLOOR[dtype], 2 * FACTOR_FLOOR[dtype] + FLOOR[dtype] * (dtype in HALF)
-    assert ((total.double() - exact).abs() <= 3 * unit * exact_u.abs()).all()
-    assert ((slope.double() - exact_slope).abs() <= 2 * rounded * (1 + exact_u.abs())).all()
+    # A few units in the last place of erf, which is near 1, times u.
+    unit = FACTOR_FLOOR[dtype] * (1 + exact_u.abs())
+    assert ((total.double() - exact).abs() <= 3 * unit).all()
+    assert ((slope.double() - exact_slope).abs() <= 4 * unit + torch.finfo(dtype).eps).all()
 
 
 @pytest.mark.parametrize("degree", (1, 2, 7, 16))

@@ -19,29 +19,30 @@ struct Feature {
   static constexpr int kFactors = Form::capacity;
   static constexpr int kCoeffs = Form::has_coeff ? decltype(Form::degree)::capacity : 1;
 
-  template <class Lanes>
-  POM_INLINE static void load_coeff(const Form& form, const Acc* coeff, int64_t stride, Lanes n, V* c) {
+  template <class Lanes, class W>
+  POM_INLINE static void load_coeff(const Form& form, const Acc* coeff, int64_t stride, Lanes n, W* c) {
     if constexpr (Form::has_coeff)
-      for (int i = 0; i < form.degree; ++i) c[i] = load_as<V>(coeff + i * stride, n);
+      for (int i = 0; i < form.degree; ++i) c[i] = load_as<W>(coeff + i * stride, n);
   }
 
-  template <class Lanes>
-  POM_INLINE static void load_factors(const Form& form, const T* u, int64_t range_stride, Lanes n, V* x) {
+  template <class Lanes, class W>
+  POM_INLINE static void load_factors(const Form& form, const T* u, int64_t range_stride, Lanes n, W* x) {
     for (int i = 0; i < form.factors(); ++i) x[i] = load(u + i * range_stride, n);
   }
 
   template <bool weighted>
   POM_INLINE static void sum_rows(const Rows& rows, const Form& form, const T* u, int64_t stride, const Acc* coeff,
                                   int64_t coeff_stride, const Acc* weight, double* total) {
-    for_channels<V>(rows.width, [&](int64_t channel, auto n) {
-      V c[kCoeffs], x[kFactors], phi[kFactors], sum[kFactors];
+    for_stored_channels<T>(rows.width, [&](int64_t channel, auto n) {
+      using W = typename vector_at<V, decltype(n)>::type;
+      W c[kCoeffs], x[kFactors], phi[kFactors], sum[kFactors];
       load_coeff(form, coeff + channel, coeff_stride, n, c);
-      for (int i = 0; i < form.factors(); ++i) sum[i] = V(0.0);
+      for (int i = 0; i < form.factors(); ++i) sum[i] = W(0.0);
       for (int64_t row = 0; row < rows.count; ++row) {
         load_factors(form, u + channel + row * stride, rows.range_stride, n, x);
         form.value(x, c, phi);
         for (int i = 0; i < form.factors(); ++i)
-          sum[i] = sum[i] + (weighted ? V(double(weight[row])) * phi[i] : phi[i]);
+          sum[i] = sum[i] + (weighted ? W(double(weight[row])) * phi[i] : phi[i]);
       }
       for (int i = 0; i < form.factors(); ++i) accumulate(total + channel + i * rows.range_stride, sum[i], n);
     });

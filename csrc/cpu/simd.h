@@ -9,6 +9,8 @@
 #endif
 
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "pom/math.h"
 
@@ -301,12 +303,75 @@ POM_INLINE void accumulate(double* p, V x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] += x.v[i];
 }
 
+// Two vectors' worth of bfloat16: the channels with even numbers and those with odd ones. Widening them so takes one
+// instruction a vector, half of what widening neighbours takes.
+template <class V>
+struct EvenOdd {
+  V even, odd;
+  EvenOdd() = default;
+  POM_INLINE explicit EvenOdd(double x) : even(x), odd(x) {}
+  POM_INLINE EvenOdd(V even, V odd) : even(even), odd(odd) {}
+  POM_INLINE friend EvenOdd operator+(EvenOdd a, EvenOdd b) { return {a.even + b.even, a.odd + b.odd}; }
+  POM_INLINE friend EvenOdd operator*(EvenOdd a, EvenOdd b) { return {a.even * b.even, a.odd * b.odd}; }
+  POM_INLINE friend EvenOdd larger(EvenOdd a, EvenOdd b) { return {larger(a.even, b.even), larger(a.odd, b.odd)}; }
+  POM_INLINE friend EvenOdd smaller(EvenOdd a, EvenOdd b) { return {smaller(a.even, b.even), smaller(a.odd, b.odd)}; }
+  POM_INLINE friend EvenOdd erf_over_root2(EvenOdd x) { return {erf_over_root2(x.even), erf_over_root2(x.odd)}; }
+};
+
+struct EvenOddLanes {};
+
+POM_INLINE EvenOdd<CoarseFloats> load(const bf16* p, EvenOddLanes) {
+  Floats::Bits both;
+  memcpy(&both, p, sizeof both);
+  return {CoarseFloats::of_bits(both << 16), CoarseFloats::of_bits(both & int32_t(0xffff0000u))};
+}
+
+template <size_t... i>
+POM_INLINE EvenOdd<CoarseFloats> deal(Floats low, Floats high, std::index_sequence<i...>) {
+  return {CoarseFloats(__builtin_shufflevector(low.v, high.v, (2 * i)...)),
+          CoarseFloats(__builtin_shufflevector(low.v, high.v, (2 * i + 1)...))};
+}
+POM_INLINE EvenOdd<CoarseFloats> load(const float* p, EvenOddLanes) {
+  return deal(load(p), load(p + Floats::lanes), std::make_index_sequence<Floats::lanes>{});
+}
+
+template <size_t... i>
+POM_INLINE void accumulate(double* p, EvenOdd<CoarseFloats> x, std::index_sequence<i...>) {
+  constexpr size_t lanes = Floats::lanes;
+  accumulate(p, Floats(__builtin_shufflevector(x.even.v, x.odd.v, (i / 2 + i % 2 * lanes)...)), AllLanes{});
+  accumulate(p + lanes, Floats(__builtin_shufflevector(x.even.v, x.odd.v, ((lanes + i) / 2 + i % 2 * lanes)...)),
+             AllLanes{});
+}
+POM_INLINE void accumulate(double* p, EvenOdd<CoarseFloats> x, EvenOddLanes) {
+  accumulate(p, x, std::make_index_sequence<Floats::lanes>{});
+}
+
+// The vector that `lanes` of V stand for.
+template <class V, class Lanes>
+struct vector_at {
+  using type = V;
+};
+template <class V>
+struct vector_at<V, EvenOddLanes> {
+  using type = EvenOdd<V>;
+};
+
 // body(channel, lanes) over all channels: whole vectors, then what is left.
 template <class V, class Body>
-POM_INLINE void for_channels(int64_t width, Body body) {
-  int64_t c = 0;
+POM_INLINE void for_channels(int64_t width, Body body, int64_t first = 0) {
+  int64_t c = first;
   for (; c + V::lanes <= width; c += V::lanes) body(c, AllLanes{});
   if (c < width) body(c, width - c);
+}
+
+// The same for channels stored as T, by even and odd numbers where that is quicker.
+template <class T, class Body>
+POM_INLINE void for_stored_channels(int64_t width, Body body) {
+  using V = typename vector_of<T>::type;
+  int64_t c = 0;
+  if constexpr (std::is_same_v<T, bf16>)
+    for (; c + 2 * V::lanes <= width; c += 2 * V::lanes) body(c, EvenOddLanes{});
+  for_channels<V>(width, body, c);
 }
 
 }  // namespace pom::cpu::POM_ISA
