@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+DEVICES = ("cpu",)  # that the library has kernels for
 BUILD = "pip install --no-build-isolation -e ."
 
 

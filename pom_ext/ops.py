@@ -26,8 +26,9 @@ if _library.ERROR is None:
 def _require(tensor, name):
     """The compiled library is there and serves the device of the tensor."""
     _library.load()
-    if isinstance(tensor, torch.Tensor) and tensor.device.type not in ("cpu", "meta"):
-        raise ValueError(f"{name}: this build has kernels for the CPU only, got a tensor on {tensor.device}")
+    if isinstance(tensor, torch.Tensor) and tensor.device.type not in (*_library.DEVICES, "meta"):
+        served = ", ".join(_library.DEVICES)
+        raise ValueError(f"{name}: there are kernels for {served} only, got a tensor on {tensor.device}; move it there")
 
 
 def _no_tangents(**tensors):
