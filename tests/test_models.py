@@ -258,8 +258,8 @@ def test_sizes():
         ({"n_layers": 1.5}, "n_layers: expected an integer of at least 1, got 1.5"),
         ({"mixer": "mamba"}, "mixer: expected one of product, power, attention, local, got 'mamba'"),
         ({"mixer": ["power"] * 3}, "mixer: expected one for each of n_layers=2 layers, got 3"),
-        ({"degree": 17}, "degree: expected 1 to 16, got 17"),
-        ({"degree": 0}, "degree: expected 1 to 16, got 0"),
+        ({"degree": 17}, "degree: expected an integer from 1 to 16, got 17"),
+        ({"degree": 0}, "degree: expected an integer from 1 to 16, got 0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
