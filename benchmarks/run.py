@@ -190,10 +190,10 @@ def main(arguments=None):
     print(f"\n{len(targets) - len(missed)} of {len(targets)} targets reached, {len(cases)} cases, {seconds:.0f} s")
     print(*(f"not reached: {name}" for name in missed), sep="\n")
     if options.json:
-        flush = {"flushed_bytes": clock.flushed_bytes}
+        cleared = {"cleared_bytes": clock.cleared_bytes}
         content = {
             "machine": found,
-            "settings": {**dataclasses.asdict(settings), **flush},
+            "settings": {**dataclasses.asdict(settings), **cleared},
             "cases": results,
             "wrong": wrong,
         }

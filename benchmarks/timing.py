@@ -28,7 +28,7 @@ class Contender:
 class Settings:
     """How long to measure a case: until `seconds` are over, but so many rounds at least and at most."""
 
-    seconds: float = 2.0
+    seconds: float = 1.0
     least_rounds: int = 5
     most_rounds: int = 40
 

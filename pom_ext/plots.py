@@ -1,5 +1,7 @@
 """Pictures of results: a grid of images with a label per row, and a loss curve."""
 
+import numpy as np
+
 from .checkpoint import written_aside
 
 
@@ -44,13 +46,23 @@ def save_grid(images, row_labels, path, title=None):
 
 def save_loss_curve(losses, path, title=None):
     """Write the loss of every step, and its running mean, as a curve."""
+    from matplotlib.ticker import StrMethodFormatter
+
     window = max(1, len(losses) // 50)
-    smooth = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
+    smooth = np.convolve(losses, np.full(window, 1 / window), "valid")
 
     def draw(axes):
         axes.plot(losses, color="tab:blue", alpha=0.25, linewidth=0.6, label="each step")
-        axes.plot(smooth, color="tab:blue", linewidth=1.6, label=f"mean of {window} steps")
+        axes.plot(
+            np.arange(len(smooth)) + (window - 1) / 2,
+            smooth,
+            color="tab:blue",
+            linewidth=1.6,
+            label=f"mean of {window} steps",
+        )
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
         axes.legend()

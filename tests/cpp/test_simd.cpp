@@ -1,6 +1,4 @@
-// The vectors of cpu/simd.h at the instruction set this file is compiled for, and the slopes of math.h.
-
-#include "cpu/simd.h"
+// The vectors of cpu/simd.h, at the instruction set this file is compiled for.
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -12,6 +10,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/simd.h"
 
 using namespace pom;
 using namespace pom::cpu::POM_ISA;
@@ -23,8 +22,25 @@ constexpr float kInf = std::numeric_limits<float>::infinity(), kNan = std::numer
 // All exponents, the interesting range densely, and the special values; in whole vectors.
 const std::vector<float>& sweep() {
   static const std::vector<float> values = [] {
-    std::vector<float> x = {0.f, -0.f, kInf, -kInf, kNan, -kNan, 1e-45f, -1e-45f, 1.17549435e-38f, -1.17549435e-38f,
-                            3.40282347e38f, -3.40282347e38f, 5.656f, 5.657f, -5.657f, 88.f, 88.7228394f, -87.f, -104.f};
+    std::vector<float> x = {0.f,
+                            -0.f,
+                            kInf,
+                            -kInf,
+                            kNan,
+                            -kNan,
+                            1e-45f,
+                            -1e-45f,
+                            1.17549435e-38f,
+                            -1.17549435e-38f,
+                            3.40282347e38f,
+                            -3.40282347e38f,
+                            5.656f,
+                            5.657f,
+                            -5.657f,
+                            88.f,
+                            88.7228394f,
+                            -87.f,
+                            -104.f};
     for (int64_t bits = 0; bits < int64_t(1) << 32; bits += 4093) x.push_back(bits_to_float(uint32_t(bits)));
     for (int i = -500'000; i <= 500'000; ++i) x.push_back(float(i) * 1.2e-5f);
     for (int i = -300'000; i <= 300'000; ++i) x.push_back(float(i) * 3.5e-4f);
@@ -70,7 +86,7 @@ void check_exp() {
     if (std::isnan(x)) return expect(std::isnan(y), "exp(NaN) is %a", y);
     const double exact = std::exp(double(x));
     if (x <= -104) return expect(y == 0 && !std::signbit(y), "exp(%a) is %a, not 0", x, y);
-    if (x > 88.7228394f) return expect(y == kInf, "exp(%a) is %a, not infinity", x, y);
+    if (exact >= 0x1p128) return expect(y == kInf, "exp(%a) is %a, not infinity", x, y);
     expect(std::abs(y - exact) <= 2 * ulp(exact), "exp(%a) is %a, exactly %a, an error of %g ulp", x, y, exact,
            std::abs(y - exact) / ulp(exact));
   });
@@ -138,7 +154,8 @@ struct Format<f16> {
 template <class T>
 std::vector<double> magnitudes() {
   std::vector<double> all;
-  for (int bits = 0; bits < Format<T>::infinity; ++bits) all.push_back(decode(uint16_t(bits), Format<T>::exponent_bits));
+  for (int bits = 0; bits < Format<T>::infinity; ++bits)
+    all.push_back(decode(uint16_t(bits), Format<T>::exponent_bits));
   all.push_back(2 * all.back() - all[all.size() - 2]);
   return all;
 }
@@ -169,8 +186,8 @@ void check_16_bit_type() {
         expect(x.v[i] != x.v[i] && (back[i].bits & 0x7fff) > Format<T>::infinity, "NaN %04x is lost", bits);
         expect(to_float(given[i]) != to_float(given[i]), "to_float loses NaN %04x", bits);
       } else {
-        expect(x.v[i] == wanted && std::signbit(float(x.v[i])) == std::signbit(wanted), "%04x loads as %a, not %a", bits,
-               double(x.v[i]), wanted);
+        expect(x.v[i] == wanted && std::signbit(float(x.v[i])) == std::signbit(wanted), "%04x loads as %a, not %a",
+               bits, double(x.v[i]), wanted);
         expect(to_float(given[i]) == wanted, "to_float(%04x) is %a, not %a", bits, double(to_float(given[i])), wanted);
         expect(back[i].bits == bits, "%04x is stored as %04x", bits, back[i].bits);
       }
@@ -272,7 +289,8 @@ void check_accumulate() {
   for (int i = 0; i < V::lanes; ++i) x.v[i] = 0.5f * (i + 1);
   auto check_sums = [&](const double* p, int64_t n, int64_t size) {
     for (int64_t i = 0; i < size; ++i)
-      expect(p[i] == (i < n ? start + 0.5 * (i + 1) : start), "element %d of %d accumulated is %.17g", int(i), int(n), p[i]);
+      expect(p[i] == (i < n ? start + 0.5 * (i + 1) : start), "element %d of %d accumulated is %.17g", int(i), int(n),
+             p[i]);
   };
   for (int64_t n = 0; n <= V::lanes; ++n) {
     double* end = memory.last<double>(n);
@@ -302,114 +320,9 @@ void check_for_channels() {
   for (int64_t width = 0; width <= 3 * Floats::lanes + 1; ++width) {
     Visited visited{std::vector<int>(width)};
     for_channels<Floats>(width, [&](int64_t channel, auto n) { visited(channel, n); });
-    expect(std::count(visited.times.begin(), visited.times.end(), 1) == width, "not once every channel of %d", int(width));
+    expect(std::count(visited.times.begin(), visited.times.end(), 1) == width, "not once every channel of %d",
+           int(width));
   }
-}
-
-// A sum of what comes out, and central differences of it, in double.
-template <class Form, int factors, int coeffs>
-struct Weighed {
-  Form form;
-  double dphi[factors];
-  double operator()(const double* u, const double* c) const {
-    double phi[factors], sum = 0;
-    form.value(u, c, phi);
-    for (int i = 0; i < factors; ++i) sum += dphi[i] * phi[i];
-    return sum;
-  }
-};
-
-template <class F>
-double difference(double& x, F f) {
-  const double kept = x, step = 1e-5;
-  x = kept + step;
-  const double high = f();
-  x = kept - step;
-  const double low = f();
-  x = kept;
-  return (high - low) / (2 * step);
-}
-
-// The largest error of slopes against the largest slope.
-struct Largest {
-  double error = 0, slope = 0;
-  void add(double got, double wanted) {
-    error = got == got ? std::max(error, std::abs(got - wanted)) : kInf;
-    slope = std::max(slope, std::abs(wanted));
-  }
-  void check(const std::string& name, double tolerance) const {
-    expect(slope > 0 && error <= tolerance * slope, "slopes of %s are wrong by %g, the largest being %g", name.c_str(),
-           error, slope);
-  }
-};
-
-double uniform(double low, double high) {
-  static uint64_t state = 1;
-  state = state * 6364136223846793005u + 1442695040888963407u;
-  return low + (high - low) * double(state >> 11) * std::ldexp(1.0, -53);
-}
-
-// Far enough from the kinks of the power form and the hardsigmoid for a difference.
-double off_kinks(double low, double high) {
-  for (;;) {
-    const double x = uniform(low, high);
-    double distance = kInf;
-    for (double kink : {-10.0, -3.0, 0.0, 3.0, 6.0}) distance = std::min(distance, std::abs(x - kink));
-    if (distance > 1e-3) return x;
-  }
-}
-
-template <class T, class Form, int degree>
-void check_form_slopes(const char* name, double low, double high, double tolerance) {
-  constexpr bool coeffs = Form::has_coeff;
-  constexpr int factors = coeffs ? 1 : degree;
-  const Form form(degree);
-  Largest of_u, of_c;
-  for (int round = 0; round < 300; ++round) {
-    Weighed<Form, factors, degree> weighed{form, {}};
-    double u[factors], c[degree];
-    T u_t[factors], c_t[degree], dphi_t[factors], du[factors], dc[degree];
-    // Numbers that a float holds, so that T has the same.
-    for (int i = 0; i < factors; ++i) u[i] = u_t[i] = T(float(off_kinks(low, high)));
-    for (int i = 0; i < factors; ++i) weighed.dphi[i] = dphi_t[i] = T(float(uniform(-1, 1)));
-    for (int i = 0; i < degree; ++i) c[i] = c_t[i] = T(float(uniform(-1, 1)));
-    form.slope(u_t, c_t, dphi_t, du, dc);
-    for (int i = 0; i < factors; ++i) of_u.add(du[i], difference(u[i], [&] { return weighed(u, c); }));
-    if (coeffs)
-      for (int i = 0; i < degree; ++i) of_c.add(dc[i], difference(c[i], [&] { return weighed(u, c); }));
-  }
-  const std::string what = name + ("<" + std::to_string(degree)) + "> in " + (sizeof(T) == 4 ? "float" : "double");
-  of_u.check(what, tolerance);
-  if (coeffs) of_c.check(what + " by its coefficients", tolerance);
-}
-
-template <class T, int degree>
-void check_forms_of_degree(double tolerance) {
-  check_form_slopes<T, Product<degree>, degree>("Product", -4, 4, tolerance);
-  check_form_slopes<T, Power<degree>, degree>("Power", -13, 9, tolerance);
-}
-
-template <class T>
-void check_slopes(double tolerance) {
-  check_forms_of_degree<T, 1>(tolerance);
-  check_forms_of_degree<T, 2>(tolerance);
-  check_forms_of_degree<T, 3>(tolerance);
-  check_forms_of_degree<T, 4>(tolerance);
-  check_form_slopes<T, Product<0>, 7>("Product<0> of degree ", -2, 2, tolerance);
-  check_form_slopes<T, Power<0>, 7>("Power<0> of degree ", -13, 9, tolerance);
-  Largest sigmoid, hard_sigmoid, gelu;
-  for (int round = 0; round < 2000; ++round) {
-    double x = float(off_kinks(-9, 9));
-    T value, slope;
-    Gelu::value_and_slope(T(x), value, slope);
-    expect(std::abs(value - Gelu::value(x)) <= tolerance, "gelu(%g) is %g", x, double(value));
-    gelu.add(slope, difference(x, [&] { return Gelu::value(x); }));
-    sigmoid.add(Sigmoid::slope(T(x)), difference(x, [&] { return Sigmoid::value(x); }));
-    hard_sigmoid.add(HardSigmoid::slope(T(x)), difference(x, [&] { return HardSigmoid::value(x); }));
-  }
-  gelu.check("Gelu", tolerance);
-  sigmoid.check("Sigmoid", tolerance);
-  hard_sigmoid.check("HardSigmoid", tolerance);
 }
 
 int main() {
@@ -440,9 +353,5 @@ int main() {
   check_accumulate<CoarseFloats>();
   section("for_channels");
   check_for_channels();
-  section("slopes in double");
-  check_slopes<double>(1e-7);
-  section("slopes in float");
-  check_slopes<float>(5e-6);
   return check::finish();
 }

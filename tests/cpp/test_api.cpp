@@ -1,0 +1,210 @@
+// The operations of the torch-free library against naive.h.
+
+#include "inputs.h"
+
+using check::expect;
+using check::section;
+
+// What rounding may cost: once for the result, and in every factor of a polynomial.
+double tolerance(const Case& c, const Buffer& result) {
+  constexpr double kResult[] = {2e-6, 1e-14, 0x1.1p-8, 0x1.1p-11}, kFactor[] = {3e-7, 1e-15, 0x1p-19, 0x1p-19};
+  return kResult[int(result.dtype())] + c.degree * kFactor[int(c.dtype)];
+}
+
+// Results that have the features' channels last, and others.
+void expect_channels(const Case& c, const std::string& name, const Buffer& got, const Array& wanted) {
+  expect_close(name, got, wanted, c.channels(), c.form == Form::product ? c.degree : 1, tolerance(c, got));
+}
+void expect_coeff(const Case& c, const std::string& name, const Buffer& got, const Array& wanted) {
+  expect_close(name, got, wanted, c.degree, c.degree, tolerance(c, got));
+}
+void expect_gates(const Case& c, const std::string& name, const Buffer& got, const Array& wanted) {
+  const int64_t parts = c.heads == 1 && c.form == Form::product ? c.degree : 1;
+  expect_close(name, got, wanted, c.gates(), parts, tolerance(c, got));
+}
+
+void expect_state(const Case& c, const std::string& name, const StateBuffers& got, const naive::State& wanted) {
+  expect_channels(c, name + "total", got.total, wanted.total);
+  expect_close(name + "count", got.count, wanted.count, 1, 1, 1e-14);
+  for (int64_t i = 0; i < got.total.size(); ++i) {
+    const double total = got.total.get(i), residual = got.residual.get(i);
+    Array sum = {total + residual};
+    Buffer(got.total.dtype(), sum);
+    expect(sum[0] == total, "%stotal %.9g with residual %g is not rounded", name.c_str(), total, residual);
+  }
+}
+
+void test_state(const Case& c) {
+  const Inputs in(c);
+  const int64_t rows = c.shape.batch * in.p.groups, channels = c.channels();
+  StateBuffers out(in.acc, rows, channels);
+  run(c.name("state"), StateArgs{in.features, in.groups, out.view()}, out.outputs());
+  expect_state(c, c.name("state"), out, naive::state(in.p));
+
+  Array grad_values = draw(rows * channels, -0.5, 1.5);
+  const Buffer grad_total(in.acc, grad_values);
+  Buffer grad_u(c.dtype, int64_t(in.p.u.size())), grad_coeff(in.acc, int64_t(in.p.coeff.size()));
+  const std::string name = c.name("state_backward");
+  run(name, StateBackwardArgs{in.features, in.groups, grad_total.data(), grad_u.data(), grad_coeff.data()},
+      {&grad_u, &grad_coeff});
+  const naive::FeatureGradients wanted = naive::state_backward(in.p, grad_values);
+  expect_channels(c, name + "grad_u", grad_u, wanted.u);
+  expect_coeff(c, name + "grad_coeff", grad_coeff, wanted.coeff);
+}
+
+void test_readout(const Case& c) {
+  const Inputs in(c);
+  const int64_t rows = c.shape.batch * in.p.groups, channels = c.channels(), size = int64_t(in.p.u.size());
+  const Before state(in.acc, rows, channels, true);
+  Buffer y(c.dtype, size);
+  run(c.name("readout"), ReadoutArgs{in.gates, in.p.groups, in.groups.offsets, state.view(), y.data()}, {&y});
+  expect_channels(c, c.name("readout") + "y", y, naive::readout(in.p, state.values));
+
+  Array grad_values = draw(size, -0.5, 1.5);
+  const Rows grad_y(c.dtype, grad_values, c.shape.batch, c.shape.tokens, channels, c.layout);
+  Buffer grad_gate(c.dtype, int64_t(in.p.gate.size())), grad_total(in.acc, rows * channels);
+  const std::string name = c.name("readout_backward");
+  run(name,
+      ReadoutBackwardArgs{in.gates, in.p.groups, in.groups.offsets, state.view(), grad_y.buffer.data(),
+                          grad_y.batch_stride, grad_y.token_stride, grad_gate.data(), grad_total.data()},
+      {&grad_gate, &grad_total});
+  const naive::ReadoutGradients wanted = naive::readout_backward(in.p, state.values, grad_values);
+  expect_gates(c, name + "grad_gate", grad_gate, wanted.gate);
+  expect_channels(c, name + "grad_total", grad_total, wanted.total);
+}
+
+// The state behind every token is a group of its own.
+void test_causal(const Case& c) {
+  const Inputs in(c);
+  const int64_t batch = c.shape.batch, tokens = c.shape.tokens, channels = c.channels(), size = int64_t(in.p.u.size());
+  Before prior(in.acc, batch, channels, false);
+  if (!c.prior) prior.values = {Array(batch * channels), Array(batch)};
+  naive::State states = naive::state(in.p), last = prior.values;
+  for (int64_t row = 0; row < batch * tokens; ++row) {
+    const int64_t b = row / tokens;
+    states.count[row] += prior.values.count[b];
+    for (int64_t i = 0; i < channels; ++i) states.total[row * channels + i] += prior.values.total[b * channels + i];
+    last.count[b] = states.count[row];
+    std::copy_n(&states.total[row * channels], channels, &last.total[b * channels]);
+  }
+
+  Buffer y(c.dtype, size);
+  StateBuffers out(in.acc, batch, channels);
+  const StateView before = c.prior ? prior.view() : StateView{};
+  run(c.name("causal_mix"), CausalArgs{in.features, in.gates, before, y.data(), out.view()},
+      {&y, &out.total, &out.residual, &out.count});
+  expect_channels(c, c.name("causal_mix") + "y", y, naive::readout(in.p, states));
+  expect_state(c, c.name("causal_mix"), out, last);
+
+  Array dy = draw(size, -0.5, 1.5), dlast = draw(batch * channels, -0.5, 1.5);
+  const Rows grad_y(c.dtype, dy, batch, tokens, channels, c.layout);
+  const Buffer grad_total(in.acc, dlast);
+  Buffer grad_u(c.dtype, size), grad_gate(c.dtype, int64_t(in.p.gate.size()));
+  Buffer grad_coeff(in.acc, int64_t(in.p.coeff.size())), grad_prior(in.acc, batch * channels);
+  const std::string name = c.name("causal_mix_backward");
+  const bool of_last = c.weighted || !tokens;  // else the final state has no gradient
+  run(name,
+      CausalBackwardArgs{in.features, in.gates, before, grad_y.buffer.data(), grad_y.batch_stride, grad_y.token_stride,
+                         of_last ? grad_total.data() : nullptr, grad_u.data(), grad_gate.data(), grad_coeff.data(),
+                         grad_prior.data()},
+      {&grad_u, &grad_gate, &grad_coeff, &grad_prior});
+  naive::ReadoutGradients wanted = naive::readout_backward(in.p, states, dy);
+  Array dprior = of_last ? dlast : Array(batch * channels);
+  for (int64_t i = 0; i < int64_t(wanted.total.size()); ++i) {
+    const int64_t token = i / channels % tokens, at = i / channels / tokens * channels + i % channels;
+    dprior[at] += wanted.total[i];
+    if (of_last && token == tokens - 1) wanted.total[i] += dlast[at];
+  }
+  const naive::FeatureGradients of_features = naive::state_backward(in.p, wanted.total);
+  expect_channels(c, name + "grad_u", grad_u, of_features.u);
+  expect_gates(c, name + "grad_gate", grad_gate, wanted.gate);
+  expect_coeff(c, name + "grad_coeff", grad_coeff, of_features.coeff);
+  expect_channels(c, name + "grad_prior", grad_prior, dprior);
+}
+
+constexpr Shape kShapes[] = {{1, 1, 17},  {3, 1, 30},  {2, 7, 5},   {2, 12, 1}, {5, 2, 3}, {1, 70, 33},
+                             {2, 130, 9}, {1, 9, 530}, {1, 300, 4}, {2, 0, 5},  {0, 4, 5}};
+constexpr int64_t kLargest = 20'000;  // features of a drawn case, times the degree
+
+// Fills in what the grid leaves open.
+Case drawn(Case c) {
+  do c.shape = kShapes[choose(std::size(kShapes))];
+  while (c.shape.batch * c.shape.tokens * c.shape.width * c.degree > kLargest);
+  constexpr int64_t kHeads[] = {1, 1, 3, 5, 10, 17};
+  do c.heads = kHeads[choose(std::size(kHeads))];
+  while (c.channels() % c.heads);
+  if (c.form == Form::power) c.axes = int(choose(3));
+  if (2 * c.axes > c.gates()) c.axes = 0;
+  c.prior = choose(2) == 0;
+  c.layout = Layout(choose(4));
+  return c;
+}
+
+template <class Test>
+void test_grid(Test test, std::initializer_list<Context> contexts) {
+  for (Context context : contexts)
+    for (Form form : {Form::product, Form::power})
+      for (int degree : {1, 2, 3, 5, 16})
+        for (Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16})
+          for (bool weighted : {false, true})
+            if (!weighted || (context != Context::mask && context != Context::even))
+              test(drawn({form, degree, dtype, context, weighted}));
+}
+
+// Chunks longer than 64 tokens, several tiles with and without rotary positions, heads that tiles cut.
+void test_large() {
+  test_state({Form::product, 2, Dtype::f32, Context::offsets, false, false, {1, 4500, 3}});
+  test_state({Form::power, 3, Dtype::f64, Context::whole, true, false, {1, 4500, 3}, 1, 1});
+  test_readout({Form::product, 1, Dtype::f32, Context::offsets, false, false, {1, 4500, 6}, 3});
+  for (Dtype dtype : {Dtype::f32, Dtype::f64}) {
+    for (Context context : {Context::cumulative, Context::mask}) {
+      test_state({Form::product, 3, dtype, context, false, false, {1, 9, 400}});
+      test_state({Form::power, 2, dtype, context, false, false, {1, 9, 1300}, 1, 2});
+    }
+    for (int64_t heads : {1, 13}) {
+      test_causal({Form::product, 16, dtype, Context::causal, true, true, {1, 9, 13 * 6}, heads});
+      test_causal({Form::power, 3, dtype, Context::causal, true, true, {1, 70, 1300}, heads, 2});
+      test_readout({Form::power, 1, dtype, Context::whole, false, false, {1, 70, 1300}, heads, 2});
+    }
+  }
+}
+
+// Sums that a float cannot hold: what it cannot is in the residual, and is not lost on the way from a prior state.
+void test_residual() {
+  Array u_values(16 * 3, 4), coeff_values(3, 1), weights(16, 0x1p20), totals(3, 0x1p26), rests(3, 0x1p-9), counts(1, 5);
+  std::fill(u_values.begin() + 8 * 3, u_values.end(), 0x1p-10);
+  std::fill(weights.begin() + 8, weights.end(), 1);
+  const Buffer u(Dtype::f32, u_values), coeff(Dtype::f32, coeff_values), weight(Dtype::f32, weights);
+  const Buffer prior_total(Dtype::f32, totals), prior_residual(Dtype::f32, rests), prior_count(Dtype::f64, counts);
+  const Features features = {Form::power, 1, Dtype::f32, 1, 16, 3, u.data(), 48, 3, coeff.data(), weight.data(), {}};
+  StateBuffers out(Dtype::f32, 1, 3);
+  auto expect_sum = [&](double total, double residual, double count) {
+    for (int c = 0; c < 3; ++c)
+      expect(out.total.get(c) == total && out.residual.get(c) == residual, "a sum of %a + %a is not %a + %a",
+             out.total.get(c), out.residual.get(c), total, residual);
+    expect(out.count.get(0) == count, "the count is %.17g, not %.17g", out.count.get(0), count);
+  };
+  run("state", StateArgs{features, {}, out.view()}, out.outputs());
+  expect_sum(0x1p25, 0x1p-7, 0x1p23 + 8);
+
+  const Gates gates = {Form::power, Dtype::f32, 1, 16, 3, 1, u.data(), 48, 3, {}};
+  const StateView prior = {prior_total.data(), prior_residual.data(), prior_count.doubles()};
+  Buffer y(Dtype::f32, 16 * 3);
+  run("causal_mix", CausalArgs{features, gates, prior, y.data(), out.view()},
+      {&y, &out.total, &out.residual, &out.count});
+  expect_sum(0x1p26 + 0x1p25, 0x1p-7 + 0x1p-9, 0x1p23 + 13);
+}
+
+int main() {
+  section("state");
+  test_grid(test_state, {Context::whole, Context::offsets, Context::cumulative, Context::mask});
+  section("readout");
+  test_grid(test_readout, {Context::whole, Context::even, Context::offsets});
+  section("causal_mix");
+  test_grid(test_causal, {Context::causal});
+  section("large inputs");
+  test_large();
+  section("residual");
+  test_residual();
+  return check::finish();
+}
