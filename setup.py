@@ -38,7 +38,17 @@ def torch_free_objects(build_folder):
         target = Path(build_folder) / f"{name}.o"
         newest = max(headers, Path(source).stat().st_mtime, Path(__file__).stat().st_mtime)
         if not target.exists() or target.stat().st_mtime < newest:
-            command = [compiler, *COMMON, *define, *flags, *(f"-I{i}" for i in INCLUDE), "-c", source, "-o", str(target)]
+            command = [
+                compiler,
+                *COMMON,
+                *define,
+                *flags,
+                *(f"-I{i}" for i in INCLUDE),
+                "-c",
+                source,
+                "-o",
+                str(target),
+            ]
             print(" ".join(command), flush=True)
             subprocess.run(command, check=True)
         return str(target)

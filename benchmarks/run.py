@@ -111,19 +111,18 @@ def table(name, result):
 
 def selected(patterns, quick):
     """Cases by name or pattern. Quick: those with a target alone, against the baselines of the targets alone."""
-    names = list(CASES)
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in CASES):
             raise SystemExit(f"--case: no case is called {pattern!r}; --list shows all")
-    if patterns:
-        names = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    cases = [CASES[name] for name in names]
+    patterns = patterns or ["*"]
+    cases = [case for name, case in CASES.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
     if not quick:
         return cases
+    cases = [case for case in cases if case.targets]
+    if not cases:
+        raise SystemExit("--quick: none of these cases has a target; run them without --quick")
     return [
-        dataclasses.replace(case, against=tuple(name for name in case.against if name in {t.of for t in case.targets}))
-        for case in cases
-        if case.targets
+        dataclasses.replace(case, against=tuple(t.of for t in case.targets if t.of in case.against)) for case in cases
     ]
 
 
@@ -148,31 +147,8 @@ def report(case, result):
     return {"name": case.name, "dtype": str(case.dtype).removeprefix("torch."), **result}
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split(":")[0])
-    parser.add_argument(
-        "--case", nargs="+", default=[], metavar="NAME", help="cases to run, by name or pattern ('layer*')"
-    )
-    parser.add_argument("--list", action="store_true", help="print the names of all cases")
-    parser.add_argument("--quick", action="store_true", help="only what the targets need, and few rounds")
-    parser.add_argument("--json", metavar="FILE", help="write the results there")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
-    options = parser.parse_args(arguments)
-    cases = selected(options.case, options.quick)
-    if options.list:
-        print("\n".join(case.name for case in cases))
-        return 0
-    if options.json and not Path(options.json).parent.is_dir():
-        parser.error(f"--json: there is no folder {Path(options.json).parent}")
-    if options.threads is not None:
-        if options.threads < 1:
-            parser.error(f"--threads: expected 1 or more, got {options.threads}")
-        torch.set_num_threads(options.threads)
-    _library.load()
-
-    start, clock, settings = time.perf_counter(), HostClock(), QUICK if options.quick else Settings()
-    found = machine()
-    print(machine_line(found), flush=True)
+def measured(cases, clock, settings):
+    """(results, complaints). A case whose check fails is not timed; the others go on."""
     results, wrong = [], []
     for case in cases:
         try:
@@ -183,21 +159,50 @@ def main(arguments=None):
             continue
         results.append(report(case, result))
         print("", *table(case.name, result), sep="\n", flush=True)
+    return results, wrong
 
+
+def target_lines(results):
+    """How many targets were reached, and which were not."""
     targets = [(result["name"], target) for result in results for target in result["targets"]]
-    missed = [f"{name} / {target['of']}" for name, target in targets if not target["reached"]]
-    seconds = time.perf_counter() - start
-    print(f"\n{len(targets) - len(missed)} of {len(targets)} targets reached, {len(cases)} cases, {seconds:.0f} s")
-    print(*(f"not reached: {name}" for name in missed), sep="\n")
+    missed = [f"not reached: {name} / {target['of']}" for name, target in targets if not target["reached"]]
+    return [f"{len(targets) - len(missed)} of {len(targets)} targets reached", *missed]
+
+
+def parsed(arguments):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split(":")[0])
+    parser.add_argument("--case", nargs="+", default=[], metavar="NAME", help="cases by name or pattern ('layer*')")
+    parser.add_argument("--list", action="store_true", help="print the names of all cases")
+    parser.add_argument("--quick", action="store_true", help="only what the targets need, and few rounds")
+    parser.add_argument("--json", metavar="FILE", help="write the results there")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
+    options = parser.parse_args(arguments)
+    if options.json and not Path(options.json).parent.is_dir():
+        parser.error(f"--json: there is no folder {Path(options.json).parent}")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads: expected 1 or more, got {options.threads}")
+    return options
+
+
+def main(arguments=None):
+    """Exit status 0; 1 where a case computed something wrong. A target that is not reached is no error."""
+    options = parsed(arguments)
+    cases = selected(options.case, options.quick)
+    if options.list:
+        print(*(case.name for case in cases), sep="\n")
+        return 0
+    _library.load()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+    start, clock, settings = time.perf_counter(), HostClock(), QUICK if options.quick else Settings()
+    found = machine()
+    print(machine_line(found), flush=True)
+    results, wrong = measured(cases, clock, settings)
+    print("", *target_lines(results), f"{len(cases)} cases, {time.perf_counter() - start:.0f} s", sep="\n")
     if options.json:
-        cleared = {"cleared_bytes": clock.cleared_bytes}
-        content = {
-            "machine": found,
-            "settings": {**dataclasses.asdict(settings), **cleared},
-            "cases": results,
-            "wrong": wrong,
-        }
-        write_json(options.json, content)
+        how = {**dataclasses.asdict(settings), "cleared_bytes": clock.cleared_bytes}
+        write_json(options.json, {"machine": found, "settings": how, "cases": results, "wrong": wrong})
     return 1 if wrong else 0
 
 

@@ -33,12 +33,16 @@ class Settings:
     most_rounds: int = 40
 
 
+def last_level_cache_bytes():
+    """As Linux has it ("32768K"), else 32 MiB."""
+    return 1024 * int(LAST_LEVEL_CACHE.read_text().strip().rstrip("K")) if LAST_LEVEL_CACHE.exists() else 32 * 2**20
+
+
 class HostClock:
     """Wall-clock time of two calls in a row: one after the caches were cleared, one that finds what the first left."""
 
-    def __init__(self):
-        size = LAST_LEVEL_CACHE.read_text().strip() if LAST_LEVEL_CACHE.exists() else "32768K"
-        self.cleared_bytes = 2 * 1024 * int(size.removesuffix("K"))
+    def __init__(self, cache_bytes=None):
+        self.cleared_bytes = 2 * (cache_bytes or last_level_cache_bytes())
         self._other = torch.ones(self.cleared_bytes // 4)
 
     def seconds(self, contender):

@@ -26,6 +26,11 @@ def _load():
 ERROR = _load()
 
 
+def default_device():
+    """The fastest device that is here and that there are kernels for."""
+    return "cuda" if "cuda" in DEVICES and torch.cuda.is_available() else "cpu"
+
+
 def load():
     """Raises ImportError with the remedy where there is no compiled library."""
     if ERROR is not None:

@@ -130,11 +130,14 @@ def sample(
     guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 is none.")] = 3.0,
     solver: Annotated[str, typer.Option(help="euler or heun.")] = "euler",
     seed: Annotated[int, typer.Option(help="Seed of the images.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; without it, cuda where there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, or cuda where the build has kernels for it; without it, the faster one.")
+    ] = None,
 ):
     """Draw images from a checkpoint as a grid, one row per class."""
     import torch
 
+    from . import _library
     from .checkpoint import load_model
     from .diffusion import build_objective, noise_shift
     from .plots import save_grid
@@ -142,10 +145,10 @@ def sample(
 
     if per_label < 1:
         raise ValueError(f"per-label: expected at least 1, got {per_label}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+    device = device or _library.default_device()
+    if device not in _library.DEVICES or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(
-            f"device: expected cpu{' or cuda' if torch.cuda.is_available() else ', as there is no GPU here'}, got {device}"
+            f"device: expected {_library.default_device()}, which this build and machine have, got {device}"
         )
     network, settings = load_model(checkpoint, device=device)
     classes = settings["data"]["classes"]

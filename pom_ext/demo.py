@@ -21,8 +21,9 @@ from .sampling import sample
 from .training import TrainConfig, train
 
 MODEL = {"patch": 4, "dim": 96, "n_layers": 4, "n_heads": 8, "mixer": "power"}
-TRAIN = TrainConfig(lr=8e-3)
-SAMPLING = {"steps": 30, "guidance": 3.0, "solver": "euler"}
+# Shift 2, not 1: after 1,500 steps a classifier read 99 % of the samples instead of 93 % (guidance 2).
+TRAIN = TrainConfig(lr=8e-3, shift=2.0)
+SAMPLING = {"steps": 30, "guidance": 2.5, "solver": "euler"}
 
 
 def build_classifier():

@@ -95,7 +95,9 @@ class PoM(nn.Module):
         if self.rope is None:
             for name, given in (("positions", positions), ("context_positions", context_positions)):
                 if given is not None:
-                    raise ValueError(f"{name}: this layer has no rotary positions; build it with rope='1d', '2d' or '3d'")
+                    raise ValueError(
+                        f"{name}: this layer has no rotary positions; build it with rope='1d', '2d' or '3d'"
+                    )
             return None, None
         axes = AXES[self.rope]
         if context is x and context_positions is None:
@@ -118,8 +120,21 @@ class PoM(nn.Module):
         stride = width // heads // 2 * axes
         return features, rotary_table(tables[1], heads, axes, stride, table_channels=width, dtype=dtype)
 
-    def forward(self, x, context=None, *, weight=None, mask=None, causal=False, frames=None, cu_seqlens=None,
-                positions=None, context_positions=None, state=None, return_state=False):
+    def forward(
+        self,
+        x,
+        context=None,
+        *,
+        weight=None,
+        mask=None,
+        causal=False,
+        frames=None,
+        cu_seqlens=None,
+        positions=None,
+        context_positions=None,
+        state=None,
+        return_state=False,
+    ):
         """Mix. Every context mode of `polynomial_mix` is available here.
 
         Args:

@@ -144,7 +144,9 @@ def polynomial_readout(gate, state, *, form, n_sel_heads=1, frames=None, cu_seql
     elif cu_seqlens is not None:
         offsets = offsets_tensor("cu_seqlens", cu_seqlens, queries, gate)
     elif (queries % groups if groups else queries) != 0:
-        raise ValueError(f"gate: {queries} queries cannot be dealt evenly to {groups} groups; give frames or cu_seqlens")
+        raise ValueError(
+            f"gate: {queries} queries cannot be dealt evenly to {groups} groups; give frames or cu_seqlens"
+        )
     if offsets is not None and offsets.shape[0] != groups + 1:
         raise ValueError(f"state: {groups} groups do not match offsets of {offsets.shape[0] - 1} groups")
     return torch.ops.pom_ext.readout(
@@ -181,9 +183,7 @@ def polynomial_mix(
         _only_one(return_state=True, mask=mask, cu_seqlens=cu_seqlens)
     if causal:
         _only_one(causal=True, mask=mask, frames=frames, cu_seqlens=cu_seqlens)
-        return _causal_mix(
-            u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary, state, return_state
-        )
+        return _causal_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary, state, return_state)
     new = polynomial_state(
         u, coeff, form=form, degree=degree, weight=weight, mask=mask, frames=frames, cu_seqlens=cu_seqlens,
         rotary=rotary, state=state,

@@ -77,7 +77,9 @@ def readout(gate, total, count, *, form, n_sel_heads=1, rotary=None, query_offse
     """
     mean = torch.where(count[..., None] > 0, total / torch.where(count > 0, count, 1)[..., None], 0)
     groups, queries = mean.shape[1], gate.shape[1]
-    lengths = torch.full((groups,), queries // groups) if query_offsets is None else torch.as_tensor(query_offsets).diff()
+    lengths = (
+        torch.full((groups,), queries // groups) if query_offsets is None else torch.as_tensor(query_offsets).diff()
+    )
     g = gate_value(gate, form=form)
     if rotary is not None:
         g = rotate(g, *rotary)

@@ -1,7 +1,5 @@
 """State: everything a polynomial mixer remembers of the tokens it has seen."""
 
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,20 +106,12 @@ class State:
 
     def save(self, path):
         """Writes a safetensors file, whole or not at all."""
-        from safetensors.torch import save
+        from safetensors.torch import save_file
 
-        path = Path(path)
-        content = save({name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()})
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except BaseException:
-            os.unlink(aside)
-            raise
+        from .checkpoint import written_aside
+
+        with written_aside(path) as aside:
+            save_file({name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}, aside)
 
     @classmethod
     def load(cls, path):

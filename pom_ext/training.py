@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
+from . import _library
 from .checkpoint import read_checkpoint, save_checkpoint
 from .diffusion import build_objective, diffusion_loss, drop_labels, seeded_generator
 
@@ -200,7 +201,7 @@ def train(
         raise ValueError(f"expected positive numbers, got steps={steps}, seconds={seconds}, save_every={save_every}")
     if model.config["n_classes"] != len(dataset.classes):
         raise ValueError(f"model: made for {model.config['n_classes']} classes, the data has {len(dataset.classes)}")
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=_library.default_device() == "cpu")
     if seconds is not None and accelerator.num_processes > 1:
         raise ValueError("seconds: processes would stop at different steps; use steps with several processes")
 

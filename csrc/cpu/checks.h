@@ -20,7 +20,7 @@ inline Status check(const Features& f) {
 
 inline Status check(const Groups& groups, const Features& f) {
   if (groups.count < 0 || (groups.count > 1 && !groups.offsets && !groups.mask)) return Status::bad_size;
-  if (groups.mask && (groups.offsets || f.weight)) return Status::bad_size;
+  if (groups.mask && (groups.offsets || groups.cumulative || f.weight)) return Status::bad_size;
   if (groups.count == 0 && f.tokens && !groups.mask) return Status::bad_size;  // tokens of no group
   return Status::ok;
 }
@@ -73,23 +73,25 @@ inline Status check(const ReadoutBackwardArgs& args) {
 }
 
 // Gates and features of a causal mix are of the same tokens.
-inline Status check_causal(const Features& f, const Gates& g) {
+inline Status check_causal(const Features& f, const Gates& g, const StateView& prior) {
   if (const Status s = check(f); s != Status::ok) return s;
   if (const Status s = check(g); s != Status::ok) return s;
   if (f.batch != g.batch || f.tokens != g.tokens || f.channels() != g.channels) return Status::bad_size;
   if (f.rotary.axes != g.rotary.axes || (g.heads == 1 && f.rotary.half != g.rotary.half)) return Status::bad_size;
-  return f.dtype == g.dtype ? Status::ok : Status::bad_dtype;
+  if (f.dtype != g.dtype) return Status::bad_dtype;
+  const int given = !!prior.total + !!prior.residual + !!prior.count;  // all of a state or nothing
+  return given == 0 || given == 3 ? Status::ok : Status::null_pointer;
 }
 
 inline Status check(const CausalArgs& args) {
-  if (const Status s = check_causal(args.features, args.gates); s != Status::ok) return s;
+  if (const Status s = check_causal(args.features, args.gates, args.prior); s != Status::ok) return s;
   const bool batch = args.features.batch > 0, tokens = batch && args.features.tokens > 0;
   if (tokens && !args.y) return Status::null_pointer;
   return batch && !(args.out.total && args.out.residual && args.out.count) ? Status::null_pointer : Status::ok;
 }
 
 inline Status check(const CausalBackwardArgs& args) {
-  if (const Status s = check_causal(args.features, args.gates); s != Status::ok) return s;
+  if (const Status s = check_causal(args.features, args.gates, args.prior); s != Status::ok) return s;
   if (args.features.form == Form::power && !args.grad_coeff) return Status::null_pointer;
   const bool batch = args.features.batch > 0, tokens = batch && args.features.tokens > 0;
   if (tokens && !(args.grad_y && args.grad_u && args.grad_gate)) return Status::null_pointer;

@@ -113,7 +113,7 @@ struct Pieces {
 class Tiles {
  public:
   Tiles(int64_t ranges, int64_t width, const Rotary& rotary) : ranges_(ranges), width_(width), rotary_(rotary) {
-    tile_ = std::max<int64_t>(kMinRange, kTileWidth / (rotary.axes ? 2 : ranges));
+    tile_ = std::max<int64_t>(kMinRange, kTileWidth / (rotary.axes ? 2 : std::max<int64_t>(1, ranges)));
     per_axis_ = rotary.axes ? (rotary.half + tile_ - 1) / tile_ : 0;
     turned_ = 2 * rotary.half * rotary.axes;
     count_ = per_axis_ * rotary.axes + (width - turned_ + tile_ - 1) / tile_;

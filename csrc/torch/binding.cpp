@@ -8,6 +8,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <string>
 #include <tuple>
@@ -58,6 +62,19 @@ void expect_shape(const Tensor& t, std::initializer_list<int64_t> shape, const c
   int64_t i = 0;
   for (int64_t expected : shape) same = same && t.size(i++) == expected;
   STD_TORCH_CHECK(same, name, ": unexpected shape");
+}
+
+// A tensor for a result. Fresh memory of tens of megabytes costs more in page faults than filling it takes: where the
+// system leaves the choice to the program, ask for large pages.
+Tensor new_result(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  Tensor t = torch::stable::new_empty(like, shape, dtype);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kLarge = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), end = begin + t.numel() * t.element_size();
+  const uintptr_t first = (begin + kLarge - 1) / kLarge * kLarge, last = end / kLarge * kLarge;
+  if (t.is_cpu() && last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return t;
 }
 
 // The tensor with channels next to each other, as the kernels read it; a copy only where they are not.
@@ -175,9 +192,9 @@ struct NewState {
   Tensor total, residual, count;
   pom::StateOut out;
   NewState(const Tensor& like, int64_t batch, int64_t groups, int64_t channels)
-      : total(torch::stable::new_empty(like, {batch, groups, channels}, acc_of(like))),
-        residual(torch::stable::new_empty(like, {batch, groups, channels}, acc_of(like))),
-        count(torch::stable::new_empty(like, {batch, groups}, ScalarType::Double)) {
+      : total(new_result(like, {batch, groups, channels}, acc_of(like))),
+        residual(new_result(like, {batch, groups, channels}, acc_of(like))),
+        count(new_result(like, {batch, groups}, ScalarType::Double)) {
     out = {total.mutable_data_ptr(), residual.mutable_data_ptr(), static_cast<double*>(count.mutable_data_ptr())};
   }
 };
@@ -217,7 +234,7 @@ struct GradY {
 };
 
 Tensor new_like(const Tensor& like) {
-  return torch::stable::new_empty(like, {like.size(0), like.size(1), like.size(2)});
+  return new_result(like, {like.size(0), like.size(1), like.size(2)}, like.scalar_type());
 }
 
 Tensor new_coeff_grad(const Features& f) {
@@ -257,7 +274,7 @@ Tensor readout(const Tensor& gate, const Tensor& total, const Tensor& residual, 
   const Gates gates(gate, channels, cos, sin, axes, form, heads);
   const State state(total, residual, count, acc_of(gate), gate.size(0), groups, channels);
   const Plain offsets(offsets_, ScalarType::Long, {groups + 1}, "offsets");
-  Tensor y = torch::stable::new_empty(gate, {gate.size(0), gate.size(1), channels});
+  Tensor y = new_result(gate, {gate.size(0), gate.size(1), channels}, gate.scalar_type());
   call(pom::ReadoutArgs{gates.args, groups, checked_offsets(offsets, gate.size(1)), state.view, y.mutable_data_ptr()},
        gate, pom::cpu::readout);
   return y;
@@ -272,7 +289,7 @@ std::tuple<Tensor, Tensor> readout_backward(const Tensor& grad_y, const Tensor& 
   const State state(total, residual, count, acc_of(gate), gate.size(0), groups, channels);
   const Plain offsets(offsets_, ScalarType::Long, {groups + 1}, "offsets");
   const GradY dy(grad_y, gates);
-  Tensor grad_gate = new_like(gate), grad_total = torch::stable::new_empty(total, {total.size(0), groups, channels});
+  Tensor grad_gate = new_like(gate), grad_total = new_like(total);
   call(pom::ReadoutBackwardArgs{gates.args, groups, checked_offsets(offsets, gate.size(1)), state.view,
                                 dy.tensor.const_data_ptr(), dy.tensor.stride(0), dy.tensor.stride(1),
                                 grad_gate.mutable_data_ptr(), grad_total.mutable_data_ptr()},
@@ -304,7 +321,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_mix(const Tensor& u, const Ten
                                                       std::string form, int64_t degree, int64_t heads) {
   const Causal in(u, gate, coeff, weight, total, residual, count, cos, sin, gate_cos, gate_sin, axes, form, degree, heads);
   NewState out(u, u.size(0), 1, u.size(2));
-  Tensor y = torch::stable::new_empty(gate, {u.size(0), u.size(1), u.size(2)});
+  Tensor y = new_result(gate, {u.size(0), u.size(1), u.size(2)}, gate.scalar_type());
   call(pom::CausalArgs{in.features.args, in.gates.args, in.prior.view, y.mutable_data_ptr(), out.out}, u,
        pom::cpu::causal_mix);
   return {y, out.total, out.residual, out.count};

@@ -2,6 +2,7 @@
 // that the address sanitizer sees any overrun, and an executor that runs tasks in the opposite order.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>

@@ -308,20 +308,54 @@ void check_accumulate() {
   check_sums(end, V::lanes, V::lanes);
 }
 
-struct Visited {
+// Vectors of even and odd channels: every channel where it belongs, nothing beyond them touched.
+void check_even_odd() {
+  constexpr int64_t size = 2 * Floats::lanes;
+  const Guarded memory;
+  bf16* halves = memory.last<bf16>(size);
+  for (int64_t first = 0; first < 1 << 16; first += size) {
+    for (int64_t i = 0; i < size; ++i) halves[i].bits = uint16_t(first + i);
+    const EvenOdd<CoarseFloats> x = load(halves, EvenOddLanes{});
+    for (int64_t i = 0; i < size; ++i) {
+      const float got = i % 2 ? x.odd.v[i / 2] : x.even.v[i / 2];
+      expect(float_to_bits(got) == uint32_t(halves[i].bits) << 16, "%04x loads as %a", halves[i].bits, double(got));
+    }
+  }
+  float* floats = memory.last<float>(size);
+  for (int64_t i = 0; i < size; ++i) floats[i] = 0.5f * float(i + 1);
+  const EvenOdd<CoarseFloats> x = load(floats, EvenOddLanes{});
+  for (int64_t i = 0; i < size; ++i)
+    expect((i % 2 ? x.odd.v[i / 2] : x.even.v[i / 2]) == 0.5 * double(i + 1), "float %d is misplaced", int(i));
+  double* sums = memory.last<double>(size);
+  std::fill_n(sums, size, 1e9);
+  accumulate(sums, x, EvenOddLanes{});
+  for (int64_t i = 0; i < size; ++i)
+    expect(sums[i] == 1e9 + 0.5 * double(i + 1), "element %d accumulated is %.17g", int(i), sums[i]);
+}
+
+// How often every channel was visited.
+struct Visits {
   std::vector<int> times;
+  void operator()(int64_t channel, EvenOddLanes) { (*this)(channel, int64_t(2 * Floats::lanes)); }
   void operator()(int64_t channel, AllLanes) { (*this)(channel, int64_t(Floats::lanes)); }
   void operator()(int64_t channel, int64_t n) {
     for (int64_t i = 0; i < n; ++i) ++times.at(channel + i);
   }
+  void expect_once(const char* loop) const {
+    expect(std::count(times.begin(), times.end(), 1) == int64_t(times.size()), "%s: not once every channel of %d", loop,
+           int(times.size()));
+  }
 };
 
-void check_for_channels() {
-  for (int64_t width = 0; width <= 3 * Floats::lanes + 1; ++width) {
-    Visited visited{std::vector<int>(width)};
-    for_channels<Floats>(width, [&](int64_t channel, auto n) { visited(channel, n); });
-    expect(std::count(visited.times.begin(), visited.times.end(), 1) == width, "not once every channel of %d",
-           int(width));
+void check_channel_loops() {
+  for (int64_t width = 0; width <= 5 * Floats::lanes + 1; ++width) {
+    Visits plain{std::vector<int>(width)}, floats = plain, halves = plain;
+    for_channels<Floats>(width, [&](int64_t channel, auto n) { plain(channel, n); });
+    for_stored_channels<float>(width, [&](int64_t channel, auto n) { floats(channel, n); });
+    for_stored_channels<bf16>(width, [&](int64_t channel, auto n) { halves(channel, n); });
+    plain.expect_once("for_channels");
+    floats.expect_once("for_stored_channels of floats");
+    halves.expect_once("for_stored_channels of bf16");
   }
 }
 
@@ -351,7 +385,9 @@ int main() {
   check_accumulate<Doubles>();
   check_accumulate<Floats>();
   check_accumulate<CoarseFloats>();
-  section("for_channels");
-  check_for_channels();
+  section("even and odd channels");
+  check_even_odd();
+  section("for_channels and for_stored_channels");
+  check_channel_loops();
   return check::finish();
 }
