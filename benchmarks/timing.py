@@ -28,8 +28,8 @@ class Contender:
 class Settings:
     """How long to measure a case: until `seconds` are over, but so many rounds at least and at most."""
 
-    seconds: float = 1.0
-    least_rounds: int = 5
+    seconds: float = 1.5
+    least_rounds: int = 3
     most_rounds: int = 40
 
 
