@@ -186,12 +186,14 @@ def _class_numbers(labels, classes):
 @one_line_errors
 def bench(context: typer.Context):
     """Run the benchmarks of the source tree; arguments go to benchmarks/run.py."""
-    script = Path(__file__).resolve().parents[1] / "benchmarks" / "run.py"
-    if not script.is_file():
+    source = Path(__file__).resolve().parents[1]
+    if not (source / "benchmarks" / "run.py").is_file():
         raise ValueError(
-            f"bench: the benchmarks are part of the source tree, and there is no {script}; run from a clone"
+            f"bench: the benchmarks are part of the source tree, and there is no {source}/benchmarks/run.py; "
+            "run from a clone"
         )
-    raise typer.Exit(subprocess.run([sys.executable, str(script), *context.args], check=False).returncode)
+    command = [sys.executable, "-m", "benchmarks.run", *context.args]
+    raise typer.Exit(subprocess.run(command, cwd=source, check=False).returncode)
 
 
 @app.command()
