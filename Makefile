@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.10' || echo 'torch==2.13.0')
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench format clean
+.PHONY: demo test bench clean
 
 demo: $(VENV)/built
 	$(BIN)/pom-ext demo --out out/demo
@@ -31,9 +31,6 @@ $(VENV)/environment: pyproject.toml
 $(VENV)/built: $(VENV)/environment $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation --editable '.[train,test]'
 	touch $@
-
-format:
-	ruff format . && ruff check --fix .
 
 clean:
 	rm -rf $(VENV) build out *.egg-info pom_ext/*.so

@@ -9,7 +9,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 
 import pom_ext
 from pom_ext import _library
+from pom_ext.checkpoint import written_aside
 
 from .cases import CASES
 from .measure import OURS, CheckFailed
@@ -126,22 +126,6 @@ def selected(patterns, quick):
     ]
 
 
-def write_json(path, content):
-    """The whole file or none of it."""
-    path = Path(path)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        os.unlink(aside)
-        raise
-
-
 def report(case, result):
     """A case in the JSON file: what it is, then what was measured."""
     return {"name": case.name, "dtype": str(case.dtype).removeprefix("torch."), **result}
@@ -202,7 +186,9 @@ def main(arguments=None):
     print("", *target_lines(results), f"{len(cases)} cases, {time.perf_counter() - start:.0f} s", sep="\n")
     if options.json:
         how = {**dataclasses.asdict(settings), "cleared_bytes": clock.cleared_bytes}
-        write_json(options.json, {"machine": found, "settings": how, "cases": results, "wrong": wrong})
+        content = {"machine": found, "settings": how, "cases": results, "wrong": wrong}
+        with written_aside(options.json) as aside:
+            aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 1 if wrong else 0
 
 

@@ -238,8 +238,7 @@ class Block(nn.Module):
     """Local convolution, token mixing and feed-forward, all residual; the last two modulated and gated by `cond`.
 
     The convolution stands in the residual stream before the mixer, outside its gate: it learns from the first step,
-    while the gates are still closed, and what the mixer sums already knows its neighbourhood. (On the MNIST images a
-    convolution inside the gate trains worse; after the mixer, or on normalised tokens, as well.)
+    while the gates are still closed, and what the mixer sums already knows its neighbourhood.
     """
 
     def __init__(self, dim, mixer, ffw_expand=4, local_conv=False):
