@@ -18,6 +18,10 @@ const char* message(Status status) {
       return "rotary positions are defined for the power form only";
     case Status::workspace_too_small:
       return "the workspace is smaller than workspace(args) asks for";
+    case Status::no_device_code:
+      return "the library holds no code for this GPU: build it with TORCH_CUDA_ARCH_LIST set to its compute capability";
+    case Status::device_error:
+      return "CUDA refused the call";
   }
   return "unknown status";
 }

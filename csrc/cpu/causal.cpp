@@ -1,7 +1,6 @@
 // Token-causal mix, forward and backward, linear in tokens: sums of chunks, a scan over the chunks, and a walk through
 // every chunk that carries the running sum. The states of the tokens are never stored.
 
-#include "cpu/checks.h"
 #include "cpu/means.h"
 #include "cpu/tokens.h"
 

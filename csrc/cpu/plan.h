@@ -9,41 +9,18 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "arena.h"
+#include "checks.h"
 #include "cpu/kernels.h"
-#include "pom/math.h"
 
 namespace pom::cpu {
 
 constexpr int64_t kPanel = 8;            // tokens an inner loop takes at once
-constexpr int64_t kMaxHeads = 1024;       // of one gate, so that a token's fit in scratch
 constexpr int64_t kMaxChunks = 64;       // bounds the partial sums: memory is O(state), never O(tokens)
 constexpr int64_t kTileWidth = 512;     // channels of a tile, over all its ranges: a panel of scratch stays in L1
 constexpr int64_t kMinRange = 32;       // channels of one range, at least
 constexpr int64_t kScratch = kPanel * (kTileWidth > kMaxDegree * kMinRange ? kTileWidth : kMaxDegree * kMinRange);
 constexpr int64_t kWantedTasks = 64;     // enough for many cores to share evenly
-
-// Hands out pieces of the caller's workspace; with no workspace it only counts.
-class Arena {
- public:
-  explicit Arena(void* memory = nullptr) : memory_(static_cast<char*>(memory)) {}
-
-  template <class T>
-  T* take(int64_t n) {
-    used_ = (used_ + 63) / 64 * 64;
-    T* p = memory_ ? reinterpret_cast<T*>(memory_ + used_) : nullptr;
-    used_ += n * sizeof(T);
-    return p;
-  }
-  size_t used() const { return used_ + 64; }  // room to align the caller's pointer
-
-  static void* align(void* memory) {
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
-  }
-
- private:
-  char* memory_;
-  size_t used_ = 0;
-};
 
 template <class Body>
 void parallel(const Executor& executor, int64_t n, Body&& body) {
@@ -151,5 +128,13 @@ struct TileGroups {
   int64_t begin(int64_t group) const { return tiles * group / count; }
   int64_t end(int64_t group) const { return tiles * (group + 1) / count; }
 };
+
+// Checks, then body(accumulator{}, aligned workspace).
+template <class Args, class Body>
+Status checked_run(const Args& args, Dtype dtype, void* memory, size_t bytes, Body body) {
+  if (const Status s = check(args); s != Status::ok) return s;
+  if (!memory || bytes < workspace(args)) return Status::workspace_too_small;
+  return dtype == Dtype::f64 ? body(double{}, Arena::align(memory)) : body(float{}, Arena::align(memory));
+}
 
 }  // namespace pom::cpu

@@ -1,6 +1,5 @@
 // Readout forward and backward: every query token gates the mean features of its group.
 
-#include "cpu/checks.h"
 #include "cpu/means.h"
 #include "cpu/tokens.h"
 

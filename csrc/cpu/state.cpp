@@ -1,6 +1,5 @@
 // State forward and backward: φ summed over the tokens of each group, and the way back.
 
-#include "cpu/checks.h"
 #include "cpu/means.h"
 #include "cpu/tokens.h"
 

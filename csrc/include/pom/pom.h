@@ -15,7 +15,17 @@ namespace pom {
 
 enum class Form : int { product, power };
 
-enum class Status : int { ok, bad_degree, bad_size, bad_dtype, null_pointer, rotary_needs_power, workspace_too_small };
+enum class Status : int {
+  ok,
+  bad_degree,
+  bad_size,
+  bad_dtype,
+  null_pointer,
+  rotary_needs_power,
+  workspace_too_small,
+  no_device_code,  // this GPU is none of those that the library was built for
+  device_error     // see cuda::error()
+};
 const char* message(Status status);
 
 // Runs body(argument, i) for i = 0 … n-1 in any order on any threads. A null function runs them here.
@@ -45,7 +55,7 @@ struct Features {
   const void* weight = nullptr;  // acc (batch, tokens), or null for ones
   Rotary rotary;
 
-  int64_t channels() const { return form == Form::product ? degree * width : width; }
+  POM_HD int64_t channels() const { return form == Form::product ? degree * width : width; }
 };
 
 // Which tokens a group sums. One of: nothing (all tokens, one group); offsets; a dense mask.
@@ -91,7 +101,7 @@ struct Gates {
   int64_t gate_batch_stride = 0, gate_token_stride = 0;
   Rotary rotary;  // over the gates
 
-  int64_t width() const { return heads > 1 ? heads : channels; }
+  POM_HD int64_t width() const { return heads > 1 ? heads : channels; }
 };
 
 struct ReadoutArgs {
@@ -135,6 +145,24 @@ struct CausalBackwardArgs {
   void* grad_prior = nullptr;  // acc (batch, 1, C)
 };
 
+// Whole-context mix: every query reads the sum of all context tokens and of `prior`, if there is one (batch, 1, C).
+struct MixArgs {
+  Features features;
+  Gates gates;      // of as many queries as there are
+  StateView prior;  // null pointers for none
+  void* y = nullptr;
+  StateOut out;  // the state that the queries read (batch, 1, C)
+};
+
+// The same in place, for a stream: adds the tokens of one frame to a running state, which the frame's queries read.
+struct UpdateArgs {
+  Features features;
+  Gates gates;
+  StateOut state;              // (batch, 1, C), read, and written last
+  uint32_t* ticket = nullptr;  // (batch), on a GPU: zero before the first update of a state, and left zero
+  void* y = nullptr;
+};
+
 namespace cpu {
 
 size_t workspace(const StateArgs& args);
@@ -143,6 +171,8 @@ size_t workspace(const ReadoutArgs& args);
 size_t workspace(const ReadoutBackwardArgs& args);
 size_t workspace(const CausalArgs& args);
 size_t workspace(const CausalBackwardArgs& args);
+size_t workspace(const MixArgs& args);
+size_t workspace(const UpdateArgs& args);
 
 Status state(const StateArgs& args, void* workspace, size_t bytes, const Executor& executor = {});
 Status state_backward(const StateBackwardArgs& args, void* workspace, size_t bytes, const Executor& executor = {});
@@ -151,6 +181,35 @@ Status readout_backward(const ReadoutBackwardArgs& args, void* workspace, size_t
 Status causal_mix(const CausalArgs& args, void* workspace, size_t bytes, const Executor& executor = {});
 Status causal_mix_backward(const CausalBackwardArgs& args, void* workspace, size_t bytes,
                            const Executor& executor = {});
+Status mix(const MixArgs& args, void* workspace, size_t bytes, const Executor& executor = {});
+Status update(const UpdateArgs& args, void* workspace, size_t bytes, const Executor& executor = {});
 
 }  // namespace cpu
+
+// The same on the current CUDA device. All pointers, the offsets and the workspace too, are to its memory; `stream` is a
+// cudaStream_t. Calls return when their kernels are queued, never wait, and can be captured in a CUDA graph.
+namespace cuda {
+
+size_t workspace(const StateArgs& args);
+size_t workspace(const StateBackwardArgs& args);
+size_t workspace(const ReadoutArgs& args);
+size_t workspace(const ReadoutBackwardArgs& args);
+size_t workspace(const CausalArgs& args);
+size_t workspace(const CausalBackwardArgs& args);
+size_t workspace(const MixArgs& args);
+size_t workspace(const UpdateArgs& args);
+
+Status state(const StateArgs& args, void* workspace, size_t bytes, void* stream);
+Status state_backward(const StateBackwardArgs& args, void* workspace, size_t bytes, void* stream);
+Status readout(const ReadoutArgs& args, void* workspace, size_t bytes, void* stream);
+Status readout_backward(const ReadoutBackwardArgs& args, void* workspace, size_t bytes, void* stream);
+Status causal_mix(const CausalArgs& args, void* workspace, size_t bytes, void* stream);
+Status causal_mix_backward(const CausalBackwardArgs& args, void* workspace, size_t bytes, void* stream);
+Status mix(const MixArgs& args, void* workspace, size_t bytes, void* stream);
+Status update(const UpdateArgs& args, void* workspace, size_t bytes, void* stream);
+
+// What CUDA said of the last call on this thread that returned no_device_code or device_error.
+const char* error();
+
+}  // namespace cuda
 }  // namespace pom

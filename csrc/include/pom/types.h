@@ -6,8 +6,10 @@
 
 #ifdef __CUDACC__
 #define POM_HD __host__ __device__ __forceinline__
+#define POM_UNROLL _Pragma("unroll")
 #else
 #define POM_HD inline __attribute__((always_inline))
+#define POM_UNROLL
 #endif
 
 namespace pom {
@@ -37,12 +39,22 @@ POM_HD float to_float(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
 
 // Rounds to nearest, ties to even; a NaN stays a NaN.
 POM_HD bf16 to_bf16(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  bf16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+#endif
   const uint32_t bits = float_to_bits(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {uint16_t((bits >> 16) | 0x40)};
   return {uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
 }
 
 POM_HD float to_float(f16 x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#endif
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
   // Scaling by 2^112 moves the exponent to float's bias and makes half's subnormals exact.
@@ -51,6 +63,11 @@ POM_HD float to_float(f16 x) {
 
 // Rounds to nearest, ties to even, through subnormals to infinity; a NaN stays a NaN.
 POM_HD f16 to_f16(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  f16 y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+#endif
   const uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};

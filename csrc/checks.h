@@ -1,9 +1,12 @@
-// What every operation checks before it touches an output.
+// What every operation checks before it touches an output, on any device.
 #pragma once
 
-#include "cpu/plan.h"
+#include "pom/math.h"
+#include "pom/pom.h"
 
-namespace pom::cpu {
+namespace pom {
+
+constexpr int64_t kMaxHeads = 1024;  // of one gate
 
 inline Status check(const Features& f) {
   if (f.degree < 1 || f.degree > kMaxDegree) return Status::bad_degree;
@@ -98,12 +101,29 @@ inline Status check(const CausalBackwardArgs& args) {
   return batch && !args.grad_prior ? Status::null_pointer : Status::ok;
 }
 
-// Checks, then body(accumulator{}, aligned workspace).
-template <class Args, class Body>
-Status checked_run(const Args& args, Dtype dtype, void* memory, size_t bytes, Body body) {
-  if (const Status s = check(args); s != Status::ok) return s;
-  if (!memory || bytes < workspace(args)) return Status::workspace_too_small;
-  return dtype == Dtype::f64 ? body(double{}, Arena::align(memory)) : body(float{}, Arena::align(memory));
+// The context and the queries of a whole-context mix.
+inline Status check_mix(const Features& f, const Gates& g) {
+  if (const Status s = check(f); s != Status::ok) return s;
+  if (const Status s = check(g); s != Status::ok) return s;
+  if (f.batch != g.batch || f.channels() != g.channels || f.form != g.form) return Status::bad_size;
+  return f.dtype == g.dtype ? Status::ok : Status::bad_dtype;
 }
 
-}  // namespace pom::cpu
+inline Status check(const MixArgs& args) {
+  if (const Status s = check_mix(args.features, args.gates); s != Status::ok) return s;
+  const int given = !!args.prior.total + !!args.prior.residual + !!args.prior.count;
+  if (given != 0 && given != 3) return Status::null_pointer;
+  if (args.features.batch * args.gates.tokens > 0 && !args.y) return Status::null_pointer;
+  return args.features.batch > 0 && !(args.out.total && args.out.residual && args.out.count) ? Status::null_pointer
+                                                                                             : Status::ok;
+}
+
+inline Status check(const UpdateArgs& args) {
+  if (const Status s = check_mix(args.features, args.gates); s != Status::ok) return s;
+  if (args.features.batch * args.gates.tokens > 0 && !args.y) return Status::null_pointer;
+  return args.features.batch > 0 && !(args.state.total && args.state.residual && args.state.count)
+             ? Status::null_pointer
+             : Status::ok;
+}
+
+}  // namespace pom

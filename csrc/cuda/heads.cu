@@ -1,0 +1,48 @@
+// Gradients of gates that serve whole heads, from sums over parts of their channels.
+
+#include "cuda/gated.cuh"
+
+namespace pom::cuda {
+namespace {
+
+template <class Gate, class T>
+__global__ void __launch_bounds__(kThreads)
+    head_slopes(Gates g, HeadParts plan, const typename accumulator<T>::type* parts, T* dgate) {
+  using Acc = typename accumulator<T>::type;
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= g.batch * g.tokens * g.heads) return;
+  const int64_t head = index % g.heads, row = index / g.heads, b = row / g.tokens, token = row % g.tokens;
+  const int64_t per_head = plan.per_head / plan.span;
+  auto dvalue = [&](int64_t h) {
+    double sum = 0;
+    for (int64_t i = 0; i < per_head; ++i) sum += double(parts[row * plan.count + h * per_head + i]);
+    return Acc(sum);
+  };
+  Acc d = head < 2 * g.rotary.half * g.rotary.axes ? turned_head<Acc>(g.rotary, token, head, true, dvalue) : dvalue(head);
+  Packed<T, 1> packed;
+  Acc x;
+  packed.load(static_cast<const T*>(g.gate) + b * g.gate_batch_stride + token * g.gate_token_stride + head);
+  packed.unpack(&x);
+  d *= Gate::slope(x);
+  packed.pack(&d);
+  packed.store(dgate + index);
+}
+
+}  // namespace
+
+template <class Acc>
+Status finish_heads(const Gates& g, const HeadParts& plan, const Acc* parts, void* dgate, void* stream) {
+  const int64_t blocks = ceil_div(g.batch * g.tokens * g.heads, kThreads);
+  return with_dtype(g.dtype, [&](auto type) {
+    using T = decltype(type);
+    if constexpr (std::is_same_v<typename accumulator<T>::type, Acc>)
+      return launch(g.form == Form::product ? head_slopes<Sigmoid, T> : head_slopes<HardSigmoid, T>, blocks, kThreads, 0,
+                    stream, g, plan, parts, static_cast<T*>(dgate));
+    return Status::bad_dtype;
+  });
+}
+
+template Status finish_heads(const Gates&, const HeadParts&, const float*, void*, void*);
+template Status finish_heads(const Gates&, const HeadParts&, const double*, void*, void*);
+
+}  // namespace pom::cuda

@@ -1,0 +1,19 @@
+// What CUDA says when it refuses a call.
+
+#include "cuda/launch.h"
+
+namespace pom::cuda {
+namespace {
+thread_local const char* words = "no error";
+}
+
+Status checked(cudaError_t code) {
+  if (code == cudaSuccess) return Status::ok;
+  words = cudaGetErrorString(code);
+  return code == cudaErrorNoKernelImageForDevice || code == cudaErrorInvalidDeviceFunction ? Status::no_device_code
+                                                                                           : Status::device_error;
+}
+
+const char* error() { return words; }
+
+}  // namespace pom::cuda

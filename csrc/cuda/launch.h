@@ -1,0 +1,39 @@
+// How kernels are started: by nvcc on a GPU; by a test's stand-in for CUDA where the same sources are compiled as C++.
+#pragma once
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+// Dynamic shared memory of a block, aligned to 16 bytes.
+#define POM_SHARED(name) extern __shared__ __align__(16) char name[]
+#else
+#include "cuda_on_cpu.h"
+#endif
+
+#include <cstdint>
+
+#include "pom/pom.h"
+
+namespace pom::cuda {
+
+constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;  // of a grid's first dimension
+
+// Keeps CUDA's own words for `error()`.
+Status checked(cudaError_t code);
+
+// Queues a kernel on a one-dimensional grid. No blocks, no launch.
+template <class... Parameters, class... Arguments>
+Status launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
+              Arguments... arguments) {
+  if (blocks == 0) return Status::ok;
+  if (blocks > kMaxBlocks) return Status::bad_size;
+#ifdef __CUDACC__
+  kernel<<<unsigned(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  return checked(cudaGetLastError());
+#else
+  (void)stream;
+  cuda_on_cpu::launch(unsigned(blocks), threads, shared_bytes, [=] { kernel(arguments...); });
+  return Status::ok;
+#endif
+}
+
+}  // namespace pom::cuda

@@ -1,0 +1,232 @@
+// Whole-context mix, and the update of a running state: for short contexts in one launch, a block per slab of channels
+// that sums its slab over all tokens and then gates it. Longer contexts go through the state and the readout.
+
+#include "cuda/gated.cuh"
+#include "cuda/rows.cuh"
+#include "cuda/sums.cuh"
+
+namespace pom::cuda {
+namespace {
+
+constexpr int kMixLanes = 4;      // slabs are narrow, so that one image has enough of them
+constexpr int64_t kShort = 1024;                 // tokens that a block can take alone
+
+struct Mix {
+  Features features;
+  Gates gates;
+  Slabs slabs;
+  StateView prior;
+  StateOut out;  // may be the prior
+  uint32_t* ticket = nullptr;
+  void* y = nullptr;
+};
+
+// Threads that hold many numbers each are fewer, for their registers and the shared memory of their sums.
+template <class I>
+constexpr int kMixThreads = FeatureTokens<I>::kNumbers * sizeof(typename I::Acc) > 64 ? 256 : 512;
+
+template <class I>
+__global__ void __launch_bounds__(kMixThreads<I>, 1) mix_slab(Mix args) {
+  using Acc = typename I::Acc;
+  using Tokens = FeatureTokens<I>;
+  constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers, kUnroll = kNumbers > 16 ? 1 : 2;
+  using Gates = GateTokens<typename GateOf<typename I::Form>::type, typename I::T, I::Vec, kRanges>;
+  POM_SHARED(memory);
+  const int lanes = args.slabs.lanes, thread = int(threadIdx.x), threads = int(blockDim.x);
+  const int rows = threads / lanes, row = thread / lanes, lane = thread % lanes;
+  double* const new_count = reinterpret_cast<double*>(memory);
+  Acc* const means = reinterpret_cast<Acc*>(memory + 16);  // (numbers, lanes)
+  Acc* const totals = means + kNumbers * lanes;
+  Acc* const residuals = totals + kNumbers * lanes;
+  Acc* const scratch = residuals + kNumbers * lanes;
+
+  const BlockIndex block(args.slabs.count);
+  const int64_t b = block.row;
+  const Place place = args.slabs.place(block.slab, lane);
+  const Features& f = args.features;
+  const Tokens tokens(f, b, place);
+  Acc sum[kNumbers] = {};
+  for (int64_t first = row; first < f.tokens; first += kUnroll * rows) {
+    typename Tokens::Raw raw[kUnroll];
+    POM_UNROLL
+    for (int j = 0; j < kUnroll; ++j)
+      if (first + j * rows < f.tokens) tokens.u.load(first + j * rows, raw[j]);
+    POM_UNROLL
+    for (int j = 0; j < kUnroll; ++j) {
+      if (first + j * rows >= f.tokens) break;
+      Acc phi[kNumbers];
+      tokens.value(first + j * rows, raw[j], phi);
+      const Acc w = tokens.weight(first + j * rows);
+      POM_UNROLL
+      for (int i = 0; i < kNumbers; ++i) sum[i] += w * phi[i];
+    }
+  }
+  double count[1] = {thread == 0 && !f.weight ? double(f.tokens) : 0};
+  if (f.weight) {
+    for (int64_t token = thread; token < f.tokens; token += threads) count[0] += double(tokens.weights[token]);
+    sum_rows(count, 1, reinterpret_cast<double*>(scratch));
+    __syncthreads();
+  }
+  if (thread == 0) *new_count = count[0] + (args.prior.count ? args.prior.count[b] : 0.0);
+  sum_rows(sum, lanes, scratch);
+  __syncthreads();
+  if (row == 0) {
+    const double scale = inverse(*new_count);
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; ++i) {
+      if (i / I::Vec >= place.ranges) break;
+      Acc total, residual;
+      double all = double(sum[i]);
+      const int64_t at = b * f.channels() + place.channel + i / I::Vec * place.stride + i % I::Vec;
+      const double rest = add_prior<Acc>(args.prior, at, all);
+      split(all, rest, total, residual);
+      totals[i * lanes + lane] = total;
+      residuals[i * lanes + lane] = residual;
+      means[i * lanes + lane] = scale != 0 ? Acc(double(total) * scale) : Acc(0);
+    }
+  }
+  __syncthreads();
+
+  const Gates gates(args.gates, b, place);
+  const typename Gates::Rows y(args.y, b * args.gates.tokens * f.channels(), f.channels(), place);
+  Acc mean[kNumbers];
+  POM_UNROLL
+  for (int i = 0; i < kNumbers; ++i) mean[i] = i / I::Vec < place.ranges ? means[i * lanes + lane] : Acc(0);
+  for (int64_t first = row; first < args.gates.tokens; first += kUnroll * rows) {
+    typename Gates::Raw raw[kUnroll];
+    POM_UNROLL
+    for (int j = 0; j < kUnroll; ++j)
+      if (first + j * rows < args.gates.tokens) gates.load(first + j * rows, raw[j]);
+    POM_UNROLL
+    for (int j = 0; j < kUnroll; ++j) {
+      if (first + j * rows >= args.gates.tokens) break;
+      Acc value[kNumbers];
+      gates.value(first + j * rows, raw[j], value);
+      POM_UNROLL
+      for (int i = 0; i < kNumbers; ++i) value[i] *= mean[i];
+      y.store(first + j * rows, value);
+    }
+  }
+
+  // The state last of all, each block its own channels. The count belongs to all of them: the block that comes last,
+  // when every other has read it, writes it.
+  if (row == 0) {
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; ++i) {
+      if (i / I::Vec >= place.ranges) break;
+      const int64_t at = b * f.channels() + place.channel + i / I::Vec * place.stride + i % I::Vec;
+      static_cast<Acc*>(args.out.total)[at] = totals[i * lanes + lane];
+      static_cast<Acc*>(args.out.residual)[at] = residuals[i * lanes + lane];
+    }
+  }
+  if (thread != 0) return;
+  if (!args.ticket) {
+    if (block.slab == 0) args.out.count[b] = *new_count;
+    return;
+  }
+  __threadfence();
+  if (atomicAdd(args.ticket + b, 1u) + 1 == unsigned(args.slabs.count)) {
+    args.out.count[b] = *new_count;
+    args.ticket[b] = 0;
+  }
+}
+
+template <class Acc>
+__global__ void __launch_bounds__(kThreads) copy_state(StateView from, StateOut to, int64_t channels, int64_t batch) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < batch) to.count[i] = from.count[i];
+  if (i >= batch * channels) return;
+  static_cast<Acc*>(to.total)[i] = static_cast<const Acc*>(from.total)[i];
+  static_cast<Acc*>(to.residual)[i] = static_cast<const Acc*>(from.residual)[i];
+}
+
+// In one launch where the context is short, and features and gates do not turn in different pairs.
+bool in_one_launch(const Features& f, const Gates& g) {
+  const bool together = !f.rotary.axes || !turns_channels(g) ||
+                        (f.rotary.axes == g.rotary.axes && f.rotary.half == g.rotary.half);
+  return f.tokens <= kShort && g.tokens <= kShort && together;
+}
+
+StateView view(const StateOut& state) { return {state.total, state.residual, state.count}; }
+
+template <class Acc>
+Status run_in_one_launch(const Mix& given, void* stream) {
+  const Features& f = given.features;
+  const bool turned = f.rotary.axes || turns_channels(given.gates);
+  const bool aligned = is_aligned(f) && is_aligned(given.gates, {}).pointers({given.y});
+  Mix args = given;
+  args.slabs = slabs_of(f, f.rotary.axes ? f.rotary : turned ? given.gates.rotary : Rotary{}, aligned, kMixLanes);
+  return with_instance(f, turned, aligned, [&](auto instance) {
+    using I = decltype(instance);
+    if constexpr (std::is_same_v<typename I::Acc, Acc>) {
+      constexpr int kNumbers = FeatureTokens<I>::kNumbers;
+      const size_t scratch = most(kNumbers * sizeof(Acc), sizeof(double)) * kMixThreads<I> / 2;
+      return launch(mix_slab<I>, int64_t(args.slabs.count) * f.batch, kMixThreads<I>,
+                    16 + 3 * kNumbers * kMixLanes * sizeof(Acc) + scratch, stream, args);
+    }
+    return Status::bad_dtype;
+  });
+}
+
+// What a long context needs; the state is kept aside until y is written.
+template <class Acc>
+struct LongPlan {
+  Arena arena;
+  Pieces pieces;
+  PieceSums<Acc> sums;
+  StateOut state;
+  void* readout_memory = nullptr;
+  size_t readout_bytes = 0;
+
+  LongPlan(const Features& f, const Gates& g, void* workspace)
+      : arena(workspace),
+        pieces(f.tokens, chunk_shift(f.tokens), 1, nullptr),
+        sums(f, pieces, nullptr, false, arena),
+        state{arena.take<Acc>(f.batch * f.channels()), arena.take<Acc>(f.batch * f.channels()), arena.take<double>(f.batch)},
+        readout_bytes(cuda::workspace(ReadoutArgs{g, 1, nullptr, view(state)})) {
+    readout_memory = arena.take<char>(readout_bytes);
+  }
+};
+
+template <class Acc>
+Status run(const Mix& args, void* workspace, void* stream) {
+  const Features& f = args.features;
+  if (f.batch == 0) return Status::ok;
+  if (in_one_launch(f, args.gates)) return run_in_one_launch<Acc>(args, stream);
+  const LongPlan<Acc> plan(f, args.gates, workspace);
+  if (const Status s = plan.sums.launch(stream); s != Status::ok) return s;
+  Join<Acc> joined = {plan.pieces, f.batch, f.channels(), plan.sums.rows, plan.sums.weight_rows, args.prior};
+  joined.out = plan.state;
+  if (const Status s = join(joined, stream); s != Status::ok) return s;
+  const ReadoutArgs readout_args = {args.gates, 1, nullptr, view(plan.state), args.y};
+  if (const Status s = readout(readout_args, plan.readout_memory, plan.readout_bytes, stream); s != Status::ok) return s;
+  return launch(copy_state<Acc>, ceil_div(f.batch * f.channels(), kThreads), kThreads, 0, stream, view(plan.state),
+                args.out, f.channels(), f.batch);
+}
+
+size_t workspace_of(const Features& f, const Gates& g) {
+  if (in_one_launch(f, g)) return Arena().used();
+  return f.dtype == Dtype::f64 ? LongPlan<double>(f, g, nullptr).arena.used() : LongPlan<float>(f, g, nullptr).arena.used();
+}
+
+}  // namespace
+
+size_t workspace(const MixArgs& args) { return workspace_of(args.features, args.gates); }
+size_t workspace(const UpdateArgs& args) { return workspace_of(args.features, args.gates); }
+
+Status mix(const MixArgs& args, void* workspace, size_t bytes, void* stream) {
+  return checked_run(args, args.features.dtype, workspace, bytes, [&](auto acc, void* memory) {
+    const Mix kernel = {args.features, args.gates, {}, args.prior, args.out, nullptr, args.y};
+    return run<decltype(acc)>(kernel, memory, stream);
+  });
+}
+
+Status update(const UpdateArgs& args, void* workspace, size_t bytes, void* stream) {
+  if (args.features.batch > 0 && !args.ticket) return Status::null_pointer;
+  return checked_run(args, args.features.dtype, workspace, bytes, [&](auto acc, void* memory) {
+    const Mix kernel = {args.features, args.gates, {}, view(args.state), args.state, args.ticket, args.y};
+    return run<decltype(acc)>(kernel, memory, stream);
+  });
+}
+
+}  // namespace pom::cuda

@@ -1,0 +1,204 @@
+// How an operation is cut into blocks. The cut depends on the shapes of one sample alone, so that results are the same
+// bits from run to run and whatever else is in the batch.
+#pragma once
+
+#include "arena.h"
+#include "checks.h"
+#include "pom/math.h"
+
+namespace pom::cuda {
+
+constexpr int kLanes = 32;      // threads side by side in a row of a block: a warp reads 512 neighbouring bytes
+constexpr int kThreads = 256;   // of most blocks: 8 rows
+constexpr int kWarp = 32;
+
+POM_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+POM_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+POM_HD int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Groups of consecutive tokens cut at the borders of chunks of `length` tokens: pieces, each with a partial sum of its
+// own. Piece `slot` is the slot-th step of a walk that passes one border, of a chunk or of a group, at a time; pieces
+// between borders that coincide are empty. The slots of a group are consecutive, and all of them are filled.
+struct Piece {
+  int64_t group, begin, end;
+};
+struct Pieces {
+  int64_t tokens = 0, chunks = 1, groups = 1;
+  int shift = 0;                     // a chunk has 2^shift tokens
+  int64_t group_length = 0;          // without offsets
+  const int64_t* offsets = nullptr;  // (groups + 1), or null: groups of equal length
+  bool every = false;                // every group holds all tokens: pieces are group * chunks + chunk
+
+  Pieces() = default;
+  Pieces(int64_t tokens, int shift, int64_t groups, const int64_t* offsets, bool every = false)
+      : tokens(tokens),
+        chunks(most(1, ceil_div(tokens, int64_t(1) << shift))),
+        groups(groups),
+        shift(shift),
+        group_length(tokens / most(1, groups)),
+        offsets(offsets),
+        every(every) {}
+
+  POM_HD int64_t slots() const { return every ? chunks * groups : groups ? chunks + groups - 1 : 0; }
+
+  // Offsets come from the caller's device memory and were never seen by the host: no token outside may be touched.
+  POM_HD int64_t border(int64_t group) const {
+    if (offsets) return most(0, least(tokens, offsets[group]));
+    return group < groups ? group * group_length : tokens;
+  }
+  POM_HD int64_t passed(int64_t token) const { return token > 0 ? (token - 1) >> shift : 0; }  // chunks that end before
+  POM_HD int64_t first_slot(int64_t group) const {
+    return every ? group * chunks : least(group + passed(border(group)), chunks + group - 1);
+  }
+  POM_HD int64_t last_slot(int64_t group) const {
+    return every ? group * chunks + chunks - 1 : least(group + passed(border(group + 1)), chunks + group - 1);
+  }
+
+  POM_HD Piece at(int64_t slot) const {
+    if (groups == 1 || every) {
+      const int64_t group = groups == 1 ? 0 : slot / chunks, chunk = slot - group * chunks;
+      return {group, chunk << shift, least(tokens, (chunk + 1) << shift)};
+    }
+    int64_t low = most(0, slot - (chunks - 1)), high = least(slot, groups - 1);
+    while (low < high) {  // the first group whose slots do not end before this one
+      const int64_t middle = (low + high) / 2;
+      if (last_slot(middle) < slot)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    const int64_t chunk = slot - low;
+    return {low, most(chunk << shift, border(low)), least(least(tokens, (chunk + 1) << shift), border(low + 1))};
+  }
+};
+
+// The length of a chunk, as a power of two: from 64 tokens for many blocks to 512, where partial sums cost nothing beside
+// the tokens and a thread still adds few numbers in single precision.
+inline int chunk_shift(int64_t tokens) {
+  int shift = 6;
+  while (shift < 9 && tokens > int64_t(256) << shift) ++shift;
+  return shift;
+}
+
+// Where the channels of one thread lie: `ranges` runs of Vec, `stride` apart.
+struct Place {
+  int64_t channel = 0, stride = 0;
+  int ranges = 0;     // none where the thread is outside
+  int64_t pair = -1;  // column of the angle tables, or -1 where nothing turns
+};
+
+// Channels dealt to rows of threads, slab by slab. The factors of the product form lie in ranges `width` apart; with
+// rotary positions a thread holds the two ranges that turn into each other.
+struct Slabs {
+  int64_t width = 0;  // of one range
+  int ranges = 1, vec = 1, lanes = kLanes;
+  int64_t half = 0;    // pairs of one axis
+  int axis_slabs = 0;  // of one axis
+  int turned_slabs = 0, count = 0;
+
+  Slabs() = default;
+  Slabs(int64_t width, int ranges, const Rotary& rotary, int vec, int lanes)
+      : width(width), ranges(ranges), vec(vec), lanes(lanes), half(rotary.half) {
+    if (rotary.axes) axis_slabs = int(ceil_div(half, lanes * vec));
+    turned_slabs = axis_slabs * rotary.axes;
+    count = turned_slabs + int(ceil_div(width - 2 * half * rotary.axes, lanes * vec));
+  }
+
+  POM_HD Place place(unsigned slab, int lane) const {
+    Place place;
+    if (int(slab) < turned_slabs) {
+      const int axis = int(slab) / axis_slabs;
+      const int64_t low = (int64_t(slab) - axis * axis_slabs) * lanes * vec + int64_t(lane) * vec;
+      place = {2 * half * axis + low, half, low < half ? 2 : 0, half * axis + low};
+    } else {
+      const int64_t turned = axis_slabs ? 2 * half * (turned_slabs / axis_slabs) : 0;
+      place.channel = turned + (int64_t(slab) - turned_slabs) * lanes * vec + int64_t(lane) * vec;
+      place.stride = width;
+      place.ranges = place.channel < width ? ranges : 0;
+    }
+    return place;
+  }
+};
+
+// Whether all accesses may be of 16 bytes: every pointer, stride and width of a call must agree.
+class Alignment {
+ public:
+  explicit Alignment(Dtype dtype) : elements_(dtype == Dtype::f32 ? 4 : 8), ok_(dtype != Dtype::f64) {}
+  Alignment& pointers(std::initializer_list<const void*> pointers) {
+    for (const void* p : pointers) ok_ = ok_ && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+    return *this;
+  }
+  Alignment& sizes(std::initializer_list<int64_t> sizes) {
+    for (int64_t n : sizes) ok_ = ok_ && n % elements_ == 0;
+    return *this;
+  }
+  operator bool() const { return ok_; }
+
+ private:
+  int64_t elements_;
+  bool ok_;
+};
+
+// One instance of a kernel. Instances are few: 16-byte accesses for degrees 2, 3 and 4, and one for all else.
+template <class Form_, class T_, int Vec_, bool turned_>
+struct Instance {
+  using Form = Form_;
+  using T = T_;
+  using Acc = typename accumulator<T>::type;
+  static constexpr int Vec = Vec_;
+  static constexpr bool turned = turned_;
+};
+
+// Turned channels come in pairs, with coefficients for both: half as many keep to the registers.
+template <class T, bool turned>
+constexpr int vec_of = sizeof(T) == 4 || turned ? 4 : 8;
+
+template <template <int> class Form, bool turned, class T, class Body>
+Status with_degree(int degree, bool aligned, Body body) {
+  if constexpr (!std::is_same_v<T, double>) {
+    if (aligned && degree == 2) return body(Instance<Form<2>, T, vec_of<T, turned>, turned>{});
+    if (aligned && degree == 3) return body(Instance<Form<3>, T, vec_of<T, turned>, turned>{});
+    if (aligned && degree == 4) return body(Instance<Form<4>, T, vec_of<T, turned>, turned>{});
+  }
+  return body(Instance<Form<0>, T, 1, turned>{});
+}
+
+template <class Body>
+Status with_dtype(Dtype dtype, Body body) {
+  switch (dtype) {
+    case Dtype::f32:
+      return body(float{});
+    case Dtype::f64:
+      return body(double{});
+    case Dtype::bf16:
+      return body(bf16{});
+    default:
+      return body(f16{});
+  }
+}
+
+// body(Instance{}) for these features; `turned` where a thread must hold pairs of channels.
+template <class Body>
+Status with_instance(const Features& f, bool turned, bool aligned, Body body) {
+  return with_dtype(f.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (f.form == Form::product) {
+      if constexpr (sizeof(T) == 2)
+        return with_degree<CoarseProduct, false, T>(f.degree, aligned, body);
+      else
+        return with_degree<Product, false, T>(f.degree, aligned, body);
+    }
+    if (turned) return with_degree<Power, true, T>(f.degree, aligned, body);
+    return with_degree<Power, false, T>(f.degree, aligned, body);
+  });
+}
+
+// Checks, then body(accumulator{}, aligned workspace).
+template <class Args, class Body>
+Status checked_run(const Args& args, Dtype dtype, void* memory, size_t bytes, Body body) {
+  if (const Status s = check(args); s != Status::ok) return s;
+  if (!memory || bytes < workspace(args)) return Status::workspace_too_small;
+  return dtype == Dtype::f64 ? body(double{}, Arena::align(memory)) : body(float{}, Arena::align(memory));
+}
+
+}  // namespace pom::cuda

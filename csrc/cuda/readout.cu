@@ -1,0 +1,225 @@
+// Readout forward and backward: every query token gates the mean features of its group.
+
+#include "cuda/gated.cuh"
+#include "cuda/rows.cuh"
+
+namespace pom::cuda {
+namespace {
+
+struct Readout {
+  Gates gates;
+  Slabs slabs;
+  Pieces pieces;  // of the queries
+  StateView state;
+  void* y = nullptr;
+};
+
+// The gates of an instance: 16-byte accesses or one element, pairs of channels or single ones.
+template <class Gate_, class T_, int Vec_, bool turned>
+struct GateInstance {
+  using Gate = Gate_;
+  using T = T_;
+  using Acc = typename accumulator<T>::type;
+  static constexpr int Vec = Vec_, ranges = turned ? 2 : 1, kNumbers = ranges * Vec;
+  static constexpr int kUnroll = turned ? 2 : 4;
+  using Tokens = GateTokens<Gate, T, Vec, ranges>;
+  using Rows = typename Tokens::Rows;
+};
+
+template <class I>
+__global__ void __launch_bounds__(kThreads, 2) gate_means(Readout args) {
+  using Acc = typename I::Acc;
+  const int rows = int(blockDim.x) / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
+  const BlockIndex block(args.slabs.count);
+  const Place place = args.slabs.place(block.slab, lane);
+  const Gates& g = args.gates;
+  const unsigned slots = unsigned(args.pieces.slots()), b = block.row / slots;
+  const Piece piece = args.pieces.at(block.row - b * slots);
+  if (place.ranges == 0 || piece.begin >= piece.end) return;
+
+  const typename I::Tokens gates(g, b, place);
+  const typename I::Rows y(args.y, b * g.tokens * g.channels, g.channels, place);
+  Acc mean[I::kNumbers];
+  load_mean<I::Vec, I::ranges>(args.state, b * args.pieces.groups + piece.group, g.channels, place, mean);
+  for (int64_t first = piece.begin + row; first < piece.end; first += I::kUnroll * rows) {
+    typename I::Tokens::Raw raw[I::kUnroll];
+    POM_UNROLL
+    for (int j = 0; j < I::kUnroll; ++j)
+      if (first + j * rows < piece.end) gates.load(first + j * rows, raw[j]);
+    POM_UNROLL
+    for (int j = 0; j < I::kUnroll; ++j) {
+      const int64_t token = first + j * rows;
+      if (token >= piece.end) break;
+      Acc value[I::kNumbers];
+      gates.value(token, raw[j], value);
+      POM_UNROLL
+      for (int i = 0; i < I::kNumbers; ++i) value[i] *= mean[i];
+      y.store(token, value);
+    }
+  }
+}
+
+struct ReadoutBackward {
+  Readout forward;
+  const void* grad_y = nullptr;
+  int64_t grad_y_batch_stride = 0, grad_y_token_stride = 0;
+  void* grad_gate = nullptr;  // with a gate per channel
+  void* mean_rows = nullptr;  // acc (batch, slots, C): gradient of the mean, a part from every piece
+  void* parts = nullptr;      // acc (batch, tokens, channels / span), with heads
+  int64_t span = 0, parts_of_token = 0;
+};
+
+template <class I>
+__global__ void __launch_bounds__(kThreads, 2) gate_slopes(ReadoutBackward args) {
+  using Acc = typename I::Acc;
+  POM_SHARED(memory);
+  const int rows = int(blockDim.x) / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
+  const Readout& forward = args.forward;
+  const BlockIndex block(forward.slabs.count);
+  const Place place = forward.slabs.place(block.slab, lane);
+  const Gates& g = forward.gates;
+  const unsigned slots = unsigned(forward.pieces.slots()), b = block.row / slots;
+  const Piece piece = forward.pieces.at(block.row - b * slots);
+
+  const typename I::Tokens gates(g, b, place);
+  const typename I::Rows dy(args.grad_y, b * args.grad_y_batch_stride, args.grad_y_token_stride, place);
+  const typename I::Rows dgate(args.grad_gate, b * g.tokens * g.channels, g.channels, place);
+  Acc mean[I::kNumbers], dmean[I::kNumbers] = {};
+  load_mean<I::Vec, I::ranges>(forward.state, b * forward.pieces.groups + piece.group, g.channels, place, mean);
+  for (int64_t first = piece.begin + row; first < piece.end; first += I::kUnroll * rows) {
+    typename I::Tokens::Raw raw[I::kUnroll];
+    typename I::Rows::Raw raw_dy[I::kUnroll];
+    POM_UNROLL
+    for (int j = 0; j < I::kUnroll; ++j)
+      if (first + j * rows < piece.end) {
+        gates.load(first + j * rows, raw[j]);
+        dy.load(first + j * rows, raw_dy[j]);
+      }
+    POM_UNROLL
+    for (int j = 0; j < I::kUnroll; ++j) {
+      const int64_t token = first + j * rows;
+      if (token >= piece.end) break;
+      Acc value[I::kNumbers], d[I::kNumbers];
+      gates.value(token, raw[j], value);
+      I::Rows::unpack(raw_dy[j], d);
+      POM_UNROLL
+      for (int i = 0; i < I::kNumbers; ++i) {
+        dmean[i] += d[i] * value[i];
+        value[i] = d[i] * mean[i];
+      }
+      if (g.heads > 1) {
+        write_head_parts<I::Vec, I::ranges>(
+            value, place, args.span,
+            static_cast<Acc*>(args.parts) + (b * g.tokens + token) * args.parts_of_token);
+      } else {
+        gates.slope(token, raw[j], value);
+        dgate.store(token, value);
+      }
+    }
+  }
+  sum_rows(dmean, kLanes, reinterpret_cast<Acc*>(memory));
+  if (row == 0)
+    store_row<I::Vec, I::ranges>(static_cast<Acc*>(args.mean_rows) + block.row * g.channels, place, dmean);
+}
+
+template <class Body>
+Status with_gates(const Gates& g, bool aligned, Body body) {
+  return with_dtype(g.dtype, [&](auto type) {
+    using T = decltype(type);
+    const bool turned = turns_channels(g);
+    if constexpr (!std::is_same_v<T, double>) {
+      if (aligned && g.form == Form::product) return body(GateInstance<Sigmoid, T, vec_of<T, false>, false>{});
+      if (aligned && turned) return body(GateInstance<HardSigmoid, T, vec_of<T, true>, true>{});
+      if (aligned) return body(GateInstance<HardSigmoid, T, vec_of<T, false>, false>{});
+    }
+    if (g.form == Form::product) return body(GateInstance<Sigmoid, T, 1, false>{});
+    if (turned) return body(GateInstance<HardSigmoid, T, 1, true>{});
+    return body(GateInstance<HardSigmoid, T, 1, false>{});
+  });
+}
+
+Readout readout_of(const Gates& g, int64_t groups, const int64_t* offsets, const StateView& state, bool aligned) {
+  const int vec = !aligned ? 1 : g.dtype == Dtype::f32 || turns_channels(g) ? 4 : 8;
+  return {g, {g.channels, 1, turns_channels(g) ? g.rotary : Rotary{}, vec, kLanes},
+          {g.tokens, chunk_shift(g.tokens), groups, offsets}, state};
+}
+
+Status run(const ReadoutArgs& given, void* stream) {
+  const Gates& g = given.gates;
+  const bool aligned = is_aligned(g, given.state).pointers({given.y});
+  Readout args = readout_of(g, given.groups, given.offsets, given.state, aligned);
+  args.y = given.y;
+  if (g.tokens == 0) return Status::ok;
+  return with_gates(g, aligned, [&](auto instance) {
+    return launch(gate_means<decltype(instance)>, int64_t(args.slabs.count) * g.batch * args.pieces.slots(), kThreads, 0, stream,
+                  args);
+  });
+}
+
+template <class Acc>
+struct BackwardPlan {
+  Arena arena;
+  bool aligned;
+  ReadoutBackward args;
+  HeadParts heads;
+
+  BackwardPlan(const ReadoutBackwardArgs& given, void* workspace)
+      : arena(workspace),
+        aligned(is_aligned(given.gates, given.state)
+                    .pointers({given.grad_y, given.grad_gate})
+                    .sizes({given.grad_y_batch_stride, given.grad_y_token_stride})),
+        args{readout_of(given.gates, given.groups, given.offsets, given.state, aligned),
+             given.grad_y,
+             given.grad_y_batch_stride,
+             given.grad_y_token_stride,
+             given.grad_gate},
+        heads(given.gates, args.forward.slabs) {
+    const Gates& g = given.gates;
+    args.mean_rows = arena.take<Acc>(g.batch * args.forward.pieces.slots() * g.channels);
+    args.parts = g.heads > 1 ? arena.take<Acc>(g.batch * g.tokens * heads.count) : nullptr;
+    args.span = heads.span;
+    args.parts_of_token = heads.count;
+  }
+};
+
+template <class Acc>
+Status run(const ReadoutBackwardArgs& given, void* workspace, void* stream) {
+  const BackwardPlan<Acc> plan(given, workspace);
+  const Gates& g = given.gates;
+  const Pieces& pieces = plan.args.forward.pieces;
+  if (g.batch * given.groups == 0) return Status::ok;
+  Status status = with_gates(g, plan.aligned, [&](auto instance) {
+    using I = decltype(instance);
+    if constexpr (std::is_same_v<typename I::Acc, Acc>)
+      return launch(gate_slopes<I>, int64_t(plan.args.forward.slabs.count) * g.batch * pieces.slots(), kThreads,
+                    I::kNumbers * kThreads / 2 * sizeof(Acc), stream, plan.args);
+    return Status::bad_dtype;
+  });
+  if (status == Status::ok && g.heads > 1)
+    status = finish_heads(g, plan.heads, static_cast<const Acc*>(plan.args.parts), given.grad_gate, stream);
+  if (status != Status::ok) return status;
+  Join<Acc> joined = {pieces, g.batch, g.channels, static_cast<const Acc*>(plan.args.mean_rows)};
+  joined.divisor = given.state.count;
+  joined.out.total = given.grad_total;
+  return join(joined, stream);
+}
+
+}  // namespace
+
+size_t workspace(const ReadoutArgs&) { return Arena().used(); }
+
+Status readout(const ReadoutArgs& args, void* workspace, size_t bytes, void* stream) {
+  return checked_run(args, args.gates.dtype, workspace, bytes, [&](auto, void*) { return run(args, stream); });
+}
+
+size_t workspace(const ReadoutBackwardArgs& args) {
+  return args.gates.dtype == Dtype::f64 ? BackwardPlan<double>(args, nullptr).arena.used()
+                                        : BackwardPlan<float>(args, nullptr).arena.used();
+}
+
+Status readout_backward(const ReadoutBackwardArgs& args, void* workspace, size_t bytes, void* stream) {
+  return checked_run(args, args.gates.dtype, workspace, bytes,
+                     [&](auto acc, void* memory) { return run<decltype(acc)>(args, memory, stream); });
+}
+
+}  // namespace pom::cuda

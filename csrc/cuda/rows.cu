@@ -1,0 +1,161 @@
+// Second passes over partial sums, in doubles. 32 channels to a block, and warps that share the rows.
+
+#include "cuda/rows.cuh"
+
+namespace pom::cuda {
+namespace {
+
+constexpr int kJoinWarps = 8, kScanWarps = 32;
+
+// The sum of a warp's lane over the rows first, first + step, … last; four loads in flight.
+template <class Number>
+__device__ double strided_sum(const Number* rows, int64_t stride, int64_t first, int64_t last, int64_t step) {
+  double sum = 0;
+  int64_t row = first;
+  for (; row + 3 * step <= last; row += 4 * step) {
+    const Number a = rows[row * stride], b = rows[(row + step) * stride], c = rows[(row + 2 * step) * stride],
+                 d = rows[(row + 3 * step) * stride];
+    sum += double(a) + double(b) + (double(c) + double(d));
+  }
+  for (; row <= last; row += step) sum += double(rows[row * stride]);
+  return sum;
+}
+
+// The sum over the warps of a block, in every thread of warp 0.
+__device__ double sum_warps(double sum, double* shared) {
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.x < kWarp)
+    for (int warp = 1; warp < int(blockDim.x) / kWarp; ++warp) sum += shared[warp * kWarp + threadIdx.x];
+  return sum;
+}
+
+template <class Acc>
+__device__ void write_state(const StateOut& out, int64_t at, double sum, double rest) {
+  Acc total, residual;
+  split(sum, rest, total, residual);
+  if (out.total) static_cast<Acc*>(out.total)[at] = total;
+  if (out.residual) static_cast<Acc*>(out.residual)[at] = residual;
+}
+
+// The last tile is that of the count.
+template <class Acc>
+__global__ void __launch_bounds__(kJoinWarps* kWarp) join_groups(Join<Acc> args, int tiles) {
+  POM_SHARED(memory);
+  double* const shared = reinterpret_cast<double*>(memory);
+  const Pieces& pieces = args.pieces;
+  const BlockIndex block(tiles + 1);
+  const int64_t tile = block.slab, b = block.row / unsigned(pieces.groups), group = block.row % unsigned(pieces.groups);
+  const int64_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, channel = tile * kWarp + lane;
+  const int64_t first = pieces.first_slot(group) + warp, last = pieces.last_slot(group), step = kJoinWarps;
+  if (tile < tiles) {
+    double sum = 0, rest = 0;
+    if (channel < args.channels)
+      sum = strided_sum(args.rows + b * pieces.slots() * args.channels + channel, args.channels, first, last, step);
+    sum = sum_warps(sum, shared);
+    if (warp == 0 && channel < args.channels) {
+      const int64_t row = b * pieces.groups + group;
+      rest = add_prior<Acc>(args.prior, b * args.channels + channel, sum);
+      if (args.divisor) sum *= inverse(args.divisor[row]), rest = 0;
+      write_state<Acc>(args.out, row * args.channels + channel, sum, rest);
+    }
+  } else if (args.out.count) {
+    double sum = 0;
+    if (args.weights && lane == 0) sum = strided_sum(args.weights + b * pieces.slots(), 1, first, last, step);
+    if (args.weights) sum = sum_warps(sum, shared);
+    if (threadIdx.x == 0) {
+      if (!args.weights) sum = double(pieces.border(group + 1) - pieces.border(group));
+      args.out.count[b * pieces.groups + group] = sum + (args.prior.count ? args.prior.count[b] : 0.0);
+    }
+  }
+}
+
+// Every warp sums a run of groups, learns what lies before it, and walks through its run again.
+template <class Acc>
+__global__ void __launch_bounds__(kScanWarps* kWarp) scan_groups(Join<Acc> args, int tiles, bool backwards) {
+  POM_SHARED(memory);
+  double* const shared = reinterpret_cast<double*>(memory);
+  const Pieces& pieces = args.pieces;
+  const BlockIndex block(tiles + 1);
+  const int64_t tile = block.slab, b = block.row, groups = pieces.groups;
+  const int64_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, channel = tile * kWarp + lane;
+  const bool counts = tile == tiles, mine = counts ? lane == 0 && args.out.count : channel < args.channels;
+
+  const Acc* rows = args.rows + b * pieces.slots() * args.channels + channel;
+  const double* weights = args.weights ? args.weights + b * pieces.slots() : nullptr;
+  auto sum_of = [&](int64_t first_group, int64_t last_group) {
+    if (counts && !weights) return double(pieces.border(last_group + 1) - pieces.border(first_group));
+    const int64_t first = pieces.first_slot(first_group), last = pieces.last_slot(last_group);
+    return counts ? strided_sum(weights, 1, first, last, 1) : strided_sum(rows, args.channels, first, last, 1);
+  };
+
+  // In the order of the scan: groups begin … end-1 of this warp.
+  const int64_t begin = groups * warp / kScanWarps, end = groups * (warp + 1) / kScanWarps;
+  double sum = 0, rest = 0;
+  if (mine && begin < end) sum = backwards ? sum_of(groups - end, groups - 1 - begin) : sum_of(begin, end - 1);
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  if (!mine) return;
+  sum = 0;
+  for (int before = 0; before < warp; ++before) sum += shared[before * kWarp + lane];
+  if (counts)
+    sum += args.prior.count ? args.prior.count[b] : 0.0;
+  else
+    rest = add_prior<Acc>(args.prior, b * args.channels + channel, sum);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t group = backwards ? groups - 1 - i : i;
+    sum += sum_of(group, group);
+    if (counts)
+      args.out.count[b * groups + group] = sum;
+    else
+      write_state<Acc>(args.out, (b * groups + group) * args.channels + channel, sum, rest);
+    if (i + 1 < groups) continue;
+    if (!counts)
+      write_state<Acc>(args.last, b * args.channels + channel, sum, rest);
+    else if (args.last.count)
+      args.last.count[b] = sum;
+  }
+}
+
+template <class Acc>
+__global__ void __launch_bounds__(kScanWarps* kWarp)
+    join_coeff_rows(const Acc* rows, int64_t count, int64_t degree, int64_t width, Acc* out) {
+  POM_SHARED(memory);
+  double* const shared = reinterpret_cast<double*>(memory);
+  const int64_t column = int64_t(blockIdx.x) * kWarp + threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  double sum = 0;
+  if (column < degree * width) sum = strided_sum(rows + column, degree * width, warp, count - 1, kScanWarps);
+  sum = sum_warps(sum, shared);
+  if (warp == 0 && column < degree * width) out[column % width * degree + column / width] = Acc(sum);
+}
+
+}  // namespace
+
+template <class Acc>
+Status join(const Join<Acc>& args, void* stream) {
+  const int tiles = int(ceil_div(args.channels, kWarp));
+  return launch(join_groups<Acc>, int64_t(tiles + 1) * args.pieces.groups * args.batch, kJoinWarps * kWarp, kJoinWarps * kWarp * sizeof(double), stream, args,
+                tiles);
+}
+
+template <class Acc>
+Status scan(const Join<Acc>& args, bool backwards, void* stream) {
+  const int tiles = int(ceil_div(args.channels, kWarp));
+  if (args.pieces.groups == 0) return Status::ok;
+  return launch(scan_groups<Acc>, int64_t(tiles + 1) * args.batch, kScanWarps * kWarp, kScanWarps * kWarp * sizeof(double), stream, args, tiles, backwards);
+}
+
+template <class Acc>
+Status join_coeff(const Acc* rows, int64_t count, int64_t degree, int64_t width, Acc* out, void* stream) {
+  return launch(join_coeff_rows<Acc>, ceil_div(degree * width, kWarp), kScanWarps * kWarp, kScanWarps * kWarp * sizeof(double), stream, rows, count,
+                degree, width, out);
+}
+
+template Status join(const Join<float>&, void*);
+template Status join(const Join<double>&, void*);
+template Status scan(const Join<float>&, bool, void*);
+template Status scan(const Join<double>&, bool, void*);
+template Status join_coeff(const float*, int64_t, int64_t, int64_t, float*, void*);
+template Status join_coeff(const double*, int64_t, int64_t, int64_t, double*, void*);
+
+}  // namespace pom::cuda

@@ -1,0 +1,182 @@
+// State forward and backward: φ summed over the tokens of each group, and the way back.
+
+#include "cuda/rows.cuh"
+#include "cuda/sums.cuh"
+
+namespace pom::cuda {
+namespace {
+
+// The pieces of a state: with a dense mask every group has all tokens.
+Pieces pieces_of(const Features& f, const Groups& groups) {
+  return {f.tokens, chunk_shift(f.tokens), groups.count, groups.offsets, groups.mask != nullptr};
+}
+
+template <class Acc>
+struct StatePlan {
+  Arena arena;
+  Pieces pieces;
+  PieceSums<Acc> sums;
+
+  StatePlan(const StateArgs& args, void* workspace)
+      : arena(workspace),
+        pieces(pieces_of(args.features, args.groups)),
+        sums(args.features, pieces, static_cast<const Acc*>(args.groups.mask), false, arena) {}
+};
+
+template <class Acc>
+Status run(const StateArgs& args, void* workspace, void* stream) {
+  const StatePlan<Acc> plan(args, workspace);
+  if (args.features.batch * args.groups.count == 0) return Status::ok;
+  if (const Status s = plan.sums.launch(stream); s != Status::ok) return s;
+  const Join<Acc> joined = {plan.pieces,           args.features.batch, args.features.channels(), plan.sums.rows,
+                            plan.sums.weight_rows, {},                  nullptr,                  args.out};
+  return args.groups.cumulative ? scan(joined, false, stream) : join(joined, stream);
+}
+
+template <class Acc>
+struct Backward {
+  Features features;
+  Slabs slabs;
+  Pieces pieces;
+  int64_t channels = 0, stride = 0;  // pieces are dealt to blocks by this stride
+  const Acc* grad = nullptr;         // (batch, groups, C)
+  const Acc* token_grad = nullptr;   // (batch, tokens, C), in its place with a dense mask
+  void* grad_u = nullptr;
+  Acc* coeff_rows = nullptr;  // (stride, degree, width)
+};
+
+// dL/dφ of a token: the gradients of the groups, weighted by how much each sees of it.
+template <class Acc>
+__global__ void __launch_bounds__(kThreads)
+    mask_gradients(const Acc* mask, const Acc* grad, int64_t groups, int64_t tokens, int64_t channels, Acc* token_grad) {
+  const BlockIndex block(int(ceil_div(channels, kThreads)));
+  const int64_t channel = int64_t(block.slab) * kThreads + threadIdx.x, b = block.row / tokens, token = block.row % tokens;
+  if (channel >= channels) return;
+  double sum = 0;
+  for (int64_t row = b * groups; row < (b + 1) * groups; ++row)
+    sum += double(mask[row * tokens + token]) * double(grad[row * channels + channel]);
+  token_grad[block.row * channels + channel] = Acc(sum);
+}
+
+template <class I>
+__global__ void __launch_bounds__(kThreads, 2) slopes(Backward<typename I::Acc> args) {
+  using Acc = typename I::Acc;
+  using Tokens = FeatureTokens<I>;
+  constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers;
+  // Tokens in flight: as many as the registers beside coefficients and their gradients allow.
+  constexpr int kUnroll = kNumbers > 24 || kRanges * Tokens::kCoeffs > 4 ? 1 : kNumbers > 8 ? 2 : 4;
+  const int rows = int(blockDim.x) / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
+  const BlockIndex block(args.slabs.count);
+  const Place place = args.slabs.place(block.slab, lane);
+  const Features& f = args.features;
+  const unsigned slots = unsigned(args.pieces.slots()), pieces = unsigned(f.batch) * slots;
+
+  Acc dc[kRanges][I::Vec][Tokens::kCoeffs] = {};
+  for (unsigned index = block.row; index < pieces; index += unsigned(args.stride)) {
+    const unsigned b = index / slots;
+    const Piece piece = args.pieces.at(index - b * slots);
+    const Tokens tokens(f, b, place);
+    const typename Tokens::Rows du_rows(args.grad_u, b * f.tokens * args.channels, args.channels, place);
+    const Acc* grad = args.token_grad ? args.token_grad + b * f.tokens * args.channels
+                                      : args.grad + (b * args.pieces.groups + piece.group) * args.channels;
+    Acc grad_row[kNumbers];
+    load_row<I::Vec, kRanges>(grad, place, grad_row);
+    for (int64_t first = piece.begin + row; first < piece.end; first += kUnroll * rows) {
+      typename Tokens::Raw raw[kUnroll];
+      POM_UNROLL
+      for (int j = 0; j < kUnroll; ++j)
+        if (first + j * rows < piece.end) tokens.u.load(first + j * rows, raw[j]);
+      POM_UNROLL
+      for (int j = 0; j < kUnroll; ++j) {
+        const int64_t token = first + j * rows;
+        if (token >= piece.end) break;
+        Acc dphi[kNumbers], du[kNumbers];
+        if (args.token_grad) load_row<I::Vec, kRanges>(grad + token * args.channels, place, grad_row);
+        POM_UNROLL
+        for (int i = 0; i < kNumbers; ++i) dphi[i] = grad_row[i];
+        tokens.slope(token, raw[j], dphi, du, dc);
+        du_rows.store(token, du);
+      }
+    }
+  }
+  if constexpr (I::Form::has_coeff) write_coeff_row<I>(dc, f, place, args.coeff_rows + block.row * f.degree * f.width);
+}
+
+template <class Acc>
+struct StateBackwardPlan {
+  Arena arena;
+  Backward<Acc> args;
+  Pieces groups;  // a row each, for their gradients
+  Acc* suffix;    // (batch, groups, C): gradient of every group's own tokens, for cumulative groups
+  Acc* token_grad;
+  bool aligned;
+
+  StateBackwardPlan(const StateBackwardArgs& given, void* workspace) : arena(workspace) {
+    const Features& f = given.features;
+    aligned = is_aligned(f).pointers({given.grad_total, given.grad_u, given.grad_coeff});
+    args.features = f;
+    args.slabs = slabs_of(f, f.rotary, aligned);
+    args.pieces = given.groups.mask ? Pieces(f.tokens, chunk_shift(f.tokens), 1, nullptr)
+                                    : pieces_of(f, given.groups);
+    args.channels = f.channels();
+    args.stride = least(f.batch * args.pieces.slots(), most(1, kCoeffBlocks / args.slabs.count));
+    token_grad = given.groups.mask ? arena.take<Acc>(f.batch * f.tokens * args.channels) : nullptr;
+    args.token_grad = token_grad;
+    args.grad_u = given.grad_u;
+    groups = Pieces(1, 0, given.groups.count, nullptr, true);
+    suffix = given.groups.cumulative ? arena.take<Acc>(f.batch * given.groups.count * args.channels) : nullptr;
+    args.grad = suffix ? suffix : static_cast<const Acc*>(given.grad_total);
+    args.coeff_rows = f.form == Form::power ? arena.take<Acc>(args.stride * f.degree * f.width) : nullptr;
+  }
+};
+
+template <class Acc>
+Status run(const StateBackwardArgs& given, void* workspace, void* stream) {
+  const StateBackwardPlan<Acc> plan(given, workspace);
+  const Backward<Acc>& args = plan.args;
+  const Features& f = given.features;
+  if (plan.suffix && f.batch > 0) {
+    Join<Acc> suffix = {plan.groups, f.batch, args.channels, static_cast<const Acc*>(given.grad_total)};
+    suffix.out.total = plan.suffix;
+    if (const Status s = scan(suffix, true, stream); s != Status::ok) return s;
+  }
+  if (plan.token_grad) {
+    const Status s = launch(mask_gradients<Acc>, f.batch * f.tokens * ceil_div(args.channels, kThreads), kThreads, 0,
+                            stream, static_cast<const Acc*>(given.groups.mask),
+                            static_cast<const Acc*>(given.grad_total), given.groups.count, f.tokens, args.channels,
+                            plan.token_grad);
+    if (s != Status::ok) return s;
+  }
+  const Status launched = with_instance(f, f.rotary.axes > 0, plan.aligned, [&](auto instance) {
+    using I = decltype(instance);
+    if constexpr (std::is_same_v<typename I::Acc, Acc>)
+      return launch(slopes<I>, args.stride * args.slabs.count, kThreads, coeff_shared_bytes<I>(kThreads), stream, args);
+    return Status::bad_dtype;
+  });
+  if (launched != Status::ok || f.form != Form::power) return launched;
+  return join_coeff(args.coeff_rows, args.stride, f.degree, f.width, static_cast<Acc*>(given.grad_coeff), stream);
+}
+
+}  // namespace
+
+size_t workspace(const StateArgs& args) {
+  return args.features.dtype == Dtype::f64 ? StatePlan<double>(args, nullptr).arena.used()
+                                           : StatePlan<float>(args, nullptr).arena.used();
+}
+
+Status state(const StateArgs& args, void* workspace, size_t bytes, void* stream) {
+  return checked_run(args, args.features.dtype, workspace, bytes,
+                     [&](auto acc, void* memory) { return run<decltype(acc)>(args, memory, stream); });
+}
+
+size_t workspace(const StateBackwardArgs& args) {
+  return args.features.dtype == Dtype::f64 ? StateBackwardPlan<double>(args, nullptr).arena.used()
+                                           : StateBackwardPlan<float>(args, nullptr).arena.used();
+}
+
+Status state_backward(const StateBackwardArgs& args, void* workspace, size_t bytes, void* stream) {
+  return checked_run(args, args.features.dtype, workspace, bytes,
+                     [&](auto acc, void* memory) { return run<decltype(acc)>(args, memory, stream); });
+}
+
+}  // namespace pom::cuda

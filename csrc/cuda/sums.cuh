@@ -1,0 +1,88 @@
+// First passes over projected tokens, shared by the operations: φ summed over each piece, and what a thread gathers of
+// the coefficients' gradient.
+#pragma once
+
+#include "cuda/tokens.cuh"
+
+namespace pom::cuda {
+
+constexpr int64_t kCoeffBlocks = 2048;  // of a launch, so that partial coefficient gradients stay few
+
+
+inline Alignment is_aligned(const Features& f) {
+  return Alignment(f.dtype)
+      .pointers({f.u, f.coeff, f.rotary.cos, f.rotary.sin})
+      .sizes({f.width, f.u_batch_stride, f.u_token_stride, f.rotary.half});
+}
+
+// `rotary` says which channels turn: that of the features, or of the gates beside them.
+inline Slabs slabs_of(const Features& f, const Rotary& rotary, bool aligned, int lanes = kLanes) {
+  const bool general = !aligned || f.degree < 2 || f.degree > 4;
+  const int vec = general ? 1 : f.dtype == Dtype::f32 || rotary.axes ? 4 : 8;
+  return {f.width, f.form == Form::product ? f.degree : 1, rotary, vec, lanes};
+}
+
+// Adds the rows of the block together, and writes them as (degree, width).
+template <class I>
+__device__ void write_coeff_row(typename I::Acc (&dc)[FeatureTokens<I>::kRanges][I::Vec][FeatureTokens<I>::kCoeffs],
+                                const Features& f, const Place& place, typename I::Acc* out) {
+  using Acc = typename I::Acc;
+  constexpr int kRanges = FeatureTokens<I>::kRanges, Vec = I::Vec;
+  POM_SHARED(memory);
+  for (int k = 0; k < f.degree; ++k) {
+    Acc of_power[kRanges * Vec];
+    POM_UNROLL
+    for (int r = 0; r < kRanges; ++r) {
+      POM_UNROLL
+      for (int i = 0; i < Vec; ++i) {
+        of_power[r * Vec + i] = Acc(0);
+        POM_UNROLL
+        for (int j = 0; j < FeatureTokens<I>::kCoeffs; ++j)
+          if (j == k) of_power[r * Vec + i] = dc[r][i][j];  // no run-time index into registers
+      }
+    }
+    if (k) __syncthreads();
+    sum_rows(of_power, kLanes, reinterpret_cast<Acc*>(memory));
+    if (int(threadIdx.x) < kLanes) store_row<Vec, kRanges>(out + k * f.width, place, of_power);
+  }
+}
+template <class I>
+size_t coeff_shared_bytes(int threads) {
+  return I::Form::has_coeff ? FeatureTokens<I>::kNumbers * threads / 2 * sizeof(typename I::Acc) : 0;
+}
+
+// What a kernel needs to sum φ over pieces.
+template <class Acc>
+struct SumArgs {
+  Features features;
+  Slabs slabs;
+  Pieces pieces;
+  const Acc* mask = nullptr;      // (batch, groups, tokens), in place of the weights
+  Acc* rows = nullptr;            // (batch, slots, C)
+  double* weight_rows = nullptr;  // (batch, slots)
+};
+
+template <class Acc>
+Status sum_pieces(const SumArgs<Acc>& args, bool aligned, void* stream);
+
+// φ summed over each piece, into rows taken from the workspace.
+template <class Acc>
+class PieceSums {
+ public:
+  Acc* rows;            // (batch, slots, C)
+  double* weight_rows;  // (batch, slots), null unless there are weights or they are `counted` anyway
+
+  PieceSums(const Features& f, const Pieces& pieces, const Acc* mask, bool counted, Arena& arena)
+      : rows(arena.take<Acc>(f.batch * pieces.slots() * f.channels())),
+        weight_rows(f.weight || mask || counted ? arena.take<double>(f.batch * pieces.slots()) : nullptr),
+        aligned_(is_aligned(f)),
+        args_{f, slabs_of(f, f.rotary, aligned_), pieces, mask, rows, weight_rows} {}
+
+  Status launch(void* stream) const { return sum_pieces(args_, aligned_, stream); }
+
+ private:
+  bool aligned_;
+  SumArgs<Acc> args_;
+};
+
+}  // namespace pom::cuda

@@ -1,0 +1,280 @@
+// Projected tokens and gates as one thread sees them: Vec channels in each of a few ranges, with weights, heads and
+// rotary positions taken care of. Numbers of a thread are arrays [range * Vec + i].
+#pragma once
+
+#include "cuda/block.cuh"
+#include "cuda/plan.h"
+
+namespace pom::cuda {
+
+// Turns the pairs (x[i], x[Vec + i]) by the angles of a token, backwards if `transpose`.
+template <int Vec, class Acc>
+POM_HD void rotate(const Rotary& rotary, int64_t token, int64_t pair, bool transpose, Acc* x) {
+  Acc cos[Vec], sin[Vec];
+  const int64_t at = token * rotary.half * rotary.axes + pair;
+  load_numbers<Vec>(static_cast<const Acc*>(rotary.cos) + at, cos);
+  load_numbers<Vec>(static_cast<const Acc*>(rotary.sin) + at, sin);
+  POM_UNROLL
+  for (int i = 0; i < Vec; ++i) {
+    const Acc low = x[i], high = x[Vec + i], s = transpose ? -sin[i] : sin[i];
+    x[i] = low * cos[i] - high * s;
+    x[Vec + i] = high * cos[i] + low * s;
+  }
+}
+
+// The channels of one thread in the rows of a tensor.
+template <class T, int Vec, int ranges>
+struct RowsOf {
+  using Raw = Packed<T, Vec>[ranges];
+  T* row0 = nullptr;  // the first token's first channel
+  int64_t token_stride = 0, range_stride = 0;
+  int count = 0;  // ranges that are there
+
+  POM_HD RowsOf(const void* p, int64_t offset, int64_t token_stride, const Place& place)
+      : row0(static_cast<T*>(const_cast<void*>(p)) + offset + place.channel),
+        token_stride(token_stride),
+        range_stride(place.stride),
+        count(place.ranges) {}
+
+  POM_HD void load(int64_t token, Raw& raw) const {
+    POM_UNROLL
+    for (int r = 0; r < ranges; ++r) {
+      raw[r] = {};
+      if (r < count) raw[r].load(row0 + token * token_stride + r * range_stride);
+    }
+  }
+  template <class Acc>
+  POM_HD void store(int64_t token, const Acc* x) const {
+    POM_UNROLL
+    for (int r = 0; r < ranges; ++r)
+      if (r < count) {
+        Packed<T, Vec> packed;
+        packed.pack(x + r * Vec);
+        packed.store(row0 + token * token_stride + r * range_stride);
+      }
+  }
+  template <class Acc>
+  POM_HD static void unpack(const Raw& raw, Acc* x) {
+    POM_UNROLL
+    for (int r = 0; r < ranges; ++r) raw[r].unpack(x + r * Vec);
+  }
+};
+
+// One row of numbers that all tokens share, at the thread's channels; zero where it has none.
+template <int Vec, int ranges, class Acc>
+POM_HD void load_row(const Acc* row, const Place& place, Acc* x) {
+  POM_UNROLL
+  for (int r = 0; r < ranges; ++r) {
+    POM_UNROLL
+    for (int i = 0; i < Vec; ++i) x[r * Vec + i] = Acc(0);
+    if (r < place.ranges) load_numbers<Vec>(row + place.channel + r * place.stride, x + r * Vec);
+  }
+}
+template <int Vec, int ranges, class Acc>
+POM_HD void store_row(Acc* row, const Place& place, const Acc* x) {
+  POM_UNROLL
+  for (int r = 0; r < ranges; ++r)
+    if (r < place.ranges) store_numbers<Vec>(row + place.channel + r * place.stride, x + r * Vec);
+}
+
+// The polynomial of one sample's tokens. I is an Instance.
+template <class I>
+struct FeatureTokens {
+  using Form = typename I::Form;
+  using T = typename I::T;
+  using Acc = typename I::Acc;
+  static constexpr int Vec = I::Vec;
+  static constexpr int kRanges = I::turned ? 2 : Form::capacity;
+  static constexpr int kNumbers = kRanges * Vec;
+  static constexpr int kCoeffs = Form::has_coeff ? decltype(Form::degree)::capacity : 1;
+  using Rows = RowsOf<T, Vec, kRanges>;
+  using Raw = typename Rows::Raw;
+
+  const Form form;
+  const Place place;
+  const Rows u;
+  const Rotary rotary;
+  const Acc* const weights;  // of the sample's tokens, or null
+  Acc c[kRanges][Vec][kCoeffs] = {};
+
+  POM_HD FeatureTokens(const Features& f, int64_t batch, const Place& place)
+      : form(f.degree),
+        place(place),
+        u(f.u, batch * f.u_batch_stride, f.u_token_stride, place),
+        rotary(f.rotary),
+        weights(f.weight ? static_cast<const Acc*>(f.weight) + batch * f.tokens : nullptr) {
+    if constexpr (Form::has_coeff) {
+      POM_UNROLL
+      for (int r = 0; r < kRanges; ++r) {
+        if (r >= place.ranges) continue;
+        const Acc* given = static_cast<const Acc*>(f.coeff) + (place.channel + r * place.stride) * form.degree;
+        if constexpr (Vec > 1) {
+          load_numbers<Vec * kCoeffs>(given, &c[r][0][0]);
+        } else {
+          for (int k = 0; k < form.degree; ++k) c[r][0][k] = given[k];
+        }
+      }
+    }
+  }
+
+  POM_HD Acc weight(int64_t token) const { return weights ? weights[token] : Acc(1); }
+  POM_HD bool turns() const { return I::turned && place.pair >= 0 && rotary.axes; }
+
+  // φ, turned, not weighted
+  POM_HD void value(int64_t token, const Raw& raw, Acc* phi) const {
+    Acc x[kNumbers];
+    Rows::unpack(raw, x);
+    if constexpr (Form::has_coeff) {
+      POM_UNROLL
+      for (int r = 0; r < kRanges; ++r) {
+        POM_UNROLL
+        for (int i = 0; i < Vec; ++i) form.value(x + r * Vec + i, c[r][i], phi + r * Vec + i);
+      }
+    } else {
+      POM_UNROLL
+      for (int i = 0; i < Vec; ++i) {
+        Acc factors[kRanges], products[kRanges];
+        gather(x, i, factors);
+        form.value(factors, static_cast<const Acc*>(nullptr), products);
+        scatter(products, i, phi);
+      }
+    }
+    if (turns()) rotate<Vec>(rotary, token, place.pair, false, phi);
+  }
+
+  // du from dφ (which is overwritten), and dc += a^i dφ
+  POM_HD void slope(int64_t token, const Raw& raw, Acc* dphi, Acc* du, Acc (&dc)[kRanges][Vec][kCoeffs]) const {
+    if (weights) {
+      const Acc w = weights[token];
+      POM_UNROLL
+      for (int i = 0; i < kNumbers; ++i) dphi[i] *= w;
+    }
+    if (turns()) rotate<Vec>(rotary, token, place.pair, true, dphi);
+    Acc x[kNumbers];
+    Rows::unpack(raw, x);
+    if constexpr (Form::has_coeff) {
+      POM_UNROLL
+      for (int r = 0; r < kRanges; ++r) {
+        POM_UNROLL
+        for (int i = 0; i < Vec; ++i) {
+          Acc terms[kCoeffs];
+          form.slope(x + r * Vec + i, c[r][i], dphi + r * Vec + i, du + r * Vec + i, terms);
+          POM_UNROLL
+          for (int k = 0; k < form.degree; ++k) dc[r][i][k] += terms[k];
+        }
+      }
+    } else {
+      POM_UNROLL
+      for (int i = 0; i < Vec; ++i) {
+        Acc factors[kRanges], dproducts[kRanges], dfactors[kRanges];
+        gather(x, i, factors);
+        gather(dphi, i, dproducts);
+        form.slope(factors, static_cast<const Acc*>(nullptr), dproducts, dfactors, static_cast<Acc*>(nullptr));
+        scatter(dfactors, i, du);
+      }
+    }
+  }
+
+ private:
+  POM_HD void gather(const Acc* x, int i, Acc* factors) const {
+    POM_UNROLL
+    for (int r = 0; r < form.factors(); ++r) factors[r] = x[r * Vec + i];
+  }
+  POM_HD void scatter(const Acc* factors, int i, Acc* x) const {
+    POM_UNROLL
+    for (int r = 0; r < form.factors(); ++r) x[r * Vec + i] = factors[r];
+  }
+};
+
+// Head `head` of heads that are turned among themselves, backwards if `transpose`; x(h) gives head h before.
+template <class Acc, class X>
+POM_HD Acc turned_head(const Rotary& rotary, int64_t token, int64_t head, bool transpose, X x) {
+  const int64_t axis = head / (2 * rotary.half), within = head % (2 * rotary.half);
+  const bool low = within < rotary.half;
+  const int64_t at = token * rotary.half * rotary.axes + axis * rotary.half + within % rotary.half;
+  const Acc cos = static_cast<const Acc*>(rotary.cos)[at], sin = static_cast<const Acc*>(rotary.sin)[at];
+  const Acc other = x(low ? head + rotary.half : head - rotary.half);
+  return x(head) * cos + (low != transpose ? -other : other) * sin;
+}
+
+// The gates of one sample's queries at the channels of a thread: one per channel, or one for all channels of a head.
+template <class Gate, class T_, int Vec_, int ranges>
+struct GateTokens {
+  using T = T_;
+  using Acc = typename accumulator<T>::type;
+  static constexpr int Vec = Vec_;
+  static constexpr int kNumbers = ranges * Vec;
+  using Rows = RowsOf<T, Vec, ranges>;
+  using Raw = typename Rows::Raw;
+
+  const Place place;
+  const Rows gate;
+  const Rotary rotary;
+  const int64_t heads, per_head;
+
+  POM_HD GateTokens(const Gates& g, int64_t batch, const Place& place)
+      : place(place),
+        gate(g.gate, batch * g.gate_batch_stride, g.gate_token_stride, place),
+        rotary(g.rotary),
+        heads(g.heads),
+        per_head(g.channels / g.heads) {}
+
+  POM_HD bool turns() const { return ranges == 2 && heads == 1 && place.pair >= 0 && rotary.axes; }
+
+  POM_HD void load(int64_t token, Raw& raw) const {
+    if (heads == 1) gate.load(token, raw);
+  }
+
+  // γ(g), turned
+  POM_HD void value(int64_t token, const Raw& raw, Acc* value) const {
+    if (heads > 1) {
+      POM_UNROLL
+      for (int r = 0; r < ranges; ++r) {
+        const Acc of_head = r < place.ranges ? head_value(token, head(r)) : Acc(0);
+        POM_UNROLL
+        for (int i = 0; i < Vec; ++i) value[r * Vec + i] = of_head;
+      }
+      return;
+    }
+    Rows::unpack(raw, value);
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; ++i) value[i] = Gate::value(value[i]);
+    if (turns()) rotate<Vec>(rotary, token, place.pair, false, value);
+  }
+
+  // With a gate per channel: dg from the gradient of γ, which is overwritten.
+  POM_HD void slope(int64_t token, const Raw& raw, Acc* dvalue) const {
+    if (turns()) rotate<Vec>(rotary, token, place.pair, true, dvalue);
+    Acc x[kNumbers];
+    Rows::unpack(raw, x);
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; ++i) dvalue[i] *= Gate::slope(x[i]);
+  }
+
+  POM_HD int64_t head(int range) const { return (place.channel + range * place.stride) / per_head; }
+
+ private:
+  // The first gate of a token is `channel` elements before this thread's.
+  POM_HD Acc gate_of(int64_t token, int64_t head) const {
+    Packed<T, 1> packed;
+    Acc x;
+    packed.load(gate.row0 - place.channel + token * gate.token_stride + head);
+    packed.unpack(&x);
+    return Gate::value(x);
+  }
+  POM_HD Acc head_value(int64_t token, int64_t head) const {
+    if (head >= 2 * rotary.half * rotary.axes) return gate_of(token, head);
+    return turned_head<Acc>(rotary, token, head, false, [&](int64_t h) { return gate_of(token, h); });
+  }
+};
+
+// H = total / count of one row of a state. (What the residual holds is lost in rounding H.)
+template <int Vec, int ranges, class Acc>
+POM_HD void load_mean(const StateView& state, int64_t row, int64_t channels, const Place& place, Acc* mean) {
+  load_row<Vec, ranges>(static_cast<const Acc*>(state.total) + row * channels, place, mean);
+  const double scale = inverse(state.count[row]);
+  POM_UNROLL
+  for (int i = 0; i < ranges * Vec; ++i) mean[i] = scale != 0 ? Acc(double(mean[i]) * scale) : Acc(0);
+}
+
+}  // namespace pom::cuda
