@@ -11,8 +11,9 @@ struct WalkBackward {
   int64_t grad_y_batch_stride = 0, grad_y_token_stride = 0;
   const void* grad_total = nullptr;  // acc (batch, 1, C), or null
   void* grad_gate = nullptr;
-  void* parts = nullptr;  // acc (batch, tokens, channels / span), with heads
-  int64_t span = 0, parts_of_token = 0;
+  void* parts = nullptr;  // acc (batch, tokens, channels >> shift), with heads
+  int parts_shift = 0;
+  int64_t parts_of_token = 0;
   void* later = nullptr;  // acc (batch, chunks, C): dL/dS of the tokens of a chunk, then of those from it on
   void* grad_u = nullptr;
   int64_t stride = 0;          // blocks that share the chunks of a slab
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_gate_slop
       }
       if (walk.gates.heads > 1) {
         write_head_parts<I::Vec, W::kRanges>(
-            value, place, args.span,
+            value, place, args.parts_shift,
             static_cast<Acc*>(args.parts) + (chunk.b * walk.features.tokens + token) * args.parts_of_token);
       } else {
         gates.slope(token, raw_gate[j], value);
@@ -164,7 +165,7 @@ struct BackwardPlan : CausalPlan<Acc, CausalBackwardArgs> {
     args.grad_total = given.grad_total;
     args.grad_gate = given.grad_gate;
     args.parts = g.heads > 1 ? arena.take<Acc>(f.batch * f.tokens * heads.count) : nullptr;
-    args.span = heads.span;
+    args.parts_shift = heads.shift;
     args.parts_of_token = heads.count;
     args.later = arena.take<Acc>(f.batch * this->walk.chunks * f.channels());
     args.grad_u = given.grad_u;

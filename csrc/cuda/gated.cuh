@@ -27,34 +27,38 @@ inline Alignment is_aligned(const Gates& g, const StateView& state) {
   return aligned;
 }
 
-// The gradient of a head's gate is a sum over its channels. A row of threads sums runs of `span` channels: as long as
-// they lie in one head and one range, and are a power of two of threads. What is left is added in a second pass.
+// The gradient of a head's gate is a sum over its channels. A row of threads sums runs of 2^shift channels: as long as
+// they lie in one head and one range. What is left is added in a second pass.
 struct HeadParts {
-  int64_t heads, per_head, span, count;  // parts of a token
+  int64_t per_head;
+  int shift;
+  int64_t count;  // parts of a token
 
-  HeadParts(const Gates& g, const Slabs& slabs) : heads(g.heads), per_head(g.channels / g.heads), span(slabs.vec) {
-    const int64_t most_span = int64_t(kLanes) * slabs.vec;
-    auto fits = [&](int64_t n) { return per_head % n == 0 && slabs.width % n == 0 && (!slabs.axis_slabs || slabs.half % n == 0); };
-    while (2 * span <= most_span && fits(2 * span)) span *= 2;
-    count = g.channels / span;
+  HeadParts(const Gates& g, const Slabs& slabs) : per_head(g.channels / g.heads), shift(slabs.vec == 8 ? 3 : slabs.vec == 4 ? 2 : 0) {
+    const int64_t whole_row = int64_t(kLanes) * slabs.vec;
+    auto fits = [&](int64_t n) {
+      return n <= whole_row && per_head % n == 0 && slabs.width % n == 0 && (!slabs.axis_slabs || slabs.half % n == 0);
+    };
+    while (fits(int64_t(2) << shift)) ++shift;
+    count = g.channels >> shift;
   }
 };
 
-// parts[channel / span] = Σ dvalue over runs of span channels
+// parts[channel >> shift] = Σ dvalue over runs of 2^shift channels
 template <int Vec, int ranges, class Acc>
-__device__ void write_head_parts(const Acc* dvalue, const Place& place, int64_t span, Acc* parts) {
+__device__ void write_head_parts(const Acc* dvalue, const Place& place, int shift, Acc* parts) {
   POM_UNROLL
   for (int r = 0; r < ranges; ++r) {
     Acc sum = Acc(0);
     POM_UNROLL
     for (int i = 0; i < Vec; ++i) sum += dvalue[r * Vec + i];
-    for (int apart = int(span / Vec) / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
+    for (int apart = (1 << shift) / Vec / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
     const int64_t channel = place.channel + r * place.stride;
-    if (r < place.ranges && channel % span == 0) parts[channel / span] = sum;
+    if (r < place.ranges && (channel & ((1 << shift) - 1)) == 0) parts[channel >> shift] = sum;
   }
 }
 
-// dgate (batch, tokens, heads) from the parts (batch, tokens, channels / span)
+// dgate (batch, tokens, heads) from the parts (batch, tokens, channels >> shift)
 template <class Acc>
 Status finish_heads(const Gates& gates, const HeadParts& plan, const Acc* parts, void* dgate, void* stream);
 

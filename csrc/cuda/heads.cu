@@ -12,13 +12,13 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= g.batch * g.tokens * g.heads) return;
   const int64_t head = index % g.heads, row = index / g.heads, b = row / g.tokens, token = row % g.tokens;
-  const int64_t per_head = plan.per_head / plan.span;
+  const int64_t per_head = plan.per_head >> plan.shift;
   auto dvalue = [&](int64_t h) {
     double sum = 0;
     for (int64_t i = 0; i < per_head; ++i) sum += double(parts[row * plan.count + h * per_head + i]);
     return Acc(sum);
   };
-  Acc d = head < 2 * g.rotary.half * g.rotary.axes ? turned_head<Acc>(g.rotary, token, head, true, dvalue) : dvalue(head);
+  Acc d = TurnedHead(g.rotary, head).turn<Acc>(g.rotary, token, true, dvalue);
   Packed<T, 1> packed;
   Acc x;
   packed.load(static_cast<const T*>(g.gate) + b * g.gate_batch_stride + token * g.gate_token_stride + head);

@@ -10,6 +10,7 @@ thread_local const char* words = "no error";
 Status checked(cudaError_t code) {
   if (code == cudaSuccess) return Status::ok;
   words = cudaGetErrorString(code);
+  cudaGetLastError();  // said here: nobody else's check should find it again
   return code == cudaErrorNoKernelImageForDevice || code == cudaErrorInvalidDeviceFunction ? Status::no_device_code
                                                                                            : Status::device_error;
 }

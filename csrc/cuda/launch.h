@@ -20,15 +20,21 @@ constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;  // of a grid's first dim
 // Keeps CUDA's own words for `error()`.
 Status checked(cudaError_t code);
 
+template <class T>
+struct given {  // keeps a parameter's type from being deduced from its argument
+  using type = T;
+};
+
 // Queues a kernel on a one-dimensional grid. No blocks, no launch.
-template <class... Parameters, class... Arguments>
+template <class... Parameters>
 Status launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
-              Arguments... arguments) {
+              typename given<Parameters>::type... arguments) {
   if (blocks == 0) return Status::ok;
   if (blocks > kMaxBlocks) return Status::bad_size;
 #ifdef __CUDACC__
-  kernel<<<unsigned(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  return checked(cudaGetLastError());
+  void* pointers[] = {&arguments...};
+  return checked(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(threads), pointers,
+                                  shared_bytes, static_cast<cudaStream_t>(stream)));
 #else
   (void)stream;
   cuda_on_cpu::launch(unsigned(blocks), threads, shared_bytes, [=] { kernel(arguments...); });

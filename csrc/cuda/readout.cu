@@ -65,8 +65,9 @@ struct ReadoutBackward {
   int64_t grad_y_batch_stride = 0, grad_y_token_stride = 0;
   void* grad_gate = nullptr;  // with a gate per channel
   void* mean_rows = nullptr;  // acc (batch, slots, C): gradient of the mean, a part from every piece
-  void* parts = nullptr;      // acc (batch, tokens, channels / span), with heads
-  int64_t span = 0, parts_of_token = 0;
+  void* parts = nullptr;      // acc (batch, tokens, channels >> shift), with heads
+  int parts_shift = 0;
+  int64_t parts_of_token = 0;
 };
 
 template <class I>
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 2) gate_slopes(ReadoutBackward args)
       }
       if (g.heads > 1) {
         write_head_parts<I::Vec, I::ranges>(
-            value, place, args.span,
+            value, place, args.parts_shift,
             static_cast<Acc*>(args.parts) + (b * g.tokens + token) * args.parts_of_token);
       } else {
         gates.slope(token, raw[j], value);
@@ -177,7 +178,7 @@ struct BackwardPlan {
     const Gates& g = given.gates;
     args.mean_rows = arena.take<Acc>(g.batch * args.forward.pieces.slots() * g.channels);
     args.parts = g.heads > 1 ? arena.take<Acc>(g.batch * g.tokens * heads.count) : nullptr;
-    args.span = heads.span;
+    args.parts_shift = heads.shift;
     args.parts_of_token = heads.count;
   }
 };

@@ -186,16 +186,30 @@ struct FeatureTokens {
   }
 };
 
-// Head `head` of heads that are turned among themselves, backwards if `transpose`; x(h) gives head h before.
-template <class Acc, class X>
-POM_HD Acc turned_head(const Rotary& rotary, int64_t token, int64_t head, bool transpose, X x) {
-  const int64_t axis = head / (2 * rotary.half), within = head % (2 * rotary.half);
-  const bool low = within < rotary.half;
-  const int64_t at = token * rotary.half * rotary.axes + axis * rotary.half + within % rotary.half;
-  const Acc cos = static_cast<const Acc*>(rotary.cos)[at], sin = static_cast<const Acc*>(rotary.sin)[at];
-  const Acc other = x(low ? head + rotary.half : head - rotary.half);
-  return x(head) * cos + (low != transpose ? -other : other) * sin;
-}
+// One head among heads that are turned among themselves: the head it is paired with, and their angle.
+struct TurnedHead {
+  int64_t head = 0, other = 0;
+  int64_t pair = -1;  // column of the angle tables, or -1 where it does not turn
+  bool low = true;    // of the two
+
+  TurnedHead() = default;
+  POM_HD TurnedHead(const Rotary& rotary, int64_t head) : head(head) {
+    if (head >= 2 * rotary.half * rotary.axes) return;
+    const int64_t axis = head / (2 * rotary.half), within = head - axis * 2 * rotary.half;
+    low = within < rotary.half;
+    other = low ? head + rotary.half : head - rotary.half;
+    pair = axis * rotary.half + (low ? within : within - rotary.half);
+  }
+
+  // The head after a turn, backwards if `transpose`; x(h) gives head h before.
+  template <class Acc, class X>
+  POM_HD Acc turn(const Rotary& rotary, int64_t token, bool transpose, X x) const {
+    if (pair < 0) return x(head);
+    const int64_t at = token * rotary.half * rotary.axes + pair;
+    const Acc cos = static_cast<const Acc*>(rotary.cos)[at], sin = static_cast<const Acc*>(rotary.sin)[at];
+    return x(head) * cos + (low != transpose ? -x(other) : x(other)) * sin;
+  }
+};
 
 // The gates of one sample's queries at the channels of a thread: one per channel, or one for all channels of a head.
 template <class Gate, class T_, int Vec_, int ranges>
@@ -210,27 +224,41 @@ struct GateTokens {
   const Place place;
   const Rows gate;
   const Rotary rotary;
-  const int64_t heads, per_head;
+  const bool by_head;
+  TurnedHead heads[ranges];
 
   POM_HD GateTokens(const Gates& g, int64_t batch, const Place& place)
       : place(place),
         gate(g.gate, batch * g.gate_batch_stride, g.gate_token_stride, place),
         rotary(g.rotary),
-        heads(g.heads),
-        per_head(g.channels / g.heads) {}
+        by_head(g.heads > 1) {
+    if (!by_head) return;
+    const unsigned per_head = unsigned(g.channels / g.heads);
+    POM_UNROLL
+    for (int r = 0; r < ranges; ++r)
+      if (r < place.ranges) heads[r] = TurnedHead(rotary, unsigned(place.channel + r * place.stride) / per_head);
+  }
 
-  POM_HD bool turns() const { return ranges == 2 && heads == 1 && place.pair >= 0 && rotary.axes; }
+  POM_HD bool turns() const { return ranges == 2 && !by_head && place.pair >= 0 && rotary.axes; }
 
   POM_HD void load(int64_t token, Raw& raw) const {
-    if (heads == 1) gate.load(token, raw);
+    if (!by_head) gate.load(token, raw);
   }
 
   // γ(g), turned
   POM_HD void value(int64_t token, const Raw& raw, Acc* value) const {
-    if (heads > 1) {
+    if (by_head) {
+      const T* first = gate.row0 - place.channel + token * gate.token_stride;  // the token's first gate
+      auto gate_of = [&](int64_t head) {
+        Packed<T, 1> packed;
+        Acc x;
+        packed.load(first + head);
+        packed.unpack(&x);
+        return Gate::value(x);
+      };
       POM_UNROLL
       for (int r = 0; r < ranges; ++r) {
-        const Acc of_head = r < place.ranges ? head_value(token, head(r)) : Acc(0);
+        const Acc of_head = r < place.ranges ? heads[r].template turn<Acc>(rotary, token, false, gate_of) : Acc(0);
         POM_UNROLL
         for (int i = 0; i < Vec; ++i) value[r * Vec + i] = of_head;
       }
@@ -249,22 +277,6 @@ struct GateTokens {
     Rows::unpack(raw, x);
     POM_UNROLL
     for (int i = 0; i < kNumbers; ++i) dvalue[i] *= Gate::slope(x[i]);
-  }
-
-  POM_HD int64_t head(int range) const { return (place.channel + range * place.stride) / per_head; }
-
- private:
-  // The first gate of a token is `channel` elements before this thread's.
-  POM_HD Acc gate_of(int64_t token, int64_t head) const {
-    Packed<T, 1> packed;
-    Acc x;
-    packed.load(gate.row0 - place.channel + token * gate.token_stride + head);
-    packed.unpack(&x);
-    return Gate::value(x);
-  }
-  POM_HD Acc head_value(int64_t token, int64_t head) const {
-    if (head >= 2 * rotary.half * rotary.axes) return gate_of(token, head);
-    return turned_head<Acc>(rotary, token, head, false, [&](int64_t h) { return gate_of(token, h); });
   }
 };
 
