@@ -21,12 +21,8 @@ struct Mix {
   void* y = nullptr;
 };
 
-// Threads that hold many numbers each are fewer, for their registers and the shared memory of their sums.
 template <class I>
-constexpr int kMixThreads = FeatureTokens<I>::kNumbers * sizeof(typename I::Acc) > 64 ? 256 : 512;
-
-template <class I>
-__global__ void __launch_bounds__(kMixThreads<I>, 1) mix_slab(Mix args) {
+__global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kNumbers > 16 ? 1 : 2) mix_slab(Mix args) {
   using Acc = typename I::Acc;
   using Tokens = FeatureTokens<I>;
   constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers, kUnroll = kNumbers > 16 ? 1 : 2;
@@ -35,16 +31,26 @@ __global__ void __launch_bounds__(kMixThreads<I>, 1) mix_slab(Mix args) {
   const int lanes = args.slabs.lanes, thread = int(threadIdx.x), threads = int(blockDim.x);
   const int rows = threads / lanes, row = thread / lanes, lane = thread % lanes;
   double* const new_count = reinterpret_cast<double*>(memory);
-  Acc* const means = reinterpret_cast<Acc*>(memory + 16);  // (numbers, lanes)
-  Acc* const totals = means + kNumbers * lanes;
-  Acc* const residuals = totals + kNumbers * lanes;
-  Acc* const scratch = residuals + kNumbers * lanes;
+  Acc* const numbers = reinterpret_cast<Acc*>(memory + 16);  // (numbers, lanes): sums, then means
+  Acc* const scratch = numbers + kNumbers * lanes;
 
   const BlockIndex block(args.slabs.count);
   const int64_t b = block.row;
   const Place place = args.slabs.place(block.slab, lane);
   const Features& f = args.features;
   const Tokens tokens(f, b, place);
+
+  // One thread for each number of the slab's state. What came before is on its way while the tokens are summed.
+  const Place owned = args.slabs.place(block.slab, thread % lanes);
+  const int number = thread / lanes, range = number / I::Vec;
+  const bool owns = number < kNumbers && range < owned.ranges;
+  const int64_t at = b * f.channels() + owned.channel + range * owned.stride + number % I::Vec;
+  Acc total = Acc(0), residual = Acc(0);
+  if (owns && args.prior.total) {
+    total = static_cast<const Acc*>(args.prior.total)[at];
+    residual = static_cast<const Acc*>(args.prior.residual)[at];
+  }
+
   Acc sum[kNumbers] = {};
   for (int64_t first = row; first < f.tokens; first += kUnroll * rows) {
     typename Tokens::Raw raw[kUnroll];
@@ -71,19 +77,14 @@ __global__ void __launch_bounds__(kMixThreads<I>, 1) mix_slab(Mix args) {
   sum_rows(sum, lanes, scratch);
   __syncthreads();
   if (row == 0) {
-    const double scale = inverse(*new_count);
     POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) {
-      if (i / I::Vec >= place.ranges) break;
-      Acc total, residual;
-      double all = double(sum[i]);
-      const int64_t at = b * f.channels() + place.channel + i / I::Vec * place.stride + i % I::Vec;
-      const double rest = add_prior<Acc>(args.prior, at, all);
-      split(all, rest, total, residual);
-      totals[i * lanes + lane] = total;
-      residuals[i * lanes + lane] = residual;
-      means[i * lanes + lane] = scale != 0 ? Acc(double(total) * scale) : Acc(0);
-    }
+    for (int i = 0; i < kNumbers; ++i) numbers[i * lanes + lane] = sum[i];
+  }
+  __syncthreads();
+  if (owns) {
+    const double before = total, own = numbers[thread], scale = inverse(*new_count);
+    split(before + own, rounded_off(before, own, before + own) + double(residual), total, residual);
+    numbers[thread] = scale != 0 ? Acc(double(total) * scale) : Acc(0);
   }
   __syncthreads();
 
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kMixThreads<I>, 1) mix_slab(Mix args) {
   const typename Gates::Rows y(args.y, b * args.gates.tokens * f.channels(), f.channels(), place);
   Acc mean[kNumbers];
   POM_UNROLL
-  for (int i = 0; i < kNumbers; ++i) mean[i] = i / I::Vec < place.ranges ? means[i * lanes + lane] : Acc(0);
+  for (int i = 0; i < kNumbers; ++i) mean[i] = i / I::Vec < place.ranges ? numbers[i * lanes + lane] : Acc(0);
   for (int64_t first = row; first < args.gates.tokens; first += kUnroll * rows) {
     typename Gates::Raw raw[kUnroll];
     POM_UNROLL
@@ -110,14 +111,9 @@ __global__ void __launch_bounds__(kMixThreads<I>, 1) mix_slab(Mix args) {
 
   // The state last of all, each block its own channels. The count belongs to all of them: the block that comes last,
   // when every other has read it, writes it.
-  if (row == 0) {
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) {
-      if (i / I::Vec >= place.ranges) break;
-      const int64_t at = b * f.channels() + place.channel + i / I::Vec * place.stride + i % I::Vec;
-      static_cast<Acc*>(args.out.total)[at] = totals[i * lanes + lane];
-      static_cast<Acc*>(args.out.residual)[at] = residuals[i * lanes + lane];
-    }
+  if (owns) {
+    static_cast<Acc*>(args.out.total)[at] = total;
+    static_cast<Acc*>(args.out.residual)[at] = residual;
   }
   if (thread != 0) return;
   if (!args.ticket) {
@@ -160,9 +156,9 @@ Status run_in_one_launch(const Mix& given, void* stream) {
     using I = decltype(instance);
     if constexpr (std::is_same_v<typename I::Acc, Acc>) {
       constexpr int kNumbers = FeatureTokens<I>::kNumbers;
-      const size_t scratch = most(kNumbers * sizeof(Acc), sizeof(double)) * kMixThreads<I> / 2;
-      return launch(mix_slab<I>, int64_t(args.slabs.count) * f.batch, kMixThreads<I>,
-                    16 + 3 * kNumbers * kMixLanes * sizeof(Acc) + scratch, stream, args);
+      const size_t scratch = most(kNumbers * sizeof(Acc), sizeof(double)) * kThreads / 2;
+      return launch(mix_slab<I>, int64_t(args.slabs.count) * f.batch, kThreads,
+                    16 + kNumbers * kMixLanes * sizeof(Acc) + scratch, stream, args);
     }
     return Status::bad_dtype;
   });
