@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-DEVICES = ("cpu",)  # that the library has kernels for
 BUILD = "pip install --no-build-isolation -e ."
 
 
@@ -24,6 +23,8 @@ def _load():
 
 
 ERROR = _load()
+CUDA = "" if ERROR else torch.ops.pom_ext.cuda_architectures()  # that the library holds code for: "8.0;9.0+PTX"
+DEVICES = ("cpu", "cuda") if CUDA else ("cpu",)  # that the library has kernels for
 
 
 def default_device():

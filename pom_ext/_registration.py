@@ -50,6 +50,14 @@ def _causal_mix_backward_fake(grad_y, grad_total, u, gate, *rest):
     return (*grads, u.new_empty(u.shape[0], 1, u.shape[2], dtype=accumulator(u.dtype)))
 
 
+def _mix_fake(u, gate, *rest):
+    return (gate.new_empty(gate.shape[0], gate.shape[1], u.shape[2]), *_new_state(u, 1))
+
+
+def _update_fake(u, gate, *rest):
+    return gate.new_empty(gate.shape[0], gate.shape[1], u.shape[2])
+
+
 def _save(*positions):
     """A setup_context that keeps all inputs: tensors at `positions` through autograd, the rest as they are."""
 
@@ -84,6 +92,31 @@ def _causal_mix_backward(ctx, grad_y, grad_total, grad_residual, grad_count):
     return grad_u, grad_gate, grad_coeff, None, grad_prior, grad_prior, *[None] * 9
 
 
+def _save_mix(ctx, inputs, output):
+    u, gate, coeff, weight, prior = inputs[:5]
+    cos, sin, axes, gate_cos, gate_sin, gate_axes = inputs[7:13]
+    ctx.save_for_backward(u, gate, coeff, weight, *output[1:], cos, sin, gate_cos, gate_sin)
+    ctx.has_prior = prior is not None
+    ctx.rest = axes, gate_axes, *inputs[13:]
+    ctx.mark_non_differentiable(output[-1])  # the count
+
+
+def _mix_backward(ctx, grad_y, grad_total, grad_residual, grad_count):
+    u, gate, coeff, weight, total, residual, count, cos, sin, gate_cos, gate_sin = ctx.saved_tensors
+    axes, gate_axes, form, degree, heads = ctx.rest
+    grad_gate, grad_state = torch.ops.pom_ext.readout_backward(
+        grad_y, gate, total, residual, count, None, gate_cos, gate_sin, gate_axes, form, heads
+    )
+    if grad_total is not None:
+        grad_state = grad_state + grad_total
+    grad_u, grad_coeff = torch.ops.pom_ext.state_backward(
+        grad_state, u, coeff, weight, None, None, False, cos, sin, axes, form, degree
+    )
+    grad_coeff = None if coeff is None else grad_coeff
+    grad_prior = grad_state if ctx.has_prior else None
+    return grad_u, grad_gate, grad_coeff, None, grad_prior, grad_prior, *[None] * 10
+
+
 def _no_double_backward(ctx, *grads):
     raise RuntimeError("pom_ext: gradients of gradients are not defined yet; call backward without create_graph=True")
 
@@ -96,6 +129,8 @@ def register():
         "readout_backward": _readout_backward_fake,
         "causal_mix": _causal_mix_fake,
         "causal_mix_backward": _causal_mix_backward_fake,
+        "mix": _mix_fake,
+        "update": _update_fake,
     }.items():
         torch.library.register_fake(f"pom_ext::{name}", fake)
     for name, backward, tensors in (
@@ -105,3 +140,4 @@ def register():
     ):
         torch.library.register_autograd(f"pom_ext::{name}", backward, setup_context=_save(*range(tensors)))
         torch.library.register_autograd(f"pom_ext::{name}_backward", _no_double_backward)
+    torch.library.register_autograd("pom_ext::mix", _mix_backward, setup_context=_save_mix)

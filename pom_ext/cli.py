@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -220,6 +221,7 @@ def doctor():
         typer.echo(f"library    not loaded: {type(error).__name__}: {error}")
         raise typer.Exit(1) from None
     typer.echo(f"library    loaded, {importlib.util.find_spec('pom_ext._C').origin}")
+    typer.echo(f"kernels    {_describe_kernels(torch)}")
 
 
 def _describe_cuda(torch):
@@ -227,6 +229,41 @@ def _describe_cuda(torch):
         return "no GPU here" if torch.version.cuda else "none: this torch is built for the CPU"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return f"{torch.version.cuda}, {', '.join(names)}"
+
+
+def _describe_kernels(torch):
+    """What the library was built for, and whether that serves the GPUs that are here."""
+    built = torch.ops.pom_ext.cuda_architectures()
+    if not built:
+        return "CPU only; for CUDA, build again with nvcc on the path"
+    text = f"CPU, CUDA {built.replace(';', ', ')}"
+    if not torch.cuda.is_available():
+        return text
+    here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    lacking = ["{}.{}".format(*capability) for capability in sorted(here) if not _serves(built, capability)]
+    if not lacking:
+        return f"{text}, which serves every GPU here"
+    return f"{text}, NOT the GPU here: build again with TORCH_CUDA_ARCH_LIST='{';'.join(lacking)}'"
+
+
+def _serves(built, capability):
+    """Whether code for the architectures "8.0;9.0a;12.0+PTX" runs on a GPU of this (major, minor).
+
+    Machine code runs on later minor versions too, PTX on everything later; an "a" binds both to the one GPU, an "f" to
+    its family.
+    """
+    for name in built.split(";"):
+        number, suffix, ptx = re.fullmatch(r"(\d+\.\d)([af]?)(\+PTX)?", name).groups()
+        major, minor = map(int, number.split("."))
+        if suffix == "a":
+            serves = capability == (major, minor)
+        elif ptx and not suffix:
+            serves = capability >= (major, minor)
+        else:
+            serves = capability[0] == major and capability[1] >= minor
+        if serves:
+            return True
+    return False
 
 
 def main():

@@ -27,8 +27,13 @@ def _require(tensor, name):
     """The compiled library is there and serves the device of the tensor."""
     _library.load()
     if isinstance(tensor, torch.Tensor) and tensor.device.type not in (*_library.DEVICES, "meta"):
-        served = ", ".join(_library.DEVICES)
-        raise ValueError(f"{name}: there are kernels for {served} only, got a tensor on {tensor.device}; move it there")
+        served = " and ".join(_library.DEVICES)
+        remedy = "move it there"
+        if tensor.device.type == "cuda":
+            remedy += f", or build with CUDA where nvcc is on the path: POM_EXT_CUDA=1 {_library.BUILD}"
+        raise ValueError(
+            f"{name}: this library has kernels for tensors on {served} only, got one on {tensor.device}; {remedy}"
+        )
 
 
 def _no_tangents(**tensors):
@@ -162,7 +167,9 @@ def polynomial_mix(
 
     Arguments as in `polynomial_state` and `polynomial_readout`. With `causal`, `frames` and `cu_seqlens` the queries
     are the context tokens themselves (M = N); with `mask` query m reads group m. `causal` keeps a running sum and
-    stores no state for every token. Memory beyond inputs and outputs is that of the state, whatever N.
+    stores no state for every token. Memory beyond inputs and outputs is that of the state, whatever N (on a GPU that of
+    a state for every 64 to 512 tokens, and for every 32 with `causal`). A context of up to 1,024 tokens that all
+    queries read is one launch on a GPU.
 
     Returns:
         y (B, M, C) in the dtype of the gates; with `return_state` also the State (B, 1, C) after the last token.
@@ -184,6 +191,8 @@ def polynomial_mix(
     if causal:
         _only_one(causal=True, mask=mask, frames=frames, cu_seqlens=cu_seqlens)
         return _causal_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary, state, return_state)
+    if mask is None and not aligned:
+        return _whole_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary, state, return_state)
     new = polynomial_state(
         u, coeff, form=form, degree=degree, weight=weight, mask=mask, frames=frames, cu_seqlens=cu_seqlens,
         rotary=rotary, state=state,
@@ -194,18 +203,74 @@ def polynomial_mix(
     return (y, new.last()) if return_state else y
 
 
-def _causal_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary, state, return_state):
+def _mix_arguments(u, coeff, form, weight, rotary, gate_rotary, state):
+    """The arguments of a mix between the gates and the form, checked: coefficients, weights, what came before, angles."""
     if state is not None:
         check_state("state", state, u.shape[0], u.shape[2], u.dtype, u)
         _no_tangents(state=state.total)
     check_rotary("rotary", rotary, u.shape[1], u.shape[2], form, u)
-    if (rotary is None) != (gate_rotary is None):
-        raise ValueError("rotary and gate_rotary: with causal=True give both or neither")
     weight = _context(u, weight, None, None, None)[0]
     prior = (None, None, None) if state is None else (state.total, state.residual, state.count)
-    cos, sin, axes = _angles(rotary)
-    gate_cos, gate_sin, _ = _angles(gate_rotary)
+    return _coefficients(coeff, u), weight, prior, _angles(rotary), _angles(gate_rotary)
+
+
+def _whole_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary, state, return_state):
+    coeff, weight, prior, angles, gate_angles = _mix_arguments(u, coeff, form, weight, rotary, gate_rotary, state)
+    y, *new = torch.ops.pom_ext.mix(u, gate, coeff, weight, *prior, *angles, *gate_angles, form, degree, n_sel_heads)
+    return (y, State(*new)) if return_state else y
+
+
+def _causal_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary, state, return_state):
+    coeff, weight, prior, angles, gate_angles = _mix_arguments(u, coeff, form, weight, rotary, gate_rotary, state)
+    if (rotary is None) != (gate_rotary is None):
+        raise ValueError("rotary and gate_rotary: with causal=True give both or neither")
+    cos, sin, axes = angles
     y, *new = torch.ops.pom_ext.causal_mix(
-        u, gate, _coefficients(coeff, u), weight, *prior, cos, sin, gate_cos, gate_sin, axes, form, degree, n_sel_heads
+        u, gate, coeff, weight, *prior, cos, sin, *gate_angles[:2], axes, form, degree, n_sel_heads
     )
     return (y, State(*new)) if return_state else y
+
+
+def polynomial_update(
+    u, gate, state, coeff=None, *, form, degree, n_sel_heads=1, weight=None, rotary=None, gate_rotary=None
+):
+    """One step of a stream: adds the tokens of a frame to a running State, in place, and lets the gates read the sum.
+
+    What `polynomial_mix` gives with `state=state, return_state=True`, but `state.total`, `state.residual` and
+    `state.count` are overwritten instead of made anew. On a GPU a frame of up to 1,024 tokens is one launch; the count
+    stays on the device, nothing waits, and the call can be captured in a CUDA graph. It has no gradient.
+
+    Args:
+        u: (B, N, C) projected tokens of the frame, as in `polynomial_state`.
+        gate: (B, M, C) or (B, M, n_sel_heads), as in `polynomial_readout`.
+        state: State (B, 1, C) of what came before, contiguous; written last, after y.
+        coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary: as in `polynomial_mix`.
+
+    Returns:
+        y (B, M, C) in the dtype of the gates.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or requires a gradient; the message names it. ImportError: nothing
+            compiled.
+    """
+    _require(u, "u")
+    if not isinstance(state, State):
+        raise TypeError(f"state: expected a State, got {type(state).__name__}")
+    _no_tangents(u=u, gate=gate, coeff=coeff)
+    check_features(u, coeff, form, degree)
+    check_gate(gate, u.shape[2], n_sel_heads, form)
+    check_tensor("gate", gate, (u.shape[0], "M", gate.shape[2]), (u.dtype,), u)
+    check_rotary("gate_rotary", gate_rotary, gate.shape[1], gate.shape[2], form, gate)
+    for name, tensor in {"u": u, "gate": gate, "coeff": coeff, "state.total": state.total}.items():
+        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name}: an update in place has no gradient, got requires_grad=True; call it under torch.no_grad(), or "
+                "polynomial_mix with state=state and return_state=True"
+            )
+    coeff, weight, prior, angles, gate_angles = _mix_arguments(u, coeff, form, weight, rotary, gate_rotary, state)
+    for name, tensor in zip(("total", "residual", "count"), prior):
+        if not tensor.is_contiguous():
+            raise ValueError(f"state.{name}: expected a contiguous tensor, since it is written in place; give state.clone()")
+    return torch.ops.pom_ext.update(
+        u, gate, coeff, weight, *prior, state.ticket, *angles, *gate_angles, form, degree, n_sel_heads
+    )

@@ -1,6 +1,6 @@
 """State: everything a polynomial mixer remembers of the tokens it has seen."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,6 +30,16 @@ class State:
     total: torch.Tensor
     residual: torch.Tensor
     count: torch.Tensor
+    _ticket: torch.Tensor | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def ticket(self):
+        """(B,) int32 zeros, by which the blocks of a GPU kernel that updates this state in place know the last of them.
+        Made when first asked for, shared with no other state, and zero again after every update."""
+        if self._ticket is None:
+            tickets = torch.zeros(self.total.shape[0], dtype=torch.int32, device=self.total.device)
+            object.__setattr__(self, "_ticket", tickets)
+        return self._ticket
 
     @classmethod
     def empty(cls, batch, width, groups=1, *, dtype=torch.float32, device=None):

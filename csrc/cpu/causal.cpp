@@ -118,7 +118,7 @@ Status run(const CausalArgs& args, void* workspace, const Executor& executor) {
   for (int64_t b = 0; b < args.features.batch; ++b) {
     args.out.count[b] = plan.count(b, plan.chunks.count);
     for (int64_t c = 0; c < plan.channels; ++c)
-      split(plan.sum(b, plan.chunks.count)[c], static_cast<Acc*>(args.out.total)[b * plan.channels + c],
+      split(plan.sum(b, plan.chunks.count)[c], 0.0, static_cast<Acc*>(args.out.total)[b * plan.channels + c],
             static_cast<Acc*>(args.out.residual)[b * plan.channels + c]);
   }
   return Status::ok;

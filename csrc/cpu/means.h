@@ -1,20 +1,10 @@
-// Between the doubles of a task and a state: total + residual, and the mean H = (total + residual) / count.
+// The mean H = (total + residual) / count of a state.
 #pragma once
 
 #include "cpu/plan.h"
+#include "residual.h"
 
 namespace pom::cpu {
-
-// total + residual = sum, to twice the precision of Acc.
-template <class Acc>
-void split(double sum, Acc& total, Acc& residual) {
-  total = Acc(sum);
-  // An infinite or NaN sum has no rest.
-  residual = total - total == Acc(0) ? Acc(sum - double(total)) : Acc(0);
-}
-
-// 1 / count, and 0 where there is nothing to average.
-inline double inverse(double count) { return count != 0 ? 1 / count : 0; }
 
 // mean (batch, groups, channels) of the state, in parallel
 template <class Acc>

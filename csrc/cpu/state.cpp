@@ -114,7 +114,7 @@ Status run(const StateArgs& args, void* workspace, const Executor& executor) {
         plan.pieces.of_group(g, add);
       const int64_t at = (b * groups + g) * channels + first;
       for (int64_t c = 0; c < width; ++c)
-        split(sum[c], static_cast<Acc*>(args.out.total)[at + c], static_cast<Acc*>(args.out.residual)[at + c]);
+        split(sum[c], 0.0, static_cast<Acc*>(args.out.total)[at + c], static_cast<Acc*>(args.out.residual)[at + c]);
     }
   });
   return Status::ok;

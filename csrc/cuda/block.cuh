@@ -5,6 +5,7 @@
 
 #include "cuda/launch.h"
 #include "pom/math.h"
+#include "residual.h"
 
 namespace pom::cuda {
 
@@ -127,24 +128,6 @@ struct BlockIndex {
   unsigned slab, row;  // 32 bits: a division of 64 takes as long as a few tokens
   __device__ explicit BlockIndex(int slabs) : slab(blockIdx.x % unsigned(slabs)), row(blockIdx.x / unsigned(slabs)) {}
 };
-
-// 1 / count, and 0 where there is nothing to average.
-POM_HD double inverse(double count) { return count != 0 ? 1 / count : 0; }
-
-// What rounding a + b to `sum` lost, exactly (Knuth, TAOCP 4.2.2).
-POM_HD double rounded_off(double a, double b, double sum) {
-  const double part = sum - a;
-  return (a - (sum - part)) + (b - part);
-}
-
-// sum + rest as a number of the accumulator's type and what that cannot hold.
-template <class Acc>
-POM_HD void split(double sum, double rest, Acc& total, Acc& residual) {
-  const double all = sum + rest;
-  total = Acc(all);
-  // An infinite or NaN sum has no rest.
-  residual = total - total == Acc(0) ? Acc((sum - double(total)) + rest) : Acc(0);
-}
 
 // Adds to `sum` a prior state, total and residual, at element `at`; gives back what rounding lost. No prior, no change.
 template <class Acc>

@@ -1,246 +1,17 @@
-// Torch's view of the library: schemas, and tensors turned into the argument structs of pom.h. The only file that
-// knows torch, through its stable ABI alone, so that one build serves later versions of torch and Python.
-//
-// Values and shapes are checked with friendly messages in pom_ext/ops.py; what is checked here keeps memory safe for
-// those who call torch.ops.pom_ext directly.
+// The operations as torch sees them: schemas, and results made and filled. With its two headers the only code that knows
+// torch, through its stable ABI alone, so that one build serves later versions of torch and Python.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
-#include <optional>
 #include <string>
 #include <tuple>
 
 #include "cpu/kernels.h"
-#include "pom/pom.h"
+#include "torch/arguments.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-
-const pom::Executor kTorchThreads = {
-    [](void*, int64_t n, void (*body)(void*, int64_t), void* argument) {
-      torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) body(argument, i);
-      });
-    },
-    nullptr};
-
-pom::Dtype dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return pom::Dtype::f32;
-    case ScalarType::Double:
-      return pom::Dtype::f64;
-    case ScalarType::BFloat16:
-      return pom::Dtype::bf16;
-    case ScalarType::Half:
-      return pom::Dtype::f16;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16");
-  }
-}
-
-ScalarType acc_of(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-pom::Form form_of(const std::string& form) {
-  STD_TORCH_CHECK(form == "product" || form == "power", "form: expected 'product' or 'power', got '", form, "'");
-  return form == "product" ? pom::Form::product : pom::Form::power;
-}
-
-void expect_shape(const Tensor& t, std::initializer_list<int64_t> shape, const char* name) {
-  bool same = t.dim() == int64_t(shape.size());
-  int64_t i = 0;
-  for (int64_t expected : shape) same = same && t.size(i++) == expected;
-  STD_TORCH_CHECK(same, name, ": unexpected shape");
-}
-
-// A tensor for a result. Fresh memory of tens of megabytes costs more in page faults than filling it takes: where the
-// system leaves the choice to the program, ask for large pages.
-Tensor new_result(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  Tensor t = torch::stable::new_empty(like, shape, dtype);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kLarge = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), end = begin + t.numel() * t.element_size();
-  const uintptr_t first = (begin + kLarge - 1) / kLarge * kLarge, last = end / kLarge * kLarge;
-  if (t.is_cpu() && last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return t;
-}
-
-// The tensor with channels next to each other, as the kernels read it; a copy only where they are not.
-Tensor channels_together(const Tensor& t) {
-  return t.size(2) > 1 && t.stride(2) != 1 ? torch::stable::contiguous(t) : t;
-}
-
-// An optional contiguous tensor of the accumulator's dtype (or int64), kept alive while its pointer is used.
-struct Plain {
-  Optional tensor;
-  Plain(const Optional& t, ScalarType dtype, std::initializer_list<int64_t> shape, const char* name) {
-    if (!t) return;
-    STD_TORCH_CHECK(t->scalar_type() == dtype, name, ": unexpected dtype");
-    expect_shape(*t, shape, name);
-    tensor = torch::stable::contiguous(*t);
-  }
-  // Null means "not given": a tensor without elements, whose pointer torch leaves null, is given.
-  const void* data() const {
-    static const double nothing = 0;
-    return !tensor ? nullptr : tensor->numel() ? tensor->const_data_ptr() : &nothing;
-  }
-};
-
-template <class Args>
-void call(const Args& args, const Tensor& like, pom::Status (*operation)(const Args&, void*, size_t, const pom::Executor&)) {
-  const int64_t bytes = pom::cpu::workspace(args);
-  Tensor workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-  const pom::Status status = operation(args, workspace.mutable_data_ptr(), bytes, kTorchThreads);
-  STD_TORCH_CHECK(status == pom::Status::ok, pom::message(status));
-}
-
-// Angle tables of `tokens` tokens.
-struct Angles {
-  Plain cos, sin;
-  pom::Rotary rotary;
-  Angles(const Optional& cos_, const Optional& sin_, int64_t axes, int64_t tokens, ScalarType acc)
-      : cos(cos_, acc, {tokens, cos_ ? cos_->size(1) : 0}, "cos"), sin(sin_, acc, {tokens, cos_ ? cos_->size(1) : 0}, "sin") {
-    if (!cos_) return;
-    STD_TORCH_CHECK(sin_ && axes >= 1 && cos_->size(1) % axes == 0, "axes: does not divide the angle table");
-    rotary = {cos.data(), sin.data(), cos_->size(1) / axes, int(axes)};
-  }
-};
-
-struct Features {
-  Tensor u;
-  Plain coeff, weight;
-  Angles angles;
-  pom::Features args;
-
-  Features(const Tensor& u_, const Optional& coeff_, const Optional& weight_, const Optional& cos, const Optional& sin,
-           int64_t axes, const std::string& form, int64_t degree)
-      : u((check_dim(u_), channels_together(u_))),
-        coeff(coeff_, acc_of(u_), {u_.size(2), degree}, "coeff"),
-        weight(weight_, acc_of(u_), {u_.size(0), u_.size(1)}, "weight"),
-        angles(cos, sin, axes, u_.size(1), acc_of(u_)) {
-    args.form = form_of(form);
-    STD_TORCH_CHECK(degree >= 1 && degree <= 16, "degree: expected 1 to 16, got ", degree);
-    const int64_t factors = args.form == pom::Form::product ? degree : 1;
-    STD_TORCH_CHECK(u.size(2) > 0 && u.size(2) % factors == 0, "u: ", u.size(2), " channels are not a multiple of degree ", degree);
-    args.degree = int(degree);
-    args.dtype = dtype_of(u, "u");
-    args.batch = u.size(0);
-    args.tokens = u.size(1);
-    args.width = u.size(2) / factors;
-    args.u = u.const_data_ptr();
-    args.u_batch_stride = u.stride(0);
-    args.u_token_stride = u.stride(1);
-    args.coeff = coeff.data();
-    args.weight = weight.data();
-    args.rotary = angles.rotary;
-  }
-
- private:
-  static void check_dim(const Tensor& u) { STD_TORCH_CHECK(u.dim() == 3, "u: expected (B, N, C)"); }
-};
-
-// Offsets are read by the kernels: they must be sound whoever calls.
-const int64_t* checked_offsets(const Plain& offsets, int64_t tokens) {
-  if (!offsets.tensor) return nullptr;
-  const int64_t* p = static_cast<const int64_t*>(offsets.data());
-  const int64_t n = offsets.tensor->size(0);
-  STD_TORCH_CHECK(n >= 1 && p[0] == 0 && p[n - 1] == tokens, "offsets: expected to run from 0 to ", tokens);
-  for (int64_t i = 1; i < n; ++i) STD_TORCH_CHECK(p[i] >= p[i - 1], "offsets: expected to never decrease");
-  return p;
-}
-
-struct Groups {
-  Plain mask, offsets;
-  pom::Groups args;
-  Groups(const Features& f, const Optional& mask_, const Optional& offsets_, bool cumulative)
-      : mask(mask_, acc_of(f.u), {f.u.size(0), mask_ ? mask_->size(1) : 0, f.u.size(1)}, "mask"),
-        offsets(offsets_, ScalarType::Long, {offsets_ ? offsets_->size(0) : 0}, "offsets") {
-    args.offsets = checked_offsets(offsets, f.u.size(1));
-    args.mask = mask.data();
-    args.count = mask_ ? mask_->size(1) : offsets_ ? offsets_->size(0) - 1 : 1;
-    args.cumulative = cumulative;
-    STD_TORCH_CHECK(!(args.mask && (args.offsets || f.args.weight)), "mask: excludes offsets and weight");
-  }
-};
-
-struct State {
-  Plain total, residual, count;
-  pom::StateView view;
-  State(const Optional& total_, const Optional& residual_, const Optional& count_, ScalarType acc, int64_t batch,
-        int64_t groups, int64_t channels)
-      : total(total_, acc, {batch, groups, channels}, "total"),
-        residual(residual_, acc, {batch, groups, channels}, "residual"),
-        count(count_, ScalarType::Double, {batch, groups}, "count") {
-    view = {total.data(), residual.data(), static_cast<const double*>(count.data())};
-  }
-};
-
-// New tensors for a state.
-struct NewState {
-  Tensor total, residual, count;
-  pom::StateOut out;
-  NewState(const Tensor& like, int64_t batch, int64_t groups, int64_t channels)
-      : total(new_result(like, {batch, groups, channels}, acc_of(like))),
-        residual(new_result(like, {batch, groups, channels}, acc_of(like))),
-        count(new_result(like, {batch, groups}, ScalarType::Double)) {
-    out = {total.mutable_data_ptr(), residual.mutable_data_ptr(), static_cast<double*>(count.mutable_data_ptr())};
-  }
-};
-
-struct Gates {
-  Tensor gate;
-  Angles angles;
-  pom::Gates args;
-  Gates(const Tensor& gate_, int64_t channels, const Optional& cos, const Optional& sin, int64_t axes,
-        const std::string& form, int64_t heads)
-      : gate((check_dim(gate_), channels_together(gate_))), angles(cos, sin, axes, gate_.size(1), acc_of(gate_)) {
-    STD_TORCH_CHECK(heads >= 1 && channels % heads == 0, "heads: expected a divisor of ", channels, ", got ", heads);
-    expect_shape(gate, {gate.size(0), gate.size(1), heads > 1 ? heads : channels}, "gate");
-    args.form = form_of(form);
-    args.dtype = dtype_of(gate, "gate");
-    args.batch = gate.size(0);
-    args.tokens = gate.size(1);
-    args.channels = channels;
-    args.heads = heads;
-    args.gate = gate.const_data_ptr();
-    args.gate_batch_stride = gate.stride(0);
-    args.gate_token_stride = gate.stride(1);
-    args.rotary = angles.rotary;
-  }
-
- private:
-  static void check_dim(const Tensor& gate) { STD_TORCH_CHECK(gate.dim() == 3, "gate: expected (B, M, C or heads)"); }
-};
-
-// A gradient of y: any strides, the dtype of the gates.
-struct GradY {
-  Tensor tensor;
-  GradY(const Tensor& t, const Gates& gates) : tensor(channels_together(t)) {
-    expect_shape(tensor, {gates.args.batch, gates.args.tokens, gates.args.channels}, "grad_y");
-    STD_TORCH_CHECK(tensor.scalar_type() == gates.gate.scalar_type(), "grad_y: unexpected dtype");
-  }
-};
-
-Tensor new_like(const Tensor& like) {
-  return new_result(like, {like.size(0), like.size(1), like.size(2)}, like.scalar_type());
-}
-
-Tensor new_coeff_grad(const Features& f) {
-  const bool power = f.args.form == pom::Form::power;
-  return torch::stable::new_empty(f.u, {power ? f.args.width : 0, power ? f.args.degree : 0}, acc_of(f.u));
-}
+using namespace pom_torch;
 
 std::tuple<Tensor, Tensor, Tensor> state(const Tensor& u, const Optional& coeff, const Optional& weight,
                                          const Optional& mask, const Optional& offsets, bool cumulative,
@@ -249,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> state(const Tensor& u, const Optional& coeff,
   const Features features(u, coeff, weight, cos, sin, axes, form, degree);
   const Groups groups(features, mask, offsets, cumulative);
   NewState out(u, u.size(0), groups.args.count, u.size(2));
-  call(pom::StateArgs{features.args, groups.args, out.out}, u, pom::cpu::state);
+  call(pom::StateArgs{features.args, groups.args, out.out}, u, POM_OPERATION(state));
   return {out.total, out.residual, out.count};
 }
 
@@ -259,11 +30,11 @@ std::tuple<Tensor, Tensor> state_backward(const Tensor& grad_total, const Tensor
                                           std::string form, int64_t degree) {
   const Features features(u, coeff, weight, cos, sin, axes, form, degree);
   const Groups groups(features, mask, offsets, cumulative);
-  const Plain grad(grad_total, acc_of(u), {u.size(0), groups.args.count, u.size(2)}, "grad_total");
+  const Plain grad(grad_total, u, acc_of(u), {u.size(0), groups.args.count, u.size(2)}, "grad_total");
   Tensor grad_u = new_like(u), grad_coeff = new_coeff_grad(features);
   call(pom::StateBackwardArgs{features.args, groups.args, grad.data(), grad_u.mutable_data_ptr(),
                               grad_coeff.mutable_data_ptr()},
-       u, pom::cpu::state_backward);
+       u, POM_OPERATION(state_backward));
   return {grad_u, grad_coeff};
 }
 
@@ -272,11 +43,11 @@ Tensor readout(const Tensor& gate, const Tensor& total, const Tensor& residual, 
                int64_t heads) {
   const int64_t groups = total.size(1), channels = total.size(2);
   const Gates gates(gate, channels, cos, sin, axes, form, heads);
-  const State state(total, residual, count, acc_of(gate), gate.size(0), groups, channels);
-  const Plain offsets(offsets_, ScalarType::Long, {groups + 1}, "offsets");
+  const State state(total, residual, count, gate, gate.size(0), groups, channels);
+  const Plain offsets(offsets_, gate, ScalarType::Long, {groups + 1}, "offsets");
   Tensor y = new_result(gate, {gate.size(0), gate.size(1), channels}, gate.scalar_type());
   call(pom::ReadoutArgs{gates.args, groups, checked_offsets(offsets, gate.size(1)), state.view, y.mutable_data_ptr()},
-       gate, pom::cpu::readout);
+       gate, POM_OPERATION(readout));
   return y;
 }
 
@@ -286,32 +57,16 @@ std::tuple<Tensor, Tensor> readout_backward(const Tensor& grad_y, const Tensor& 
                                             int64_t heads) {
   const int64_t groups = total.size(1), channels = total.size(2);
   const Gates gates(gate, channels, cos, sin, axes, form, heads);
-  const State state(total, residual, count, acc_of(gate), gate.size(0), groups, channels);
-  const Plain offsets(offsets_, ScalarType::Long, {groups + 1}, "offsets");
+  const State state(total, residual, count, gate, gate.size(0), groups, channels);
+  const Plain offsets(offsets_, gate, ScalarType::Long, {groups + 1}, "offsets");
   const GradY dy(grad_y, gates);
   Tensor grad_gate = new_like(gate), grad_total = new_like(total);
   call(pom::ReadoutBackwardArgs{gates.args, groups, checked_offsets(offsets, gate.size(1)), state.view,
                                 dy.tensor.const_data_ptr(), dy.tensor.stride(0), dy.tensor.stride(1),
                                 grad_gate.mutable_data_ptr(), grad_total.mutable_data_ptr()},
-       gate, pom::cpu::readout_backward);
+       gate, POM_OPERATION(readout_backward));
   return {grad_gate, grad_total};
 }
-
-// Angle tables of the features and of the gates, in the order of the schema.
-struct Causal {
-  Features features;
-  Gates gates;
-  State prior;
-  Causal(const Tensor& u, const Tensor& gate, const Optional& coeff, const Optional& weight, const Optional& total,
-         const Optional& residual, const Optional& count, const Optional& cos, const Optional& sin,
-         const Optional& gate_cos, const Optional& gate_sin, int64_t axes, const std::string& form, int64_t degree,
-         int64_t heads)
-      : features(u, coeff, weight, cos, sin, axes, form, degree),
-        gates(gate, u.size(2), gate_cos, gate_sin, axes, form, heads),
-        prior(total, residual, count, acc_of(u), u.size(0), 1, u.size(2)) {
-    STD_TORCH_CHECK(bool(total) == bool(residual) && bool(total) == bool(count), "prior: incomplete state");
-  }
-};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> causal_mix(const Tensor& u, const Tensor& gate, const Optional& coeff,
                                                       const Optional& weight, const Optional& total,
@@ -319,11 +74,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_mix(const Tensor& u, const Ten
                                                       const Optional& cos, const Optional& sin,
                                                       const Optional& gate_cos, const Optional& gate_sin, int64_t axes,
                                                       std::string form, int64_t degree, int64_t heads) {
-  const Causal in(u, gate, coeff, weight, total, residual, count, cos, sin, gate_cos, gate_sin, axes, form, degree, heads);
+  const Mixed in(u, gate, coeff, weight, total, residual, count, cos, sin, axes, gate_cos, gate_sin, axes, form, degree,
+                 heads);
   NewState out(u, u.size(0), 1, u.size(2));
   Tensor y = new_result(gate, {u.size(0), u.size(1), u.size(2)}, gate.scalar_type());
   call(pom::CausalArgs{in.features.args, in.gates.args, in.prior.view, y.mutable_data_ptr(), out.out}, u,
-       pom::cpu::causal_mix);
+       POM_OPERATION(causal_mix));
   return {y, out.total, out.residual, out.count};
 }
 
@@ -332,20 +88,69 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_mix_backward(
     const Optional& weight, const Optional& total, const Optional& residual, const Optional& count, const Optional& cos,
     const Optional& sin, const Optional& gate_cos, const Optional& gate_sin, int64_t axes, std::string form,
     int64_t degree, int64_t heads) {
-  const Causal in(u, gate, coeff, weight, total, residual, count, cos, sin, gate_cos, gate_sin, axes, form, degree, heads);
+  const Mixed in(u, gate, coeff, weight, total, residual, count, cos, sin, axes, gate_cos, gate_sin, axes, form, degree,
+                 heads);
   const GradY dy(grad_y, in.gates);
-  const Plain grad(grad_total, acc_of(u), {u.size(0), 1, u.size(2)}, "grad_total");
+  const Plain grad(grad_total, u, acc_of(u), {u.size(0), 1, u.size(2)}, "grad_total");
   Tensor grad_u = new_like(u), grad_gate = new_like(gate), grad_coeff = new_coeff_grad(in.features);
   Tensor grad_prior = torch::stable::new_empty(u, {u.size(0), 1, u.size(2)}, acc_of(u));
   call(pom::CausalBackwardArgs{in.features.args, in.gates.args, in.prior.view, dy.tensor.const_data_ptr(),
                                dy.tensor.stride(0), dy.tensor.stride(1), grad.data(), grad_u.mutable_data_ptr(),
                                grad_gate.mutable_data_ptr(), grad_coeff.mutable_data_ptr(),
                                grad_prior.mutable_data_ptr()},
-       u, pom::cpu::causal_mix_backward);
+       u, POM_OPERATION(causal_mix_backward));
   return {grad_u, grad_gate, grad_coeff, grad_prior};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> mix(const Tensor& u, const Tensor& gate, const Optional& coeff,
+                                               const Optional& weight, const Optional& total, const Optional& residual,
+                                               const Optional& count, const Optional& cos, const Optional& sin,
+                                               int64_t axes, const Optional& gate_cos, const Optional& gate_sin,
+                                               int64_t gate_axes, std::string form, int64_t degree, int64_t heads) {
+  const Mixed in(u, gate, coeff, weight, total, residual, count, cos, sin, axes, gate_cos, gate_sin, gate_axes, form,
+                 degree, heads);
+  NewState out(u, u.size(0), 1, u.size(2));
+  Tensor y = new_result(gate, {gate.size(0), gate.size(1), u.size(2)}, gate.scalar_type());
+  call(pom::MixArgs{in.features.args, in.gates.args, in.prior.view, y.mutable_data_ptr(), out.out}, u,
+       POM_OPERATION(mix));
+  return {y, out.total, out.residual, out.count};
+}
+
+// What is written in place must be the caller's own memory.
+void expect_contiguous(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor, since it is written in place");
+}
+
+Tensor update(const Tensor& u, const Tensor& gate, const Optional& coeff, const Optional& weight, Tensor total,
+              Tensor residual, Tensor count, Tensor ticket, const Optional& cos, const Optional& sin, int64_t axes,
+              const Optional& gate_cos, const Optional& gate_sin, int64_t gate_axes, std::string form, int64_t degree,
+              int64_t heads) {
+  const Mixed in(u, gate, coeff, weight, total, residual, count, cos, sin, axes, gate_cos, gate_sin, gate_axes, form,
+                 degree, heads);
+  const Plain ticket_of(ticket, u, ScalarType::Int, {u.size(0)}, "ticket");
+  expect_contiguous(total, "total");
+  expect_contiguous(residual, "residual");
+  expect_contiguous(count, "count");
+  expect_contiguous(ticket, "ticket");
+  const pom::StateOut state = {total.mutable_data_ptr(), residual.mutable_data_ptr(),
+                               static_cast<double*>(count.mutable_data_ptr())};
+  Tensor y = new_result(gate, {gate.size(0), gate.size(1), u.size(2)}, gate.scalar_type());
+  call(pom::UpdateArgs{in.features.args, in.gates.args, state, static_cast<uint32_t*>(ticket.mutable_data_ptr()),
+                       y.mutable_data_ptr()},
+       u, POM_OPERATION(update));
+  return y;
+}
+
 std::string instruction_set() { return pom::cpu::instruction_set(); }
+
+// The GPUs that the library holds code for, as in TORCH_CUDA_ARCH_LIST; nothing where it was built without CUDA.
+std::string cuda_architectures() {
+#ifdef POM_CUDA
+  return POM_CUDA_ARCHITECTURES;
+#else
+  return "";
+#endif
+}
 
 }  // namespace
 
@@ -371,16 +176,34 @@ STABLE_TORCH_LIBRARY(pom_ext, m) {
       "Tensor? total, Tensor? residual, Tensor? count, Tensor? cos, Tensor? sin, Tensor? gate_cos, Tensor? gate_sin, "
       "int axes, str form, int degree, int heads) "
       "-> (Tensor grad_u, Tensor grad_gate, Tensor grad_coeff, Tensor grad_total)");
+  m.def(
+      "mix(Tensor u, Tensor gate, Tensor? coeff, Tensor? weight, Tensor? total, Tensor? residual, Tensor? count, "
+      "Tensor? cos, Tensor? sin, int axes, Tensor? gate_cos, Tensor? gate_sin, int gate_axes, str form, int degree, "
+      "int heads) -> (Tensor y, Tensor total, Tensor residual, Tensor count)");
+  m.def(
+      "update(Tensor u, Tensor gate, Tensor? coeff, Tensor? weight, Tensor(a!) total, Tensor(b!) residual, "
+      "Tensor(c!) count, Tensor(d!) ticket, Tensor? cos, Tensor? sin, int axes, Tensor? gate_cos, Tensor? gate_sin, "
+      "int gate_axes, str form, int degree, int heads) -> Tensor");
   m.def("instruction_set() -> str");
+  m.def("cuda_architectures() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pom_ext, CPU, m) {
-  m.impl("state", TORCH_BOX(&state));
-  m.impl("state_backward", TORCH_BOX(&state_backward));
-  m.impl("readout", TORCH_BOX(&readout));
-  m.impl("readout_backward", TORCH_BOX(&readout_backward));
-  m.impl("causal_mix", TORCH_BOX(&causal_mix));
-  m.impl("causal_mix_backward", TORCH_BOX(&causal_mix_backward));
-}
+#define POM_IMPLEMENT(m)                                     \
+  m.impl("state", TORCH_BOX(&state));                       \
+  m.impl("state_backward", TORCH_BOX(&state_backward));     \
+  m.impl("readout", TORCH_BOX(&readout));                   \
+  m.impl("readout_backward", TORCH_BOX(&readout_backward)); \
+  m.impl("causal_mix", TORCH_BOX(&causal_mix));             \
+  m.impl("causal_mix_backward", TORCH_BOX(&causal_mix_backward)); \
+  m.impl("mix", TORCH_BOX(&mix));                           \
+  m.impl("update", TORCH_BOX(&update))
 
-STABLE_TORCH_LIBRARY_IMPL(pom_ext, CompositeExplicitAutograd, m) { m.impl("instruction_set", TORCH_BOX(&instruction_set)); }
+STABLE_TORCH_LIBRARY_IMPL(pom_ext, CPU, m) { POM_IMPLEMENT(m); }
+#ifdef POM_CUDA
+STABLE_TORCH_LIBRARY_IMPL(pom_ext, CUDA, m) { POM_IMPLEMENT(m); }
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(pom_ext, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&instruction_set));
+  m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
+}

@@ -1,0 +1,25 @@
+// Sums kept as a number and what that number cannot hold, on any device.
+#pragma once
+
+#include "pom/types.h"
+
+namespace pom {
+
+// 1 / count, and 0 where there is nothing to average.
+POM_HD double inverse(double count) { return count != 0 ? 1 / count : 0; }
+
+// What rounding a + b to `sum` lost, exactly (Knuth, TAOCP 4.2.2).
+POM_HD double rounded_off(double a, double b, double sum) {
+  const double part = sum - a;
+  return (a - (sum - part)) + (b - part);
+}
+
+// sum + rest = total + residual, to twice the precision of Acc.
+template <class Acc>
+POM_HD void split(double sum, double rest, Acc& total, Acc& residual) {
+  total = Acc(sum + rest);
+  // An infinite or NaN sum has no rest.
+  residual = total - total == Acc(0) ? Acc((sum - double(total)) + rest) : Acc(0);
+}
+
+}  // namespace pom
