@@ -9,9 +9,10 @@ from cases import FORMS, Case, draw_inputs, op_function
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pom_ext import PoM, polynomial_mix, polynomial_readout, polynomial_state
+from pom_ext import PoM, State, polynomial_mix, polynomial_readout, polynomial_state, polynomial_update
 
-OPS = {"state", "state_backward", "readout", "readout_backward", "causal_mix", "causal_mix_backward"}
+GRADIENTS = {"state_backward", "readout_backward", "causal_mix_backward"}
+OPS = {"state", "readout", "causal_mix", "mix", "update", *GRADIENTS}
 
 
 class RecordCalls(TorchDispatchMode):
@@ -27,32 +28,35 @@ class RecordCalls(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def recorded_calls(form, mode, dtype=torch.float32):
-    """The operations that a forward and backward pass calls, as they were called."""
-    prior = mode.split("+")[0] not in ("mask", "cu_seqlens")
-    inputs = draw_inputs(Case(form, 2, mode, dtype, tokens=6, width=4, axes=1 if form == "power" else 0, prior=prior))
-    leaves = {name: leaf.requires_grad_() for name, leaf in inputs.leaves.items()}
+def recorded_calls(form, mode, device="cpu"):
+    """The operations that a forward and backward pass calls, as they were called; of an update, which has no gradient."""
+    kind = mode.split("+")[0]
+    prior = kind not in ("mask", "cu_seqlens")
+    inputs = draw_inputs(Case(form, 2, mode, tokens=6, width=4, axes=1 if form == "power" else 0, prior=prior))
+    leaves = {name: leaf.to(device).requires_grad_() for name, leaf in inputs.leaves.items()}
     with RecordCalls() as record:
-        outputs = op_function(inputs)(**leaves)
+        outputs = op_function(inputs, device)(**leaves)
         sum(output.sum() for output in outputs.values()).backward()
+        if kind == "whole":
+            u, gate, *coeff = (leaf.detach() for name, leaf in leaves.items() if name != "prior")
+            polynomial_update(u, gate, State.empty(2, u.shape[2], device=device), *coeff, form=form, degree=2)
     return record.calls
 
 
 def test_every_operation_is_recorded():
-    """What the opcheck tests rest on: the two ways through the package call all operations there are."""
-    called = {
-        op.__name__.removesuffix(".default") for mode in ("whole", "causal") for op, _ in recorded_calls("power", mode)
-    }
+    """What the opcheck tests rest on: three ways through the package call all operations there are."""
+    modes = ("whole", "causal", "frames")
+    called = {op.__name__.removesuffix(".default") for mode in modes for op, _ in recorded_calls("power", mode)}
     schemas = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("pom_ext::")]
     of_tensors = {schema.name.removeprefix("pom_ext::") for schema in schemas if "Tensor" in str(schema)}
     assert called == of_tensors == OPS
 
 
-@pytest.mark.parametrize("mode", ("whole", "causal+weight", "frames_unequal+weight", "mask"))
+@pytest.mark.parametrize("mode", ("whole", "weight", "causal+weight", "frames_unequal+weight", "mask"))
 @pytest.mark.parametrize("form", FORMS)
-def test_opcheck(form, mode):
-    for op, args in recorded_calls(form, mode):
-        differentiable = "backward" not in str(op)
+def test_opcheck(form, mode, device):
+    for op, args in recorded_calls(form, mode, device):
+        differentiable = op.__name__.removesuffix(".default") not in {*GRADIENTS, "update"}
         args = [
             arg.detach().requires_grad_(arg.requires_grad and differentiable) if isinstance(arg, torch.Tensor) else arg
             for arg in args
