@@ -1,17 +1,20 @@
 # Two commands for a fresh machine with Python 3.10 or later and g++:
 #   make demo   train on real images, draw new ones, report in out/demo
 #   make test   build and run every test
+# and one for a machine with a GPU and nvcc, whose python3 has torch and pytest; it installs nothing:
+#   make gpu-report OUT=folder   build for that GPU, test, sanitize and measure, within nine minutes
 #
-# Both make their environment in .venv first. Where torch can be imported already, that torch is used; on a machine
-# without an NVIDIA GPU the CPU build is pinned, because a plain `torch` would bring several GB of CUDA libraries.
+# The first two make their environment in .venv first. Where torch can be imported already, that torch is used; on a
+# machine without an NVIDIA GPU the CPU build is pinned, for a plain `torch` would bring several GB of CUDA libraries.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OUT ?= out/gpu-report
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.10' || echo 'torch==2.13.0')
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py build_objects.py build_cuda.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench gpu-report clean
 
 demo: $(VENV)/built
 	$(BIN)/pom-ext demo --out out/demo
@@ -21,6 +24,9 @@ test: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks.run
+
+gpu-report:
+	$(PYTHON) -m benchmarks.gpu_report $(OUT)
 
 $(VENV)/environment: pyproject.toml
 	$(PYTHON) -c "import torch" 2>/dev/null && $(PYTHON) -m venv --system-site-packages $(VENV) || $(PYTHON) -m venv $(VENV)

@@ -2,12 +2,16 @@
 
 import os
 import platform
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from pathlib import Path
 
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # pip runs this file from a path of its own
+
+import build_cuda
+from build_objects import Job, compile_stale
 
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10: this build serves that torch and later ones
 INCLUDE = ["csrc", "csrc/include"]
@@ -22,47 +26,34 @@ INSTRUCTION_SETS = {
 }
 
 
-def torch_free_objects(build_folder):
-    """Compile the torch-free library: the inner loops once per instruction set, everything else once."""
-    define = ["-DPOM_X86"] if X86 else []
+def cpu_jobs(folder):
+    """The torch-free library for the CPU: the inner loops once per instruction set, everything else once."""
+    command = [os.environ.get("CXX", "g++"), *COMMON, *(["-DPOM_X86"] if X86 else []), *(f"-I{i}" for i in INCLUDE)]
+    headers = tuple(path for pattern in ("*.h", "include/**/*.h", "cpu/*.h") for path in Path("csrc").glob(pattern))
+
+    def job(source, name, flags=()):
+        return Job((*command, *flags), Path(source), folder / f"{name}.o", headers)
+
     sets = INSTRUCTION_SETS if X86 else {"generic": []}
-    jobs = [("csrc/cpu/kernels.cpp", f"kernels_{name}", KERNELS + flags) for name, flags in sets.items()]
-    for source in ["csrc/status.cpp"] + sorted(map(str, Path("csrc/cpu").glob("*.cpp"))):
-        if not source.endswith("kernels.cpp"):
-            jobs.append((source, Path(source).stem, []))
-    headers = max(path.stat().st_mtime for path in Path("csrc").rglob("*.h"))
-    compiler = os.environ.get("CXX", "g++")
-
-    def compile_one(job):
-        source, name, flags = job
-        target = Path(build_folder) / f"{name}.o"
-        newest = max(headers, Path(source).stat().st_mtime, Path(__file__).stat().st_mtime)
-        if not target.exists() or target.stat().st_mtime < newest:
-            command = [
-                compiler,
-                *COMMON,
-                *define,
-                *flags,
-                *(f"-I{i}" for i in INCLUDE),
-                "-c",
-                source,
-                "-o",
-                str(target),
-            ]
-            print(" ".join(command), flush=True)
-            subprocess.run(command, check=True)
-        return str(target)
-
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
-        return list(pool.map(compile_one, jobs))
+    jobs = [job("csrc/cpu/kernels.cpp", f"kernels_{name}", KERNELS + flags) for name, flags in sets.items()]
+    sources = [Path("csrc/status.cpp"), *sorted(Path("csrc/cpu").glob("*.cpp"))]
+    return jobs + [job(source, source.stem) for source in sources if source.stem != "kernels"]
 
 
 class Build(BuildExtension):
     def build_extensions(self):
+        (extension,) = self.extensions
         folder = Path("build/pom")  # not pip's temporary folder: what has not changed is not compiled again
-        folder.mkdir(parents=True, exist_ok=True)
-        for extension in self.extensions:
-            extension.extra_objects += torch_free_objects(folder)
+        jobs = cpu_jobs(folder)
+        toolkit = build_cuda.wanted_toolkit()
+        if toolkit:
+            names = build_cuda.architectures(toolkit.architectures())
+            print(f"CUDA kernels for {', '.join(names)} by {toolkit.nvcc}", flush=True)
+            jobs = build_cuda.jobs(toolkit, names, folder / "cuda") + jobs
+            extension.define_macros += [("POM_CUDA", None), ("POM_CUDA_ARCHITECTURES", f'"{";".join(names)}"')]
+            extension.library_dirs += [str(toolkit.libraries)]
+            extension.libraries += build_cuda.LIBRARIES
+        extension.extra_objects += map(str, compile_stale(jobs))
         super().build_extensions()
 
 

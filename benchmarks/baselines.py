@@ -5,9 +5,12 @@ Product form: arXiv 2411.12663, davidpicard/HoMM `src/model/network/layers.py`. 
 davidpicard/pom `pom/pom.py`.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def features(u, coeff, form, degree):
@@ -31,13 +34,13 @@ def mean(phi):
 def masked_running_mean(phi):
     """Mean of the tokens up to and with each, through the lower-triangular matrix of who sees whom."""
     batch, tokens, _ = phi.shape
-    seen = torch.ones(tokens, tokens, dtype=phi.dtype).tril().expand(batch, -1, -1)
+    seen = torch.ones(tokens, tokens, dtype=phi.dtype, device=phi.device).tril().expand(batch, -1, -1)
     return torch.einsum("bnc,bmn->bmc", phi, seen) / seen.sum(dim=2, keepdim=True)
 
 
 def running_mean(phi):
     """The same linear in tokens: the best that plain torch can do."""
-    return phi.cumsum(dim=1) / torch.arange(1, phi.shape[1] + 1, dtype=phi.dtype)[:, None]
+    return phi.cumsum(dim=1) / torch.arange(1, phi.shape[1] + 1, dtype=phi.dtype, device=phi.device)[:, None]
 
 
 def gated(gate, h, form):
@@ -53,8 +56,21 @@ def plain_layer(layer, x):
     return layer.out_proj(gated(layer.gate_proj(x), h, layer.form))  # (B, N, D)
 
 
+def authors_op(u, coeff, gate, degree, heads, mask):
+    """The op of the package `pom`, on a GPU its Triton kernels: the mean features, and with a gate the whole mix.
+
+    mask: None, "causal", or a weight (B, N) for every token.
+    """
+    from pom import pom
+    from pom.pom import polynomial_aggregation_
+
+    if gate is None:
+        return polynomial_aggregation_(u, coeff, degree, mask)
+    return pom(F.hardsigmoid(gate), u, coeff, degree, heads, mask)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention on torch's own kernel."""
+    """Multi-head self-attention on torch's own kernel, on a GPU the flash kernel."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -64,4 +80,6 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))  # (B, N, D)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if x.is_cuda else nullcontext():
+            mixed = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
+        return self.out(mixed.transpose(1, 2).flatten(-2))  # (B, N, D)

@@ -1,10 +1,11 @@
-"""The registry: all cases by name, with their baselines and their targets."""
+"""The cases on the host: all by name, with their baselines and their targets."""
 
 import torch
 
 from .layers import AUTHORS, LayerCase
 from .measure import Target
-from .ops import MemoryCase, OpCase
+from .memory import MemoryCase
+from .ops import OpCase
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 MEMORY = ("sum", "copy")
@@ -15,28 +16,29 @@ LAYERS = (("power", 3, 1), ("power", 3, 8), ("product", 2, 1))
 MANY_TOKENS = 32768  # of 1,024 channels: more than any cache holds
 
 TARGETS = {
-    ("state", "power", 3, 4096, FP32): (Target("plain", at_least=80), Target("compiled", at_least=40)),
-    ("state", "power", 3, MANY_TOKENS, FP32): (Target("sum", at_least=0.7),),
-    ("state", "product", 2, 4096, FP32): (Target("plain", at_least=10), Target("compiled", at_least=10)),
-    ("state_backward", "power", 3, 4096, FP32): (Target("plain", at_least=30),),
-    ("state_backward", "product", 2, 4096, FP32): (Target("plain", at_least=8),),
+    ("forward", "power", 3, 4096, FP32): (Target("plain", at_least=80), Target("compiled", at_least=40)),
+    ("forward", "power", 3, MANY_TOKENS, FP32): (Target("sum", at_least=0.7),),
+    ("forward", "product", 2, 4096, FP32): (Target("plain", at_least=10), Target("compiled", at_least=10)),
+    ("backward", "power", 3, 4096, FP32): (Target("plain", at_least=30),),
+    ("backward", "product", 2, 4096, FP32): (Target("plain", at_least=8),),
 }
 HALF_PRECISION = (Target("float32", at_least=1),)  # half the bytes, so at least as fast
 FEW_STATES = (Target("state", at_most=128),)  # extra memory in multiples of the state, for any number of tokens
 
 
 def op_cases():
-    for op, memory in (("state", MEMORY), ("state_backward", ("copy",))):
+    for passes, memory in (("forward", MEMORY), ("backward", ("copy",))):
         for form, degree in FORMS:
             for tokens in (256, 4096, MANY_TOKENS):
-                targets = TARGETS.get((op, form, degree, tokens, FP32), ())
-                formula = () if op == "state_backward" and tokens == MANY_TOKENS else FORMULA  # takes minutes there
-                yield OpCase(op, form, degree, tokens, against=formula + memory, targets=targets)
+                targets = TARGETS.get((passes, form, degree, tokens, FP32), ())
+                formula = () if passes == "backward" and tokens == MANY_TOKENS else FORMULA  # takes minutes there
+                yield OpCase("state", form, degree, tokens, passes=passes, against=formula + memory, targets=targets)
             for dtype in (BF16, FP16):
                 against = ("float32", *memory)
-                yield OpCase(op, form, degree, MANY_TOKENS, dtype=dtype, against=against, targets=HALF_PRECISION)
+                more = {"passes": passes, "against": against, "targets": HALF_PRECISION}
+                yield OpCase("state", form, degree, MANY_TOKENS, dtype=dtype, **more)
         for form, degree in OTHER_DEGREES:
-            yield OpCase(op, form, degree, 4096, against=("plain", *memory))
+            yield OpCase("state", form, degree, 4096, passes=passes, against=("plain", *memory))
     for form, degree, heads in LAYERS:
         for tokens in (256, 4096):
             yield OpCase("mix", form, degree, tokens, heads=heads, against=(*FORMULA, "copy"))

@@ -9,7 +9,7 @@ import torch
 from pom_ext import PoM
 
 from .baselines import Attention, plain_layer
-from .measure import OURS, Setup, Target, forward, measure_times, training_step
+from .measure import OURS, Setup, Target, as_tuple, forward, measure_times, training_step
 from .ops import short
 
 AUTHORS = ("authors",) if importlib.util.find_spec("pom") else ()  # davidpicard/pom
@@ -31,65 +31,73 @@ class LayerCase:
     heads: int = 1
     dtype: torch.dtype = torch.float32
     batch: int = 1
+    device: str = "cpu"
+    clock: str = "host"
     against: tuple[str, ...] = ()
     targets: tuple[Target, ...] = ()
+    bytes_moved = None  # a layer is bound by its matrix products
 
     @property
     def name(self):
         heads = f"-heads{self.heads}" if self.heads > 1 else ""
+        batch = f"-B{self.batch}" if self.batch > 1 else ""
         what = "layer_train" if self.train else "layer"
-        return f"{what}-{self.form}{self.degree}{heads}-N{self.tokens}-D{self.dim}-{short(self.dtype)}"
+        return f"{what}-{self.form}{self.degree}{heads}{batch}-N{self.tokens}-D{self.dim}-{short(self.dtype)}"
 
     @property
     def differentiates(self):
         return self.train
 
-    def contender(self, function, modules, *inputs):
+    def contender(self, function, modules, **inputs):
         if not self.train:
-            return forward(function, inputs)
-        return training_step(function, inputs, [p for module in modules for p in module.parameters()])
+            return forward(function, [inputs])
+        return training_step(function, [inputs], parameters=[p for module in modules for p in module.parameters()])
 
-    def setup(self):
-        layer = PoM(self.dim, self.degree, self.expand, form=self.form, n_sel_heads=self.heads).to(self.dtype)
-        x = torch.randn(self.batch, self.tokens, self.dim).to(self.dtype)
-        mixed = torch.randn(self.batch, self.tokens, layer.state_width).to(self.dtype)
+    def setup(self, sets=1):
+        layer = PoM(self.dim, self.degree, self.expand, form=self.form, n_sel_heads=self.heads)
+        layer = layer.to(self.device, self.dtype)
+        x = torch.randn(self.batch, self.tokens, self.dim, device=self.device).to(self.dtype)
         projections = layer.context_proj, layer.gate_proj, layer.out_proj
 
-        def projected(x, mixed):
-            return layer.context_proj(x), layer.gate_proj(x), layer.out_proj(mixed)
+        def projected():
+            mixed = torch.randn(self.batch, self.tokens, layer.state_width, device=self.device).to(self.dtype)
+
+            def products(x, mixed):
+                return layer.context_proj(x), layer.gate_proj(x), layer.out_proj(mixed)
+
+            return self.contender(products, projections, x=x, mixed=mixed)
 
         def plain(x):
             return plain_layer(layer, x)
 
         def attention():
-            module = Attention(self.dim, max(1, self.dim // 64)).to(self.dtype)
-            return self.contender(module, [module], x)
+            module = Attention(self.dim, max(1, self.dim // 64)).to(self.device, self.dtype)
+            return self.contender(lambda x: module(x), [module], x=x)
 
         def authors():
             from pom import PoM as AuthorsPoM
 
-            module = AuthorsPoM(self.dim, self.degree, self.expand, n_groups=1, n_sel_heads=self.heads).to(self.dtype)
-            return self.contender(module, [module], x)
+            module = AuthorsPoM(self.dim, self.degree, self.expand, n_groups=1, n_sel_heads=self.heads)
+            module = module.to(self.device, self.dtype)
+            return self.contender(lambda x: module(x), [module], x=x)
 
         return Setup(
             {"x": x},
             {
-                OURS: lambda: self.contender(layer, [layer], x),
-                "plain": lambda: self.contender(plain, [layer], x),
-                "compiled": lambda: self.contender(torch.compile(plain, dynamic=False), [layer], x),
+                OURS: lambda: self.contender(lambda x: layer(x), [layer], x=x),
+                "plain": lambda: self.contender(plain, [layer], x=x),
+                "compiled": lambda: self.contender(torch.compile(plain, dynamic=False), [layer], x=x),
                 "attention": attention,
                 "authors": authors,
-                "projections": lambda: self.contender(projected, projections, x, mixed),
-                "context projection": lambda: forward(lambda: layer.context_proj(x), ()),
+                "projections": projected,
+                "context projection": lambda: forward(lambda: layer.context_proj(x), [{}]),
             },
             lambda: self.expected(layer, x),
         )
 
     def expected(self, layer, x):
         exact = copy.deepcopy(layer).double()
-        contender = self.contender(lambda x: plain_layer(exact, x), [exact], x.double())
-        outputs = contender.call()
-        return outputs if isinstance(outputs, tuple) else (outputs,)
+        return as_tuple(self.contender(lambda x: plain_layer(exact, x), [exact], x=x.double()).call())
 
-    def measure(self, clock, settings):
-        return measure_times(self, clock, settings)
+    def measure(self, clock, settings, bandwidth=None):
+        return measure_times(self, clock, settings, bandwidth)

@@ -1,17 +1,20 @@
 """What a case has to bring, and how it is measured: check, time by turns, compare, hold against the targets."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from .timing import Contender, interleave, ratios, summary
+from .timing import Contender, interleave, other, ratios, summary
 
 OURS = "pom_ext"
+COPY_BANDWIDTH, MICROSECONDS = "copy bandwidth", "microseconds"  # what a target can be of, beside a contender
 # In float32 a token within rounding of a kink of the activation may fall on its other side, in plain torch as here; one
 # such token among millions makes an error of several 1e-4 in the gradients.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+CONSTANT = ("weight", "residual", "count")  # inputs without a gradient
 
 
 class CheckFailed(Exception):
@@ -20,18 +23,19 @@ class CheckFailed(Exception):
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on one ratio of a case, `of` what is compared with.
+    """A bound on one figure of a case.
 
-    Cases of time: the time of a baseline over ours. Cases of memory: our extra memory over another size.
+    Cases of time: `of` a baseline, its time over ours; COPY_BANDWIDTH, our bytes per second over those of a plain copy;
+    MICROSECONDS, our time. Cases of memory: our extra memory over another size.
     """
 
     of: str
     at_least: float | None = None
     at_most: float | None = None
 
-    def judged(self, ratios):
+    def judged(self, figures):
         """The target with what was measured; None where the baseline did not run."""
-        measured = ratios.get(self.of)
+        measured = figures.get(self.of)
         reached = None if measured is None else (self.at_least or 0) <= measured <= (self.at_most or float("inf"))
         return {**dataclasses.asdict(self), "measured": measured, "reached": reached}
 
@@ -49,35 +53,45 @@ def as_tuple(outputs):
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def output_grads(outputs):
-    """The same gradients for all contenders whose outputs have the same shapes."""
-    draw = torch.Generator().manual_seed(1)
-    return [torch.randn(output.shape, generator=draw).to(output.dtype) for output in outputs]
+def output_grad(shape, dtype, device):
+    """The same gradient for all contenders whose outputs have the same shape."""
+    draw = torch.Generator(device).manual_seed(1)
+    return torch.randn(shape, generator=draw, device=device).to(dtype)
 
 
-def forward(function, inputs, bytes_moved=None):
-    return Contender(lambda: function(*inputs), bytes_moved=bytes_moved)
+def leaves(inputs):
+    """(the inputs with fresh leaves for those that have a gradient, these leaves)"""
+    inputs = {name: t if name in CONSTANT else t.detach().requires_grad_() for name, t in inputs.items()}
+    return inputs, [tensor for name, tensor in inputs.items() if name not in CONSTANT]
 
 
-def backward(function, inputs, bytes_moved=None):
+def forward(function, sets, bytes_moved=None):
+    """The inputs are taken by turns from `sets`."""
+    turns = itertools.cycle(sets)
+    return Contender(lambda inputs: function(**inputs), lambda: (next(turns),), bytes_moved)
+
+
+def backward(function, sets, bytes_moved=None):
     """The gradients of all inputs. The forward that leads to them is not timed."""
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    grads = output_grads(as_tuple(function(*leaves)))
+    inputs, wanted = leaves(sets[0])
+    output = function(**inputs)
+    grad = output_grad(output.shape, output.dtype, output.device)
     return Contender(
-        lambda *outputs: torch.autograd.grad(outputs, leaves, grads), lambda: as_tuple(function(*leaves)), bytes_moved
+        lambda output: torch.autograd.grad(output, wanted, grad), lambda: (function(**inputs),), bytes_moved
     )
 
 
-def training_step(function, inputs, parameters):
+def training_step(function, sets, bytes_moved=None, parameters=()):
     """Forward, and the gradients of inputs and parameters: (*outputs, *gradients)."""
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    grads = output_grads(as_tuple(function(*leaves)))
+    inputs, wanted = leaves(sets[0])
+    outputs = as_tuple(function(**inputs))
+    grads = [output_grad(output.shape, output.dtype, output.device) for output in outputs]
 
     def step():
-        outputs = as_tuple(function(*leaves))
-        return *outputs, *torch.autograd.grad(outputs, [*leaves, *parameters], grads)
+        outputs = as_tuple(function(**inputs))
+        return *outputs, *torch.autograd.grad(outputs, [*wanted, *parameters], grads)
 
-    return Contender(step)
+    return Contender(step, bytes_moved=bytes_moved)
 
 
 def check(case, results, expected):
@@ -93,32 +107,46 @@ def check(case, results, expected):
     return {"error": error, "allowed": allowed}
 
 
-def measure_times(case, clock, settings):
-    """The result of a case of times, as it stands in the JSON file. Raises CheckFailed."""
+def measure_times(case, clock, settings, bandwidth=None):
+    """The result of a case of times, as it stands in the JSON file. Raises CheckFailed.
+
+    bandwidth: bytes per second of a plain copy, to hold those of the case against.
+    """
     torch.manual_seed(0)
     torch.compiler.reset()  # the many shapes of one function would exceed torch's limit of recompilations
     contenders, failed = {}, {}
     with torch.inference_mode(not case.differentiates):
-        setup = case.setup()
+        setup = case.setup(clock.sets(case.bytes_moved))
+        expected = setup.expected()  # first, since a call may change its inputs
         ours = contenders[OURS] = setup.contenders[OURS]()
-        checked = check(case, ours.call(), setup.expected())
+        checked = check(case, ours.call(), expected)
+        del expected
+        clock.ready(ours)
         for name in case.against:
             try:
                 contender = setup.contenders[name]()
-                contender.call()  # compiles, starts threads, takes memory from the system
+                clock.ready(contender)
                 contenders[name] = contender
             except Exception as error:  # noqa: BLE001 -- a baseline that does not run here is reported; the others go on
                 failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         times = interleave(contenders, clock, settings)
-    cold = {name: cold for name, (cold, _) in ratios(times, OURS).items()}
-    warm = {name: warm for name, (_, warm) in ratios(times, OURS).items()}
+    compared = ratios(times, OURS)
+    rows = {name: summary(times[name], contenders[name].bytes_moved, clock.judged) for name in times}
+    figures = compared[clock.judged] | {MICROSECONDS: 1e3 * rows[OURS]["median_ms"]}
+    if bandwidth and case.bytes_moved:
+        for row in rows.values():
+            row["share_of_copy"] = row["bytes_per_second"] / bandwidth
+        figures[COPY_BANDWIDTH] = rows[OURS]["share_of_copy"]
     return {
         "kind": "time",
+        "clock": case.clock,
+        "judged": clock.judged,
+        "bytes_moved": case.bytes_moved,
         "shapes": {name: list(tensor.shape) for name, tensor in setup.tensors.items()},
         "check": checked,
-        "contenders": {name: summary(times[name], contenders[name].bytes_moved) for name in times},
+        "contenders": rows,
         "failed": failed,
-        "ratios": warm,
-        "cold_ratios": cold,
-        "targets": [target.judged(warm) for target in case.targets],
+        "ratios": compared[clock.judged],
+        f"{other(clock.judged)}_ratios": compared[other(clock.judged)],
+        "targets": [target.judged(figures) for target in case.targets],
     }

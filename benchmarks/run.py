@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import datetime
 import fnmatch
+import gc
 import json
 import os
 import platform
@@ -18,12 +19,18 @@ import pom_ext
 from pom_ext import _library
 from pom_ext.checkpoint import written_aside
 
-from .cases import CASES
-from .measure import OURS, CheckFailed
-from .timing import HostClock, Settings
+from . import cases, device, device_cases
+from .measure import COPY_BANDWIDTH, MICROSECONDS, OURS, CheckFailed
+from .ops import short
+from .timing import HostClock, Settings, other
 
 ROOT = Path(__file__).parent.parent
-QUICK = Settings(seconds=0.5, least_rounds=3, most_rounds=10)
+CASES = {"cpu": cases.CASES, "cuda": device_cases.CASES}
+FULL = {"cpu": Settings(), "cuda": Settings(seconds=1, least_rounds=5, most_rounds=100)}
+QUICK = {
+    "cpu": Settings(seconds=0.5, least_rounds=3, most_rounds=10),
+    "cuda": Settings(seconds=0.2, least_rounds=5, most_rounds=40),
+}
 
 
 def processor():
@@ -67,9 +74,10 @@ def machine():
 
 def machine_line(m):
     version = f"commit {m['commit']}" if m["commit"] else f"pom_ext {m['pom_ext']}"
+    gpu = f"{m['gpu']}, driver {m['driver']}, CUDA {m['cuda']}, " if "gpu" in m else ""
     return (
-        f"{m['processor']}, {m['cores']} cores, {m['instruction_set']}, {m['threads']} threads, torch {m['torch']}, "
-        f"{version}, {m['date']}, load {m['load']:.1f}"
+        f"{gpu}{m['processor']}, {m['cores']} cores, {m['instruction_set']}, {m['threads']} threads, "
+        f"torch {m['torch']}, {version}, {m['date']}, load {m['load']:.1f}"
     )
 
 
@@ -81,6 +89,7 @@ def amount(size):
 
 
 def verdict(target):
+    """One bound and whether it was reached."""
     bound = f"≥ {target['at_least']:g}" if target["at_most"] is None else f"≤ {target['at_most']:g}"
     return f"{bound} {({True: 'reached', False: 'MISSED', None: 'not measured'})[target['reached']]}"
 
@@ -97,25 +106,43 @@ def table(name, result):
             of_size = f"{amount(result['bytes'][size])} of {size}"
             lines.append(f"  {OURS} / {of_size:<24}{value:>10.3g}   {verdicts.get(size, '')}".rstrip())
         return lines
-    heads = ("median ms", "min", "IQR", "GB/s", "ratio", "cold ms", "cold ratio")
+    rest = other(result["judged"])
+    unit, scale, digits = ("ms", 1, 3) if result["clock"] == "host" else ("µs", 1e3, 2)
+    heads = (f"median {unit}", "min", "IQR", f"{rest} {unit}", "ratio", f"{rest} ratio", "GB/s")
+    heads += ("of copy",) * ("share_of_copy" in result["contenders"][OURS])
     lines.append(" " * 22 + "".join(f"{head:>11}" for head in heads))
+    verdicts[OURS] = ", ".join(f"{of} {verdicts[of]}" for of in (COPY_BANDWIDTH, MICROSECONDS) if of in verdicts)
     for contender, row in result["contenders"].items():
+        times = (row[f"{kind}_ms"] for kind in ("median", "min", "iqr", f"{rest}_median"))
+        ratios = (result[kind].get(contender, 1) for kind in ("ratios", f"{rest}_ratios"))
         speed = "" if row["bytes_per_second"] is None else f"{row['bytes_per_second'] / 1e9:.1f}"
-        warm, cold = (f"{result[key].get(contender, 1):.3g}" for key in ("ratios", "cold_ratios"))
-        times = [f"{row[key]:.3f}" for key in ("median_ms", "min_ms", "iqr_ms", "cold_median_ms")]
-        figures = "".join(f"{figure:>11}" for figure in (*times[:3], speed, warm, times[3], cold))
+        share = f"{row['share_of_copy']:.1%}" if "share_of_copy" in row else ""
+        cells = (*(f"{scale * time:.{digits}f}" for time in times), *(f"{ratio:.3g}" for ratio in ratios), speed, share)
+        figures = "".join(f"{cell:>11}" for cell in cells)
         lines.append(f"  {contender:<20}{figures}   {verdicts.get(contender, '')}".rstrip())
     lines += [f"  {contender:<20} did not run: {why}" for contender, why in result["failed"].items()]
     return lines
 
 
-def selected(patterns, quick):
+def predicted_us(case, speed):
+    """Microseconds that the bytes of a case take at `speed` GB/s; None for a case that memory does not bound."""
+    return None if not speed or case.bytes_moved is None else case.bytes_moved / speed / 1e3
+
+
+def predictions(cases, speed):
+    """The lines of a table of all cases that memory bounds."""
+    rows = [(case.name, case.bytes_moved, predicted_us(case, speed)) for case in cases if case.bytes_moved]
+    lines = [f"{'at ' + format(speed, 'g') + ' GB/s':<64}{'bytes':>15}{'µs':>10}"]
+    return lines + [f"{name:<64}{size:>15,}{microseconds:>10.1f}" for name, size, microseconds in rows]
+
+
+def selected(cases, patterns, quick):
     """Cases by name or pattern. Quick: those with a target alone, against the baselines of the targets alone."""
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in CASES):
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in cases):
             raise SystemExit(f"--case: no case is called {pattern!r}; --list shows all")
     patterns = patterns or ["*"]
-    cases = [case for name, case in CASES.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+    cases = [case for name, case in cases.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
     if not quick:
         return cases
     cases = [case for case in cases if case.targets]
@@ -126,24 +153,24 @@ def selected(patterns, quick):
     ]
 
 
-def report(case, result):
-    """A case in the JSON file: what it is, then what was measured."""
-    return {"name": case.name, "dtype": str(case.dtype).removeprefix("torch."), **result}
+def outcome(case, clock, settings, bandwidth, speed):
+    """(result as in the JSON file, None), or (None, complaint) where a case fails its check or does not run.
+
+    bandwidth: bytes per second of a copy, if measured. speed: GB/s to predict the time from, if given.
+    """
+    try:
+        result = case.measure(clock, settings, bandwidth)
+    except CheckFailed as error:
+        return None, str(error)
+    except Exception as error:  # noqa: BLE001 -- what one case lacks, memory perhaps, the others may have
+        return None, f"{case.name}: {type(error).__name__}: {error}".splitlines()[0]
+    predicted = {"predicted_us": predicted_us(case, speed)} if speed else {}
+    return {"name": case.name, "dtype": short(case.dtype), **predicted, **result}, None
 
 
-def measured(cases, clock, settings):
-    """(results, complaints). A case whose check fails is not timed; the others go on."""
-    results, wrong = [], []
-    for case in cases:
-        try:
-            result = case.measure(clock, settings)
-        except CheckFailed as error:
-            wrong.append(str(error))
-            print(f"\nWRONG {error}", flush=True)
-            continue
-        results.append(report(case, result))
-        print("", *table(case.name, result), sep="\n", flush=True)
-    return results, wrong
+def save(content, path):
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def target_lines(results):
@@ -153,10 +180,24 @@ def target_lines(results):
     return [f"{len(targets) - len(missed)} of {len(targets)} targets reached", *missed]
 
 
+def require(name):
+    """Exits where the device is not there, or the library has no kernels for it."""
+    _library.load()
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            f"--device cuda: torch {torch.__version__} finds no GPU; --list and --predict need none, the rest runs on a "
+            "machine with one"
+        )
+    if name not in _library.DEVICES:
+        raise SystemExit(f"--device {name}: the library was built without its kernels; build it where nvcc is found")
+
+
 def parsed(arguments):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split(":")[0])
+    parser.add_argument("--device", choices=tuple(CASES), default="cpu")
     parser.add_argument("--case", nargs="+", default=[], metavar="NAME", help="cases by name or pattern ('layer*')")
     parser.add_argument("--list", action="store_true", help="print the names of all cases")
+    parser.add_argument("--predict", type=float, metavar="GB/s", help="the time that memory of this speed would take")
     parser.add_argument("--quick", action="store_true", help="only what the targets need, and few rounds")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
@@ -165,30 +206,52 @@ def parsed(arguments):
         parser.error(f"--json: there is no folder {Path(options.json).parent}")
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads: expected 1 or more, got {options.threads}")
+    if options.predict is not None and (options.device == "cpu" or not options.predict > 0):
+        parser.error(f"--predict: expected more than 0 and --device cuda, got {options.predict} for {options.device}")
     return options
 
 
 def main(arguments=None):
     """Exit status 0; 1 where a case computed something wrong. A target that is not reached is no error."""
     options = parsed(arguments)
-    cases = selected(options.case, options.quick)
+    cases = selected(CASES[options.device], options.case, options.quick)
     if options.list:
-        print(*(case.name for case in cases), sep="\n")
+        lines = predictions(cases, options.predict) if options.predict else (case.name for case in cases)
+        print(*lines, sep="\n")
         return 0
-    _library.load()
+    require(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
 
-    start, clock, settings = time.perf_counter(), HostClock(), QUICK if options.quick else Settings()
-    found = machine()
-    print(machine_line(found), flush=True)
-    results, wrong = measured(cases, clock, settings)
+    start, settings = time.perf_counter(), (QUICK if options.quick else FULL)[options.device]
+    found, bandwidth = machine(), None
+    content = {"machine": found, "settings": dataclasses.asdict(settings)}
+    if options.device == "cuda":
+        found |= device.machine()
+        print(machine_line(found), flush=True)
+        clocks = device.clocks()
+        copied = content["copy"] = device.copy_bandwidth(clocks["events"])
+        bandwidth = copied["bytes_per_second"]
+        print(f"copy of {amount(copied['bytes_moved'] // 2)}: {bandwidth / 1e9:.0f} GB/s, read and written", flush=True)
+    else:
+        print(machine_line(found), flush=True)
+        clocks = {"host": HostClock()}
+    content["settings"]["cleared_bytes"] = {name: clock.cleared_bytes for name, clock in clocks.items()}
+    torch.compiler.reset()  # imports the compiler
+    gc.collect()
+    gc.freeze()  # the collection before every case need not look through all that was imported
+    results, wrong = content["cases"], content["wrong"] = [], []
+    for case in cases:
+        result, complaint = outcome(case, clocks[case.clock], settings, bandwidth, options.predict)
+        if complaint:
+            wrong.append(complaint)
+            print(f"\nWRONG {complaint}", flush=True)
+        else:
+            results.append(result)
+            print("", *table(case.name, result), sep="\n", flush=True)
+        if options.json:
+            save(content, options.json)  # after every case: a run that is cut short leaves what it has
     print("", *target_lines(results), f"{len(cases)} cases, {time.perf_counter() - start:.0f} s", sep="\n")
-    if options.json:
-        how = {**dataclasses.asdict(settings), "cleared_bytes": clock.cleared_bytes}
-        content = {"machine": found, "settings": how, "cases": results, "wrong": wrong}
-        with written_aside(options.json) as aside:
-            aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 1 if wrong else 0
 
 

@@ -12,7 +12,7 @@ import torch
 LAST_LEVEL_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contender:
     """One thing to time. `prepare` runs before every call, untimed, and hands what it returns to `run`."""
 
@@ -39,26 +39,42 @@ def last_level_cache_bytes():
 
 
 class HostClock:
-    """Wall-clock time of two calls in a row: one after the caches were cleared, one that finds what the first left."""
+    """Wall-clock time of two calls in a row: one after the caches were cleared, one that finds what the first left.
 
-    def __init__(self, cache_bytes=None):
+    finish: waits for what a call queued, on a device that the host runs ahead of.
+    """
+
+    judged = "warm"  # which of the two is reported first and held against the targets
+
+    def __init__(self, cache_bytes=None, finish=lambda: None):
         self.cleared_bytes = 2 * (cache_bytes or last_level_cache_bytes())
         self._other = torch.ones(self.cleared_bytes // 4)
+        self._finish = finish
+
+    def sets(self, bytes_moved):
+        """How many sets of inputs to take by turns."""
+        return 1
+
+    def ready(self, contender):
+        """What must not be timed: the first call compiles, starts threads, takes memory from the system."""
+        contender.call()
 
     def seconds(self, contender):
         """(cold, warm)"""
         arguments = [contender.prepare() for _ in range(2)]
         self._other.sum()  # read, not written: writing such lines back would slow down what comes next
+        self._finish()
         seconds = []
         for i in range(2):
             start = time.perf_counter()
             contender.run(*arguments[i])
+            self._finish()
             seconds.append(time.perf_counter() - start)
         return tuple(seconds)
 
 
 def interleave(contenders, clock, settings):
-    """Rounds A, B, C, A, B, C, ...: {name: [(cold, warm) seconds of every round]}, of contenders called before."""
+    """Rounds A, B, C, A, B, C, ...: {name: [(cold, warm) seconds of every round]}, of contenders made ready before."""
     times = {name: [] for name in contenders}
     gc.collect()
     gc.disable()
@@ -74,26 +90,31 @@ def interleave(contenders, clock, settings):
     return times
 
 
-def summary(seconds, bytes_moved):
-    """Of the warm calls the median, least and interquartile range and the bytes moved per second; the cold median."""
-    cold, warm = zip(*seconds, strict=True)
-    median = statistics.median(warm)
-    low, _, high = statistics.quantiles(warm, n=4, method="inclusive")
+def other(judged):
+    return {"cold": "warm", "warm": "cold"}[judged]
+
+
+def summary(seconds, bytes_moved, judged):
+    """Of the judged calls the median, least and interquartile range and the bytes moved per second; of the others the
+    median."""
+    times = dict(zip(("cold", "warm"), zip(*seconds, strict=True), strict=True))
+    median = statistics.median(times[judged])
+    low, _, high = statistics.quantiles(times[judged], n=4, method="inclusive")
     return {
         "median_ms": 1e3 * median,
-        "min_ms": 1e3 * min(warm),
+        "min_ms": 1e3 * min(times[judged]),
         "iqr_ms": 1e3 * (high - low),
-        "cold_median_ms": 1e3 * statistics.median(cold),
+        f"{other(judged)}_median_ms": 1e3 * statistics.median(times[other(judged)]),
         "rounds": len(seconds),
         "bytes_per_second": None if bytes_moved is None else bytes_moved / median,
     }
 
 
 def ratios(times, ours):
-    """How many times as long every other contender takes, {name: (cold, warm)}: medians over rounds, not ratios of
-    medians, since the times of a round were taken side by side."""
+    """How many times as long every other contender takes, {"cold": {name: ratio}, "warm": ...}: medians over rounds,
+    not ratios of medians, since the times of a round were taken side by side."""
 
     def ratio(name, i):
         return statistics.median(theirs[i] / own[i] for theirs, own in zip(times[name], times[ours], strict=True))
 
-    return {name: (ratio(name, 0), ratio(name, 1)) for name in times if name != ours}
+    return {kind: {name: ratio(name, i) for name in times if name != ours} for i, kind in enumerate(("cold", "warm"))}

@@ -33,7 +33,8 @@ inline Status check(const Gates& g) {
   if (g.heads > kMaxHeads) return Status::bad_size;
   if (g.rotary.axes) {
     if (g.form != Form::power) return Status::rotary_needs_power;
-    if (g.rotary.axes < 0 || g.rotary.half < 1 || 2 * g.rotary.half * g.rotary.axes > g.width()) return Status::bad_size;
+    const bool fits = 2 * g.rotary.half * g.rotary.axes <= g.width();
+    if (g.rotary.axes < 0 || g.rotary.half < 1 || !fits) return Status::bad_size;
     if (!g.rotary.cos || !g.rotary.sin) return Status::null_pointer;
   }
   return g.batch * g.tokens > 0 && !g.gate ? Status::null_pointer : Status::ok;

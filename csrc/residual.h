@@ -8,10 +8,10 @@ namespace pom {
 // 1 / count, and 0 where there is nothing to average.
 POM_HD double inverse(double count) { return count != 0 ? 1 / count : 0; }
 
-// What rounding a + b to `sum` lost, exactly (Knuth, TAOCP 4.2.2).
+// What rounding a + b to `sum` lost, exactly (Knuth, TAOCP 4.2.2). An infinite or NaN sum lost nothing.
 POM_HD double rounded_off(double a, double b, double sum) {
   const double part = sum - a;
-  return (a - (sum - part)) + (b - part);
+  return sum - sum == 0 ? (a - (sum - part)) + (b - part) : 0;
 }
 
 // sum + rest = total + residual, to twice the precision of Acc.

@@ -2,6 +2,7 @@
 
 import torch
 from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.graph import increment_version
 
 from . import _library
 from .checks import (
@@ -270,7 +271,11 @@ def polynomial_update(
     coeff, weight, prior, angles, gate_angles = _mix_arguments(u, coeff, form, weight, rotary, gate_rotary, state)
     for name, tensor in zip(("total", "residual", "count"), prior):
         if not tensor.is_contiguous():
-            raise ValueError(f"state.{name}: expected a contiguous tensor, since it is written in place; give state.clone()")
-    return torch.ops.pom_ext.update(
+            raise ValueError(
+                f"state.{name}: expected a contiguous tensor, since it is written in place; give state.clone()"
+            )
+    y = torch.ops.pom_ext.update(
         u, gate, coeff, weight, *prior, state.ticket, *angles, *gate_angles, form, degree, n_sel_heads
     )
+    increment_version(prior)  # a backward pass that needs the old values raises instead of using the new ones
+    return y

@@ -84,7 +84,7 @@ class State:
 
     def clone(self):
         """A copy that shares no memory: a fork of the stream."""
-        return self._map(torch.clone)
+        return self._map(lambda t: t.clone(memory_format=torch.contiguous_format))
 
     def detach(self):
         return self._map(torch.detach)
@@ -94,7 +94,7 @@ class State:
         if isinstance(target, torch.dtype):
             total = (self.total.double() + self.residual.double()).to(target)
             rest = (self.total.double() - total.double()) + self.residual.double()
-            return State(total, rest.to(target), self.count)
+            return State(total, rest.to(target), self.count.clone())
         return self._map(lambda t: t.to(target))
 
     def _map(self, function):

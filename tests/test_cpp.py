@@ -1,16 +1,10 @@
-"""The torch-free library, tested in C++: every program in tests/cpp is compiled, run, and its failures are shown."""
+"""The torch-free library, tested in C++: the programs in tests/cpp are compiled, run, and their failures are shown."""
 
-import ast
-import os
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cpp_programs import CPP, ROOT, compile_all, link_and_run, setup_constant
 
-ROOT = Path(__file__).parents[1]
-CXX = os.environ.get("CXX", "g++")
-INCLUDE = [f"-I{ROOT / folder}" for folder in ("csrc", "csrc/include", "tests/cpp")]
 # Quick to compile: sanitizers as calls, line numbers only, and nothing twice that the address sanitizer sees.
 SANITIZED = [
     *("-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-pthread"),
@@ -21,14 +15,7 @@ SANITIZED = [
 LIBRARY = sorted(
     [ROOT / "csrc/status.cpp", *(ROOT / "csrc/cpu").glob("*.cpp")], key=lambda file: file.stem != "kernels"
 )
-
-
-def setup_constant(name):
-    """The value of a constant in setup.py: the flags that the library is built with."""
-    for statement in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(statement, ast.Assign) and statement.targets[0].id == name:
-            return ast.literal_eval(statement.value)
-    raise LookupError(f"setup.py has no {name}")
+PROGRAMS = ("test_api", "test_mix", "test_status")
 
 
 def supported_instruction_sets():
@@ -43,40 +30,15 @@ def supported_instruction_sets():
 INSTRUCTION_SETS = supported_instruction_sets()
 
 
-def call(*command):
-    """Run a command; what it prints is shown if it fails."""
-    command = [str(word) for word in command]
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        pytest.fail(f"{' '.join(command)}\nexit status {done.returncode}\n{done.stdout}", pytrace=False)
-
-
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory):
-    """Futures of the object files by name, compiled side by side."""
-    folder = tmp_path_factory.mktemp("cpp")
-
-    def compile_one(name, source, flags):
-        target = folder / f"{name}.o"
-        call(CXX, *flags, *INCLUDE, "-c", source, "-o", target)
-        return target
-
+    """Futures of the object files by name."""
     release = [*setup_constant("COMMON"), *setup_constant("KERNELS")]
-    tests = ROOT / "tests/cpp"
-    jobs = [
-        (source.stem, source, SANITIZED) for source in (*LIBRARY, tests / "test_api.cpp", tests / "test_status.cpp")
-    ]
-    jobs += [(f"simd_{name}", tests / "test_simd.cpp", release + flags) for name, flags in INSTRUCTION_SETS.items()]
-    jobs += [("test_math", tests / "test_math.cpp", release)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return {job[0]: pool.submit(compile_one, *job) for job in jobs}
-
-
-def link_and_run(*objects, flags=()):
-    files = [future.result() for future in objects]
-    program = files[0].with_suffix("")
-    call(CXX, *flags, *files, "-o", program)
-    call(program)
+    jobs = {source.stem: (source, SANITIZED) for source in LIBRARY}
+    jobs |= {name: (CPP / f"{name}.cpp", SANITIZED) for name in PROGRAMS}
+    jobs |= {f"simd_{name}": (CPP / "test_simd.cpp", release + flags) for name, flags in INSTRUCTION_SETS.items()}
+    jobs |= {"test_math": (CPP / "test_math.cpp", release)}
+    return compile_all(tmp_path_factory.mktemp("cpp"), jobs)
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
@@ -88,6 +50,6 @@ def test_math(objects):
     link_and_run(objects["test_math"])
 
 
-@pytest.mark.parametrize("name", ["test_api", "test_status"])
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_library(name, objects):
     link_and_run(objects[name], *(objects[source.stem] for source in LIBRARY), flags=SANITIZED)

@@ -1,12 +1,16 @@
 """Bit-identical results, whatever runs beside them, and memory that does not grow with the tokens."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from cases import FORMS, MODES, Case, draw_inputs, run_op
+
+from pom_ext import State, polynomial_update
 
 LONG = ("whole", "weight", "causal", "frames_unequal")
 
@@ -67,6 +71,40 @@ def test_batch_neighbours_change_nothing(form, mode, tokens, width, device):
         alone = run_op(sample(inputs, index), device)
         own = {name: result[index : index + 1] for name, result in together.items() if name != "grad coeff"}
         assert_bit_identical(own, alone)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_updates_are_bit_identical(form, device):
+    """A stream of a short, a tiny and a long frame, twice."""
+    inputs = [draw_inputs(Case(form, 3, "whole", batch=3, tokens=tokens, width=33)) for tokens in (300, 1, 1500)]
+
+    def stream():
+        state, results = State.empty(3, inputs[0].case.channels, device=device), {}
+        for i, frame in enumerate(inputs):
+            frame = {name: leaf.to(device) for name, leaf in frame.leaves.items()}
+            results[f"y {i}"] = polynomial_update(**frame, state=state, form=form, degree=3)
+        return results | state.state_dict()
+
+    assert_bit_identical(stream(), stream())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_updates_take_no_memory(device):
+    """10,000 frames later a stream holds what it held after the first ones."""
+    frame = torch.randn(1, 16, 256, device=device)
+    state = State.empty(1, 256, device=device)
+
+    def held(frames):
+        for _ in range(frames):
+            polynomial_update(frame, frame, state, form="product", degree=2)
+        if device.type == "cuda":
+            return torch.cuda.memory_allocated()
+        resident = Path("/proc/self/statm").read_text().split()[1]
+        return int(resident) * os.sysconf("SC_PAGE_SIZE")
+
+    before = held(1000)
+    assert held(10_000) - before < 2**20
+    assert state.count.item() == 11_000 * 16
 
 
 MEMORY = """

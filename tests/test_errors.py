@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pom_ext import PoM, State, polynomial_mix, polynomial_readout, polynomial_state
+from pom_ext import PoM, State, polynomial_mix, polynomial_readout, polynomial_state, polynomial_update
 from pom_ext.rotary import rotary_table
 
 U, GATE = torch.zeros(2, 6, 8), torch.zeros(2, 6, 8)  # 8 channels: product form of degree 2, power form of width 8
@@ -33,6 +33,10 @@ def state_of(**changes):
 
 def readout(**changes):
     return polynomial_readout(**{"gate": GATE, "state": state(), "form": "product"} | changes)
+
+
+def update(**changes):
+    return polynomial_update(**{"u": U, "gate": GATE, "state": state(), "form": "product", "degree": 2} | changes)
 
 
 def layer(dim=8, x=(2, 6, 8), context=None, arguments=None, **options):
@@ -174,6 +178,36 @@ CASES = {
     "readout with heads that do not divide": (readout, {"n_sel_heads": 3}, ValueError, "n_sel_heads", "8", "3"),
     "readout form unknown": (readout, {"form": "cubic"}, ValueError, "form", "'cubic'"),
     "readout on another device": (readout, {"state": state(**META)}, ValueError, "state|gate", "cpu", "meta"),
+    # update
+    "update of no state": (update, {"state": shape(2, 1, 8)}, TypeError, "state", "Tensor"),
+    "update of another batch": (update, {"state": state(batch=3)}, ValueError, "state.total", "2", "(3, 1, 8)"),
+    "update of another width": (update, {"state": state(width=9)}, ValueError, "state.total", "8", "(2, 1, 9)"),
+    "update of many groups": (update, {"state": state(groups=6)}, ValueError, "state.total", "1", "(2, 6, 8)"),
+    "update in another dtype": (
+        update, {"state": state(dtype=torch.float64)}, TypeError, "state.total", "float32", "float64",
+    ),
+    "update with a narrow residual": (
+        update, {"state": State(shape(2, 1, 8), shape(2, 1, 7), shape(2, 1).double())}, ValueError, "state.residual", "7",
+    ),
+    "update with a narrow count": (
+        update, {"state": State(shape(2, 1, 8), shape(2, 1, 8), shape(2, 1))}, TypeError, "state.count", "float64",
+    ),
+    "update of strided memory": (
+        update, {"state": State(shape(2, 1, 16)[..., ::2], shape(2, 1, 8), shape(2, 1).double())},
+        ValueError, "state.total", "contiguous", "clone",
+    ),
+    "update of one count for all": (
+        update, {"state": State(shape(2, 1, 8), shape(2, 1, 8), shape(1, 1).double().expand(2, 1))},
+        ValueError, "state.count", "contiguous", "clone",
+    ),
+    "update on another device": (update, {"state": state(**META)}, ValueError, "state.total", "cpu", "meta"),
+    "update with a gate of another batch": (update, {"gate": shape(3, 6, 8)}, ValueError, "gate", "2", "(3, 6, 8)"),
+    "update with a gate of another dtype": (update, {"gate": GATE.half()}, TypeError, "gate", "float32", "float16"),
+    "update without coefficients": (update, {"form": "power"}, ValueError, "coeff", "(8, 2)", "None"),
+    "update with a negative weight": (update, {"weight": shape(2, 6) - 1}, ValueError, "weight", "-1"),
+    "update with a gradient": (
+        update, {"u": shape(2, 6, 8, requires_grad=True)}, ValueError, "u", "no_grad", "polynomial_mix",
+    ),
     # the layer's constructor
     "layer form": (layer, {"form": "cubic"}, ValueError, "form", "'cubic'"),
     "layer degree 0": (layer, {"degree": 0}, ValueError, "degree", "0"),
@@ -235,6 +269,42 @@ def test_the_message_says_what_is_wrong(name):
     assert re.search(pattern, str(raised.value), re.DOTALL)
 
 
-@pytest.mark.parametrize("call", (product, power, state_of, readout, layer))
+@pytest.mark.parametrize("call", (product, power, state_of, readout, update, layer))
 def test_the_calls_are_right_but_for_what_the_table_changes(call):
     call()
+
+
+def registered_update(device, **changes):
+    """The registered operation itself, as a caller without this package's Python would use it."""
+    arguments = {
+        "u": U, "gate": GATE, "coeff": None, "weight": None, "total": shape(2, 1, 8), "residual": shape(2, 1, 8),
+        "count": shape(2, 1).double(), "ticket": shape(2).int(), "cos": None, "sin": None, "axes": 0, "gate_cos": None,
+        "gate_sin": None, "gate_axes": 0, "form": "product", "degree": 2, "heads": 1,
+    } | changes  # fmt: skip
+    given = [value.to(device) if isinstance(value, torch.Tensor) else value for value in arguments.values()]
+    return torch.ops.pom_ext.update(*given), given[4:8]
+
+
+def test_the_registered_update(device):
+    y, (_, _, count, ticket) = registered_update(device)
+    assert y.shape == U.shape and count.tolist() == [[6], [6]] and not ticket.any()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"total": shape(2, 1, 7)}, "total: unexpected shape"),
+        ({"residual": shape(2, 1, 8).double()}, "residual: unexpected dtype"),
+        ({"count": shape(2, 1)}, "count: unexpected dtype"),
+        ({"ticket": shape(2)}, "ticket: unexpected dtype"),
+        ({"ticket": shape(1).int()}, "ticket: unexpected shape"),
+        ({"total": shape(8, 1, 2).permute(2, 1, 0)}, "total: expected a contiguous tensor"),
+        ({"gate": shape(2, 6, 7)}, "gate: unexpected shape"),
+        ({"gate": GATE.double()}, "dtypes of the arguments"),
+        ({"heads": 3}, "heads: expected a divisor of 8"),
+        ({"degree": 17}, "degree: expected 1 to 16"),
+    ],
+)
+def test_registered_operations_keep_memory_safe(changes, message, device):
+    with pytest.raises(RuntimeError, match=message):
+        registered_update(device, **changes)

@@ -17,11 +17,12 @@ from cases import (
     move,
     norm_error,
     op_function,
+    prior_state,
     run_op,
     run_reference,
 )
 
-from pom_ext import State, polynomial_mix, reference
+from pom_ext import State, polynomial_mix, polynomial_readout, polynomial_state, reference
 
 F32, F64 = torch.float32, torch.float64
 LARGE = [
@@ -241,6 +242,47 @@ def test_one_rotary_alone(which, mode, axes, device):
 def test_rotary_rows_differ_for_queries(device):
     """With M != N the features have N rows of angles, the gates M."""
     check(draw_inputs(Case("power", 3, "whole", queries=4, axes=2, width=20)), device)
+
+
+@pytest.mark.parametrize("prior", (False, True))
+@pytest.mark.parametrize("mode", ("whole", "weight"))
+@pytest.mark.parametrize("form", FORMS)
+def test_one_call_is_state_and_readout(form, mode, prior, device):
+    inputs = draw_inputs(Case(form, 3, mode, tokens=130, width=33, queries=9, axes=int(form == "power"), prior=prior))
+    leaves, context, rotaries = move((inputs.leaves, inputs.context, inputs.rotaries), device)
+    before = prior_state(inputs, leaves.pop("prior", None), device)
+    gate, options = leaves.pop("gate"), {"form": form, "degree": 3, "state": before}
+    y, mixed = polynomial_mix(**leaves, gate=gate, **options, **context, **rotaries, return_state=True)
+    state = polynomial_state(**leaves, **options, **context, rotary=rotaries.get("rotary"))
+    torch.testing.assert_close(mixed.total, state.total, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(mixed.count, state.count)
+    alone = polynomial_readout(gate, state, form=form, rotary=rotaries.get("gate_rotary"))
+    torch.testing.assert_close(y, alone, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("queries", (1, 1500))
+def test_nothing_of_a_large_prior_state_is_lost(queries, device):
+    """Sums of which a float32 holds either end but not both, in the total and in what it cannot hold."""
+    one = torch.ones(1, 1, 8, device=device)
+    state = State(one * 2**30, one * 2**-10, torch.ones(1, 1, dtype=torch.float64, device=device))
+    options = {"form": "power", "degree": 1, "return_state": True}
+    coeff, gate = torch.full((8, 1), 2.0**-12, device=device), one.expand(1, queries, 8)
+    for _ in range(8):
+        _, state = polynomial_mix(one.expand(1, 2, 8), gate, coeff, state=state, **options)
+    assert (state.total.double() + state.residual.double() == 2**30 + 2**-10 + 8 * 2 * 2**-12).all()
+    assert state.count.item() == 17
+
+
+@pytest.mark.parametrize("options", ({}, {"causal": True}, {"frames": 7}), ids=str)
+@pytest.mark.parametrize("where", ("u", "prior"))
+def test_an_infinite_sum_after_a_state(where, options, device):
+    """It stays infinite, with no rest, whichever way it came in."""
+    u, gate = torch.randn(2, 1, 7, 12, device=device).unbind()
+    state = State.empty(1, 12, device=device)
+    (u if where == "u" else state.total)[0, 0, 3] = float("inf")
+    _, state = polynomial_mix(u, gate, form="product", degree=1, state=state, return_state=True, **options)
+    assert state.total[0, 0, 3] == float("inf") and state.residual[0, 0, 3] == 0
+    assert state.total.isinf().sum() == 1 and not state.residual.isnan().any()
 
 
 def test_returned_state_continues(device):

@@ -153,6 +153,35 @@ def test_to(device):
     assert state.to(torch.float64).to(torch.float32).count.dtype == torch.float64
 
 
+def test_a_ticket_is_no_part_of_a_state(device):
+    """What a GPU's update needs beside the state: made once, zero, neither copied nor saved with it."""
+    state = draw_state(device=device)
+    ticket = state.ticket
+    assert ticket.dtype == torch.int32 and ticket.tolist() == [0, 0] and ticket.device == state.total.device
+    assert state.ticket is ticket
+    made = (state.clone(), state.detach(), state.to("cpu"), state.to(torch.float64), state.last(), state + state)
+    assert all(each.ticket is not ticket for each in made)
+    assert set(state.state_dict()) == set(FIELDS) and "ticket" not in repr(state)
+
+
+def test_clone_is_contiguous(device):
+    """Whatever the strides, so that it can be updated in place."""
+    state = draw_state(groups=3, device=device)
+    assert all(tensor.is_contiguous() for tensor in state.last().clone().state_dict().values())
+    turned = State(state.total.mT, state.residual.mT, state.count)
+    assert not turned.total.is_contiguous() and turned.clone().total.is_contiguous()
+    assert_identical(turned.clone(), turned)
+
+
+def test_a_change_of_dtype_shares_nothing(device):
+    state = draw_state(device=device)
+    wide = state.to(torch.float64)
+    before = wide.clone()
+    for field in FIELDS:
+        getattr(state, field).add_(1)
+    assert_identical(wide, before)
+
+
 def test_last(device):
     state = draw_state(groups=3, device=device)
     assert state.last().total.shape == (2, 1, 5)

@@ -126,6 +126,41 @@ def test_no_gradient_is_promised(name, device):
     assert state.count.sum() == 6
 
 
+def test_backward_after_an_update_raises_instead_of_using_the_new_state(device):
+    """The mix keeps its state for the backward pass; whoever overwrites it in between must hear of it."""
+    case = Case("product", 2, width=8)
+    frame = on(device, frame_of(case, 5, None, False))
+    y, state = polynomial_mix(**frame | {"gate": frame["gate"].requires_grad_()}, **options(case), return_state=True)
+    with torch.no_grad():
+        polynomial_update(state=state.detach(), **frame, **options(case))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_states_made_of_another_do_not_change_with_it(device):
+    case = Case("product", 2, width=8)
+    frame = on(device, frame_of(case, 5, None, False))
+    state = State.empty(2, 16, device=device)
+    polynomial_update(state=state, **frame, **options(case))
+    made = [state.clone(), state + State.empty(2, 16, device=device), state.to(torch.float64)]
+    before = [{name: tensor.clone() for name, tensor in each.state_dict().items()} for each in made]
+    polynomial_update(state=state, **frame, **options(case))
+    for each, values in zip(made, before, strict=True):
+        assert all(torch.equal(tensor, values[name]) for name, tensor in each.state_dict().items())
+
+
+def test_a_state_of_other_strides_is_updated_after_clone(device):
+    case = Case("product", 2, width=8)
+    frame = on(device, frame_of(case, 5, None, False))
+    total = torch.zeros(16, 1, 2, device=device).permute(2, 1, 0)
+    state = State(total, torch.zeros_like(total), torch.zeros(2, 1, dtype=torch.float64, device=device))
+    with pytest.raises(ValueError, match=r"state.total: expected a contiguous.*state.clone\(\)"):
+        polynomial_update(state=state, **frame, **options(case))
+    fork = state.clone()
+    polynomial_update(state=fork, **frame, **options(case))
+    assert fork.count.tolist() == [[5], [5]]
+
+
 @pytest.mark.parametrize(
     "broken, message",
     [

@@ -52,7 +52,8 @@ Status run(const Features& f, const Gates& g, const StateView& prior, const Stat
 }
 
 size_t workspace_of(const Features& f, const Gates& g) {
-  return f.dtype == Dtype::f64 ? MixPlan<double>(f, g, nullptr).arena.used() : MixPlan<float>(f, g, nullptr).arena.used();
+  return f.dtype == Dtype::f64 ? MixPlan<double>(f, g, nullptr).arena.used()
+                               : MixPlan<float>(f, g, nullptr).arena.used();
 }
 
 }  // namespace

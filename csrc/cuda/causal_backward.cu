@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_gate_slop
   const typename W::Rows dgate(args.grad_gate, chunk.b * walk.features.tokens * channels, channels, place);
 
   const Acc inverses = inverse_counts<Acc>(walk, chunk, lane);
-  Acc base[kNumbers], sum[kNumbers] = {}, back[kNumbers] = {};
-  load_base<I::Vec, W::kRanges>(walk, chunk, place, base);
+  Acc sum[kNumbers], back[kNumbers] = {};
+  load_base<I::Vec, W::kRanges>(walk, chunk, place, sum);
   for (int64_t first = chunk.begin; first < chunk.end; first += kUnroll) {
     typename W::Tokens::Raw raw[kUnroll], raw_dy[kUnroll];
     typename W::Gates::Raw raw_gate[kUnroll];
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_gate_slop
       for (int i = 0; i < kNumbers; ++i) {
         sum[i] += w * phi[i];
         back[i] += d[i] * value[i] * scale;
-        value[i] = d[i] * (base[i] + sum[i]) * scale;
+        value[i] = d[i] * sum[i] * scale;
       }
       if (walk.gates.heads > 1) {
         write_head_parts<I::Vec, W::kRanges>(

@@ -21,7 +21,7 @@ inline bool turns_channels(const Gates& g) { return g.rotary.axes && g.heads == 
 
 inline Alignment is_aligned(const Gates& g, const StateView& state) {
   Alignment aligned(g.dtype);
-  aligned.pointers({state.total}).sizes({g.channels, g.channels / g.heads});
+  aligned.pointers({state.total, state.residual}).sizes({g.channels, g.channels / g.heads});
   if (g.heads == 1)
     aligned.pointers({g.gate, g.rotary.cos, g.rotary.sin}).sizes({g.gate_batch_stride, g.gate_token_stride, g.rotary.half});
   return aligned;

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kNumbers > 16 ? 1 
   if (owns) {
     const double before = total, own = numbers[thread], scale = inverse(*new_count);
     split(before + own, rounded_off(before, own, before + own) + double(residual), total, residual);
-    numbers[thread] = scale != 0 ? Acc(double(total) * scale) : Acc(0);
+    numbers[thread] = scale != 0 ? Acc((double(total) + double(residual)) * scale) : Acc(0);
   }
   __syncthreads();
 

@@ -56,12 +56,13 @@ __device__ Acc inverse_counts(const Walk& walk, const Chunk& chunk, int lane) {
 template <int Vec, int ranges, class Acc>
 __device__ void load_base(const Walk& walk, const Chunk& chunk, const Place& place, Acc* base) {
   const int64_t channels = walk.features.channels();
-  const Acc* row = chunk.number ? static_cast<const Acc*>(walk.sums) + (chunk.b * walk.chunks + chunk.number - 1) * channels
-                   : walk.prior.total ? static_cast<const Acc*>(walk.prior.total) + chunk.b * channels
-                                      : nullptr;
   POM_UNROLL
   for (int i = 0; i < ranges * Vec; ++i) base[i] = Acc(0);
-  if (row) load_row<Vec, ranges>(row, place, base);
+  if (chunk.number)
+    load_row<Vec, ranges>(static_cast<const Acc*>(walk.sums) + (chunk.b * walk.chunks + chunk.number - 1) * channels, place,
+                          base);
+  else if (walk.prior.total)
+    load_state<Vec, ranges>(walk.prior, chunk.b, channels, 1.0, place, base);
 }
 
 // Blocks of a multiprocessor at the least: fewer where a thread holds more numbers than a third of the registers.

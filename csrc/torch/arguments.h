@@ -68,7 +68,8 @@ inline Tensor channels_together(const Tensor& t) {
 // An optional contiguous tensor of the accumulator's dtype (or int64), kept alive while its pointer is used.
 struct Plain {
   Optional tensor;
-  Plain(const Optional& t, const Tensor& like, ScalarType dtype, std::initializer_list<int64_t> shape, const char* name) {
+  Plain(const Optional& t, const Tensor& like, ScalarType dtype, std::initializer_list<int64_t> shape,
+        const char* name) {
     if (!t) return;
     expect_device(*t, like, name);
     STD_TORCH_CHECK(t->scalar_type() == dtype, name, ": unexpected dtype");
@@ -87,7 +88,8 @@ struct Angles {
   Plain cos, sin;
   pom::Rotary rotary;
   Angles(const Optional& cos_, const Optional& sin_, int64_t axes, int64_t tokens, const Tensor& like)
-      : cos(cos_, like, acc_of(like), {tokens, cos_ ? cos_->size(1) : 0}, "cos"), sin(sin_, like, acc_of(like), {tokens, cos_ ? cos_->size(1) : 0}, "sin") {
+      : cos(cos_, like, acc_of(like), {tokens, cos_ ? cos_->size(1) : 0}, "cos"),
+        sin(sin_, like, acc_of(like), {tokens, cos_ ? cos_->size(1) : 0}, "sin") {
     if (!cos_) return;
     STD_TORCH_CHECK(sin_ && axes >= 1 && cos_->size(1) % axes == 0, "axes: does not divide the angle table");
     rotary = {cos.data(), sin.data(), cos_->size(1) / axes, int(axes)};
@@ -109,7 +111,8 @@ struct Features {
     args.form = form_of(form);
     STD_TORCH_CHECK(degree >= 1 && degree <= 16, "degree: expected 1 to 16, got ", degree);
     const int64_t factors = args.form == pom::Form::product ? degree : 1;
-    STD_TORCH_CHECK(u.size(2) > 0 && u.size(2) % factors == 0, "u: ", u.size(2), " channels are not a multiple of degree ", degree);
+    STD_TORCH_CHECK(u.size(2) > 0 && u.size(2) % factors == 0, "u: ", u.size(2),
+                    " channels are not a multiple of degree ", degree);
     args.degree = int(degree);
     args.dtype = dtype_of(u, "u");
     args.batch = u.size(0);
@@ -127,8 +130,8 @@ struct Features {
   static void check_dim(const Tensor& u) { STD_TORCH_CHECK(u.dim() == 3, "u: expected (B, N, C)"); }
 };
 
-// Offsets are read by the kernels: they must be sound whoever calls. Those on a GPU are not seen here; its kernels never
-// leave the tensors, whatever the offsets.
+// Offsets are read by the kernels: they must be sound whoever calls. Those on a GPU are not seen here; its kernels
+// never leave the tensors, whatever the offsets.
 inline const int64_t* checked_offsets(const Plain& offsets, int64_t tokens) {
   if (!offsets.tensor) return nullptr;
   const int64_t* p = static_cast<const int64_t*>(offsets.data());

@@ -1,5 +1,5 @@
-// The operations as torch sees them: schemas, and results made and filled. With its two headers the only code that knows
-// torch, through its stable ABI alone, so that one build serves later versions of torch and Python.
+// The operations as torch sees them: schemas, and results made and filled. With its two headers the only code that
+// knows torch, through its stable ABI alone, so that one build serves later versions of torch and Python.
 
 #include <torch/csrc/stable/library.h>
 
@@ -160,7 +160,8 @@ STABLE_TORCH_LIBRARY(pom_ext, m) {
       "Tensor? sin, int axes, str form, int degree) -> (Tensor total, Tensor residual, Tensor count)");
   m.def(
       "state_backward(Tensor grad_total, Tensor u, Tensor? coeff, Tensor? weight, Tensor? mask, Tensor? offsets, "
-      "bool cumulative, Tensor? cos, Tensor? sin, int axes, str form, int degree) -> (Tensor grad_u, Tensor grad_coeff)");
+      "bool cumulative, Tensor? cos, Tensor? sin, int axes, str form, int degree) "
+      "-> (Tensor grad_u, Tensor grad_coeff)");
   m.def(
       "readout(Tensor gate, Tensor total, Tensor residual, Tensor count, Tensor? offsets, Tensor? cos, Tensor? sin, "
       "int axes, str form, int heads) -> Tensor");
@@ -188,14 +189,14 @@ STABLE_TORCH_LIBRARY(pom_ext, m) {
   m.def("cuda_architectures() -> str");
 }
 
-#define POM_IMPLEMENT(m)                                     \
-  m.impl("state", TORCH_BOX(&state));                       \
-  m.impl("state_backward", TORCH_BOX(&state_backward));     \
-  m.impl("readout", TORCH_BOX(&readout));                   \
-  m.impl("readout_backward", TORCH_BOX(&readout_backward)); \
-  m.impl("causal_mix", TORCH_BOX(&causal_mix));             \
+#define POM_IMPLEMENT(m)                                          \
+  m.impl("state", TORCH_BOX(&state));                             \
+  m.impl("state_backward", TORCH_BOX(&state_backward));           \
+  m.impl("readout", TORCH_BOX(&readout));                         \
+  m.impl("readout_backward", TORCH_BOX(&readout_backward));       \
+  m.impl("causal_mix", TORCH_BOX(&causal_mix));                   \
   m.impl("causal_mix_backward", TORCH_BOX(&causal_mix_backward)); \
-  m.impl("mix", TORCH_BOX(&mix));                           \
+  m.impl("mix", TORCH_BOX(&mix));                                 \
   m.impl("update", TORCH_BOX(&update))
 
 STABLE_TORCH_LIBRARY_IMPL(pom_ext, CPU, m) { POM_IMPLEMENT(m); }

@@ -54,15 +54,15 @@ inline Tensor new_workspace(const Tensor& like, int64_t bytes) {
 }
 
 #ifdef POM_CUDA
-// The library is linked to no CUDA of torch's, so that it also loads where torch has none. Where there is a CUDA tensor,
-// torch's CUDA library is loaded.
+// The library is linked to no CUDA of torch's, so that it also loads where torch has none. Where there is a CUDA
+// tensor, torch's CUDA library is loaded.
 inline void* current_stream(int32_t device) {
   using Function = int32_t (*)(int32_t, void**);
   static const Function function = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
     return library ? reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
   }();
-  STD_TORCH_CHECK(function, "pom_ext: torch has CUDA tensors but does not tell its current stream; expected torch >= 2.10");
+  STD_TORCH_CHECK(function, "pom_ext: this torch does not tell its current CUDA stream; expected torch >= 2.10");
   void* stream = nullptr;
   STD_TORCH_CHECK(function(device, &stream) == 0, "pom_ext: torch gives no current stream of cuda:", device);
   return stream;
@@ -79,7 +79,8 @@ pom::Status run_cuda(const Args& args, const Tensor& like, typename Operation<Ar
 
 // Runs the operation of the device that `like` is on, with a workspace of that device.
 template <class Args>
-void call(const Args& args, const Tensor& like, typename Operation<Args>::Cpu cpu, typename Operation<Args>::Cuda cuda) {
+void call(const Args& args, const Tensor& like, typename Operation<Args>::Cpu cpu,
+          typename Operation<Args>::Cuda cuda) {
   pom::Status status = pom::Status::ok;
   std::string details;
 #if defined(POM_CUDA_ON_CPU)
@@ -97,7 +98,8 @@ void call(const Args& args, const Tensor& like, typename Operation<Args>::Cpu cp
   else {
     status = run_cuda(args, like, cuda);
     if (status == pom::Status::no_device_code || status == pom::Status::device_error)
-      details = std::string(" (") + pom::cuda::error() + " on " + name_of(like) + "; built for " POM_CUDA_ARCHITECTURES ")";
+      details = std::string(" (") + pom::cuda::error() + " on " + name_of(like) +
+                "; built for " POM_CUDA_ARCHITECTURES ")";
   }
 #else
   (void)cuda;

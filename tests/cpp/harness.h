@@ -1,18 +1,16 @@
-// What the tests of the torch-free library call it with: arrays and workspaces in heap blocks of exactly their size, so
-// that the address sanitizer sees any overrun, and an executor that runs tasks in the opposite order.
+// What the tests of the torch-free library call it with: arrays and workspaces that nobody can overrun unseen, and calls
+// whose result must not depend on the order in which things are done.
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "check.h"
+#include "device.h"
 #include "naive.h"
 #include "pom/pom.h"
 
@@ -34,8 +32,14 @@ inline size_t size_of(pom::Dtype dtype) { return dtype == pom::Dtype::f64 ? 8 : 
 // Numbers of one dtype. The bytes are those of NaNs until something is written.
 class Buffer {
  public:
+  // Whether the next buffers start at a multiple of 16 bytes, or one element behind it.
+  inline static bool aligned = true;
+
   Buffer() : Buffer(pom::Dtype::f64, 0) {}
-  Buffer(pom::Dtype dtype, int64_t size) : dtype_(dtype), size_(size), memory_(new char[bytes()]) { forget(); }
+  Buffer(pom::Dtype dtype, int64_t size)
+      : dtype_(dtype), size_(size), memory_(bytes(), aligned ? 0 : size_of(dtype), choose(2) == 0) {
+    forget();
+  }
   // Rounds the values to what the dtype holds.
   Buffer(pom::Dtype dtype, Array& values) : Buffer(dtype, int64_t(values.size())) {
     for (int64_t i = 0; i < size_; ++i) set(i, values[i]), values[i] = get(i);
@@ -44,11 +48,11 @@ class Buffer {
   int64_t size() const { return size_; }
   size_t bytes() const { return size_ * size_of(dtype_); }
   pom::Dtype dtype() const { return dtype_; }
-  void* data() const { return memory_.get(); }
+  void* data() const { return memory_.data(); }
   double* doubles() const { return static_cast<double*>(data()); }
-  void forget() { std::memset(memory_.get(), 0xff, bytes()); }
+  void forget() { std::memset(data(), 0xff, bytes()); }
   bool untouched() const {
-    return std::all_of(memory_.get(), memory_.get() + bytes(), [](char c) { return c == '\xff'; });
+    return std::all_of(memory_.data(), memory_.data() + bytes(), [](char c) { return c == '\xff'; });
   }
 
   double get(int64_t i) const {
@@ -87,11 +91,11 @@ class Buffer {
 
   pom::Dtype dtype_;
   int64_t size_;
-  std::unique_ptr<char[]> memory_;
+  Memory memory_;
 };
 
 // Rows (batch, tokens, width) at strides of their own.
-enum class Layout { dense, padded, one_sample, one_row };
+enum class Layout { dense, padded, spaced, one_sample, one_row };
 struct Rows {
   Buffer buffer;
   int64_t batch_stride = 0, token_stride = 0;
@@ -101,6 +105,7 @@ struct Rows {
   Rows(pom::Dtype dtype, Array& values, int64_t batch, int64_t tokens, int64_t width, Layout layout)
       : batch_stride(tokens * width), token_stride(width) {
     if (layout == Layout::padded) token_stride = width + 3, batch_stride = tokens * token_stride + 5;
+    if (layout == Layout::spaced) token_stride = width + 8, batch_stride = tokens * token_stride + 16;
     if (layout == Layout::one_sample || layout == Layout::one_row) batch_stride = 0;
     if (layout == Layout::one_row) token_stride = 0;
     const bool empty = batch * tokens == 0;
@@ -116,65 +121,37 @@ struct Rows {
 // As many bytes as asked for, at an odd address.
 class Workspace {
  public:
-  explicit Workspace(size_t bytes) : block_(new char[bytes + 1]) { std::memset(block_.get(), 0xff, bytes + 1); }
-  void* data() const { return block_.get() + 1; }
+  explicit Workspace(size_t bytes) : memory_(bytes + 1) { std::memset(memory_.data(), 0xff, bytes + 1); }
+  void* data() const { return memory_.data() + 1; }
 
  private:
-  std::unique_ptr<char[]> block_;
+  Memory memory_;
 };
-
-inline void run_reversed(void*, int64_t n, void (*body)(void*, int64_t), void* argument) {
-  std::atomic<int64_t> left{n};
-  std::vector<std::thread> threads;
-  for (int i = 0; i < 3; ++i)
-    threads.emplace_back([&] {
-      for (int64_t task; (task = --left) >= 0;) body(argument, task);
-    });
-  for (std::thread& thread : threads) thread.join();
-}
-
-// The operation that takes these arguments.
-inline pom::Status call(const pom::StateArgs& args, void* memory, size_t bytes, const pom::Executor& executor = {}) {
-  return pom::cpu::state(args, memory, bytes, executor);
-}
-inline pom::Status call(const pom::StateBackwardArgs& args, void* memory, size_t bytes,
-                        const pom::Executor& executor = {}) {
-  return pom::cpu::state_backward(args, memory, bytes, executor);
-}
-inline pom::Status call(const pom::ReadoutArgs& args, void* memory, size_t bytes, const pom::Executor& executor = {}) {
-  return pom::cpu::readout(args, memory, bytes, executor);
-}
-inline pom::Status call(const pom::ReadoutBackwardArgs& args, void* memory, size_t bytes,
-                        const pom::Executor& executor = {}) {
-  return pom::cpu::readout_backward(args, memory, bytes, executor);
-}
-inline pom::Status call(const pom::CausalArgs& args, void* memory, size_t bytes, const pom::Executor& executor = {}) {
-  return pom::cpu::causal_mix(args, memory, bytes, executor);
-}
-inline pom::Status call(const pom::CausalBackwardArgs& args, void* memory, size_t bytes,
-                        const pom::Executor& executor = {}) {
-  return pom::cpu::causal_mix_backward(args, memory, bytes, executor);
-}
 
 using Outputs = std::vector<Buffer*>;
 
-// Fills the outputs twice, task after task and reversed on several threads: the same bits.
+inline std::string bits(const Buffer& buffer) { return {static_cast<char*>(buffer.data()), buffer.bytes()}; }
+
+template <class Args>
+void run_once(const std::string& name, const Args& args, bool ascending) {
+  const size_t bytes = device::workspace(args);
+  const Workspace workspace(bytes);
+  const pom::Status status = call(args, workspace.data(), bytes, in_order(ascending));
+  check::expect(status == pom::Status::ok, "%s: %s", name.c_str(), pom::message(status));
+}
+
+// Fills the outputs twice, in ascending order and in another one: the same bits.
 template <class Args>
 void run(const std::string& name, const Args& args, const Outputs& outputs) {
-  std::vector<std::string> serial;
-  for (const bool reversed : {false, true}) {
+  std::vector<std::string> first;
+  for (const bool ascending : {true, false}) {
     for (Buffer* out : outputs) out->forget();
-    const size_t bytes = pom::cpu::workspace(args);
-    const Workspace workspace(bytes);
-    const pom::Status status =
-        call(args, workspace.data(), bytes, reversed ? pom::Executor{run_reversed} : pom::Executor{});
-    check::expect(status == pom::Status::ok, "%s: %s", name.c_str(), pom::message(status));
+    run_once(name, args, ascending);
     for (size_t i = 0; i < outputs.size(); ++i) {
-      const std::string bits(static_cast<char*>(outputs[i]->data()), outputs[i]->bytes());
-      if (reversed)
-        check::expect(bits == serial[i], "%s: output %d depends on the executor", name.c_str(), int(i));
+      if (ascending)
+        first.push_back(bits(*outputs[i]));
       else
-        serial.push_back(bits);
+        check::expect(bits(*outputs[i]) == first[i], "%s: output %d depends on the order", name.c_str(), int(i));
     }
   }
 }

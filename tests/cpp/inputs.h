@@ -29,16 +29,20 @@ struct Case {
   int64_t heads = 1;
   int axes = 0;
   Layout layout = Layout::dense;
+  bool aligned = true;
+  int64_t other_queries = -1;  // as many queries as tokens, or that many
 
+  int64_t queries() const { return other_queries < 0 ? shape.tokens : other_queries; }
   int64_t channels() const { return form == Form::product ? degree * shape.width : shape.width; }
   int64_t gates() const { return heads > 1 ? heads : channels(); }
 
   std::string name(const char* operation) const {
     return std::string(operation) + (form == Form::product ? " product" : " power") + std::to_string(degree) + " " +
            kDtypeNames[int(dtype)] + " " + kContextNames[int(context)] + (weighted ? "+weights" : "") +
-           (prior ? "+prior" : "") + " B" + std::to_string(shape.batch) + " N" + std::to_string(shape.tokens) + " E" +
-           std::to_string(shape.width) + " heads " + std::to_string(heads) + " axes " + std::to_string(axes) +
-           " layout " + std::to_string(int(layout)) + ": ";
+           (prior ? "+prior" : "") + " B" + std::to_string(shape.batch) + " N" + std::to_string(shape.tokens) + " M" +
+           std::to_string(queries()) + " E" + std::to_string(shape.width) + " heads " + std::to_string(heads) +
+           " axes " + std::to_string(axes) + " layout " + std::to_string(int(layout)) +
+           (aligned ? ": " : " unaligned: ");
   }
 };
 
@@ -47,12 +51,12 @@ struct Angles {
   Buffer cos, sin;
 
   Angles() = default;
-  // Where every axis has several pairs, one fewer is turned: the last channels stay as they are.
+  // Where an axis has many pairs, a few are not turned: the last channels stay as they are.
   Angles(Dtype acc, int64_t tokens, int64_t width, int axes) {
     if (!axes) return;
-    const int64_t pairs = width / (2 * axes);
+    const int64_t pairs = width / (2 * axes), few = pairs % 8 == 0 ? 8 : pairs % 4 == 0 ? 4 : 1;
     values.axes = axes;
-    values.half = pairs > 2 ? pairs - 1 : pairs;
+    values.half = pairs > 2 * few ? pairs - few : pairs;
     for (double angle : draw(tokens * axes * values.half, -9, 9)) {
       values.cos.push_back(std::cos(angle));
       values.sin.push_back(std::sin(angle));
@@ -105,11 +109,12 @@ struct Inputs {
   explicit Inputs(const Case& c) : acc(c.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32) {
     const auto [batch, tokens, width] = c.shape;
     p.form = c.form, p.degree = c.degree, p.heads = c.heads;
-    p.batch = batch, p.tokens = p.queries = tokens, p.width = width;
+    p.batch = batch, p.tokens = tokens, p.queries = c.queries(), p.width = width;
+    Buffer::aligned = c.aligned;
     draw_numbers(c);
     draw_groups(c);
     rotary = Angles(acc, tokens, p.channels(), c.axes);
-    gate_rotary = Angles(acc, tokens, p.gates(), c.axes);
+    gate_rotary = Angles(acc, p.queries, p.gates(), c.axes);
     p.rotary = rotary.values, p.gate_rotary = gate_rotary.values;
     features = {c.form,
                 c.degree,
@@ -126,7 +131,7 @@ struct Inputs {
     gates = {c.form,
              c.dtype,
              batch,
-             tokens,
+             p.queries,
              p.channels(),
              c.heads,
              gate.buffer.data(),
@@ -145,8 +150,8 @@ struct Inputs {
     if (c.degree <= 5)
       for (size_t i = 0; i < p.u.size(); i += 23) p.u[i] = i % 2 ? -12 : c.form == Form::power ? 7 : 3;
     u = Rows(c.dtype, p.u, p.batch, p.tokens, p.channels(), c.layout);
-    p.gate = draw(p.batch * p.tokens * p.gates(), -5, 5);
-    gate = Rows(c.dtype, p.gate, p.batch, p.tokens, p.gates(), c.layout);
+    p.gate = draw(p.batch * p.queries * p.gates(), -5, 5);
+    gate = Rows(c.dtype, p.gate, p.batch, p.queries, p.gates(), c.layout);
     if (c.form == Form::power) p.coeff = draw(p.width * c.degree, 0.2, 1.5);
     for (size_t i = 0; i < p.coeff.size(); ++i) p.coeff[i] *= std::pow(c.degree > 5 ? -0.8 : -0.4, i % c.degree);
     coeff = Buffer(acc, p.coeff);
@@ -160,9 +165,9 @@ struct Inputs {
     if (c.context == Context::even) p.groups = n % 3 ? n % 2 ? n : 2 : 3;
     if (c.context == Context::mask) p.groups = choose(12);  // none, too
     if (c.context == Context::causal) p.groups = n;
-    p.reads.resize(n);
-    for (int64_t m = 0; m < n; ++m)
-      p.reads[m] = offsets.empty() ? m * p.groups / n
+    p.reads.resize(p.queries);
+    for (int64_t m = 0; m < p.queries; ++m)
+      p.reads[m] = offsets.empty() ? m * p.groups / p.queries
                                    : std::upper_bound(offsets.begin(), offsets.end(), m) - offsets.begin() - 1;
 
     Array weights = draw(p.batch * n, -0.4, 1.5), masks = draw(p.batch * p.groups * n, -0.4, 1.5);

@@ -1,38 +1,10 @@
 // The operations of the torch-free library against naive.h.
 
-#include "inputs.h"
+#include "expectations.h"
+#include "grid.h"
 
 using check::expect;
 using check::section;
-
-// What rounding may cost: once for the result, and in every factor of a polynomial.
-double tolerance(const Case& c, const Buffer& result) {
-  constexpr double kResult[] = {2e-6, 1e-14, 0x1.1p-8, 0x1.1p-11}, kFactor[] = {3e-7, 1e-15, 0x1p-19, 0x1p-19};
-  return kResult[int(result.dtype())] + c.degree * kFactor[int(c.dtype)];
-}
-
-// Results that have the features' channels last, and others.
-void expect_channels(const Case& c, const std::string& name, const Buffer& got, const Array& wanted) {
-  expect_close(name, got, wanted, c.channels(), c.form == Form::product ? c.degree : 1, tolerance(c, got));
-}
-void expect_coeff(const Case& c, const std::string& name, const Buffer& got, const Array& wanted) {
-  expect_close(name, got, wanted, c.degree, c.degree, tolerance(c, got));
-}
-void expect_gates(const Case& c, const std::string& name, const Buffer& got, const Array& wanted) {
-  const int64_t parts = c.heads == 1 && c.form == Form::product ? c.degree : 1;
-  expect_close(name, got, wanted, c.gates(), parts, tolerance(c, got));
-}
-
-void expect_state(const Case& c, const std::string& name, const StateBuffers& got, const naive::State& wanted) {
-  expect_channels(c, name + "total", got.total, wanted.total);
-  expect_close(name + "count", got.count, wanted.count, 1, 1, 1e-14);
-  for (int64_t i = 0; i < got.total.size(); ++i) {
-    const double total = got.total.get(i), residual = got.residual.get(i);
-    Array sum = {total + residual};
-    Buffer(got.total.dtype(), sum);
-    expect(sum[0] == total, "%stotal %.9g with residual %g is not rounded", name.c_str(), total, residual);
-  }
-}
 
 void test_state(const Case& c) {
   const Inputs in(c);
@@ -122,35 +94,6 @@ void test_causal(const Case& c) {
   expect_channels(c, name + "grad_prior", grad_prior, dprior);
 }
 
-constexpr Shape kShapes[] = {{1, 1, 17},  {3, 1, 30},  {2, 7, 5},   {2, 12, 1}, {5, 2, 3}, {1, 70, 33},
-                             {2, 130, 9}, {1, 9, 530}, {1, 300, 4}, {2, 0, 5},  {0, 4, 5}};
-constexpr int64_t kLargest = 20'000;  // features of a drawn case, times the degree
-
-// Fills in what the grid leaves open.
-Case drawn(Case c) {
-  do c.shape = kShapes[choose(std::size(kShapes))];
-  while (c.shape.batch * c.shape.tokens * c.shape.width * c.degree > kLargest);
-  constexpr int64_t kHeads[] = {1, 1, 3, 5, 10, 17};
-  do c.heads = kHeads[choose(std::size(kHeads))];
-  while (c.channels() % c.heads);
-  if (c.form == Form::power) c.axes = int(choose(3));
-  if (2 * c.axes > c.gates()) c.axes = 0;
-  c.prior = choose(2) == 0;
-  c.layout = Layout(choose(4));
-  return c;
-}
-
-template <class Test>
-void test_grid(Test test, std::initializer_list<Context> contexts) {
-  for (Context context : contexts)
-    for (Form form : {Form::product, Form::power})
-      for (int degree : {1, 2, 3, 5, 16})
-        for (Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16})
-          for (bool weighted : {false, true})
-            if (!weighted || (context != Context::mask && context != Context::even))
-              test(drawn({form, degree, dtype, context, weighted}));
-}
-
 // Chunks longer than 64 tokens, several tiles with and without rotary positions, heads that tiles cut.
 void test_large() {
   test_state({Form::product, 2, Dtype::f32, Context::offsets, false, false, {1, 4500, 3}});
@@ -171,28 +114,31 @@ void test_large() {
 
 // Sums that a float cannot hold: what it cannot is in the residual, and is not lost on the way from a prior state.
 void test_residual() {
-  Array u_values(16 * 3, 4), coeff_values(3, 1), weights(16, 0x1p20), totals(3, 0x1p26), rests(3, 0x1p-9), counts(1, 5);
-  std::fill(u_values.begin() + 8 * 3, u_values.end(), 0x1p-10);
-  std::fill(weights.begin() + 8, weights.end(), 1);
+  constexpr int64_t kTokens = 128, kHalf = kTokens / 2, kWidth = 3;
+  Array u_values(kTokens * kWidth, 4), coeff_values(kWidth, 1), weights(kTokens, 0x1p20);
+  Array totals(kWidth, 0x1p26), rests(kWidth, 0x1p-9), counts(1, 5);
+  std::fill(u_values.begin() + kHalf * kWidth, u_values.end(), 0x1p-10);
+  std::fill(weights.begin() + kHalf, weights.end(), 1);
   const Buffer u(Dtype::f32, u_values), coeff(Dtype::f32, coeff_values), weight(Dtype::f32, weights);
   const Buffer prior_total(Dtype::f32, totals), prior_residual(Dtype::f32, rests), prior_count(Dtype::f64, counts);
-  const Features features = {Form::power, 1, Dtype::f32, 1, 16, 3, u.data(), 48, 3, coeff.data(), weight.data(), {}};
-  StateBuffers out(Dtype::f32, 1, 3);
+  const Features features = {Form::power, 1,           Dtype::f32,          1, kTokens, kWidth, u.data(), u.size(), kWidth,
+                             coeff.data(), weight.data(), {}};
+  StateBuffers out(Dtype::f32, 1, kWidth);
   auto expect_sum = [&](double total, double residual, double count) {
-    for (int c = 0; c < 3; ++c)
+    for (int c = 0; c < kWidth; ++c)
       expect(out.total.get(c) == total && out.residual.get(c) == residual, "a sum of %a + %a is not %a + %a",
              out.total.get(c), out.residual.get(c), total, residual);
     expect(out.count.get(0) == count, "the count is %.17g, not %.17g", out.count.get(0), count);
   };
   run("state", StateArgs{features, {}, out.view()}, out.outputs());
-  expect_sum(0x1p25, 0x1p-7, 0x1p23 + 8);
+  expect_sum(0x1p28, 0x1p-4, 0x1p26 + 64);
 
-  const Gates gates = {Form::power, Dtype::f32, 1, 16, 3, 1, u.data(), 48, 3, {}};
+  const Gates gates = {Form::power, Dtype::f32, 1, kTokens, kWidth, 1, u.data(), u.size(), kWidth, {}};
   const StateView prior = {prior_total.data(), prior_residual.data(), prior_count.doubles()};
-  Buffer y(Dtype::f32, 16 * 3);
+  Buffer y(Dtype::f32, u.size());
   run("causal_mix", CausalArgs{features, gates, prior, y.data(), out.view()},
       {&y, &out.total, &out.residual, &out.count});
-  expect_sum(0x1p26 + 0x1p25, 0x1p-7 + 0x1p-9, 0x1p23 + 13);
+  expect_sum(0x1p28 + 0x1p26, 0x1p-4 + 0x1p-9, 0x1p26 + 69);
 }
 
 int main() {

@@ -3,6 +3,9 @@
 #include <set>
 
 #include "inputs.h"
+#ifdef POM_TEST_CUDA
+#include "cuda/launch.h"
+#endif
 
 using check::expect;
 using check::section;
@@ -15,7 +18,7 @@ class Refusals {
   Refusals(const char* operation, const Args& valid, const Outputs& outputs)
       : operation_(operation), valid_(valid), outputs_(outputs) {
     run(operation_, valid, outputs);
-    const size_t bytes = cpu::workspace(valid);
+    const size_t bytes = device::workspace(valid);
     const Workspace workspace(bytes);
     refused(Status::workspace_too_small, "one byte too small", valid, workspace.data(), bytes - 1);
     refused(Status::workspace_too_small, "no workspace", valid, nullptr, bytes);
@@ -25,8 +28,8 @@ class Refusals {
   void when(const char* fault, Status wanted, Change change) const {
     Args args = valid_;
     change(args);
-    cpu::workspace(args);  // asked before the call that would tell of the fault
-    const size_t bytes = cpu::workspace(valid_);
+    device::workspace(args);  // asked before the call that would tell of the fault
+    const size_t bytes = device::workspace(valid_);
     const Workspace workspace(bytes);
     refused(wanted, fault, args, workspace.data(), bytes);
   }
@@ -34,7 +37,7 @@ class Refusals {
  private:
   void refused(Status wanted, const char* fault, const Args& args, void* workspace, size_t bytes) const {
     for (Buffer* out : outputs_) out->forget();
-    const Status status = call(args, workspace, bytes);
+    const Status status = call(args, workspace, bytes, in_order(true));
     expect(status == wanted, "%s, %s: '%s', not '%s'", operation_.c_str(), fault, message(status), message(wanted));
     for (const Buffer* out : outputs_)
       expect(out->untouched(), "%s, %s: an output was written", operation_.c_str(), fault);
@@ -122,6 +125,24 @@ void refuse_causal(const Refusals<Args>& refused) {
   refused.when("other axes of the gates", Status::bad_size, [](auto& args) { args.gates.rotary.axes = 1; });
   refused.when("other pairs of the gates", Status::bad_size, [](auto& args) { args.gates.rotary.half = 1; });
   refused.when("gates of another dtype", Status::bad_dtype, [](auto& args) { args.gates.dtype = Dtype::f64; });
+}
+
+template <class Args>
+void refuse_mix(const Refusals<Args>& refused) {
+  refuse_features(refused);
+  refuse_gates(refused);
+  refused.when("gates of another batch", Status::bad_size, [](auto& args) { args.gates.batch = 1; });
+  refused.when("gates of other channels", Status::bad_size, [](auto& args) { args.gates.channels = 10; });
+  refused.when("gates of the other form", Status::bad_size, [](auto& args) {
+    args.gates.form = Form::product;
+    args.gates.rotary = {};
+  });
+  refused.when("gates of another dtype", Status::bad_dtype, [](auto& args) { args.gates.dtype = Dtype::f64; });
+  refused.when("y", Status::null_pointer, [](auto& args) { args.y = nullptr; });
+}
+
+template <class Args>
+void refuse_prior(const Refusals<Args>& refused) {
   refused.when("total of the prior state", Status::null_pointer, [](auto& args) { args.prior.total = nullptr; });
   refused.when("residual of the prior state", Status::null_pointer, [](auto& args) { args.prior.residual = nullptr; });
   refused.when("count of the prior state", Status::null_pointer, [](auto& args) { args.prior.count = nullptr; });
@@ -176,6 +197,7 @@ void test_refusals() {
   const Refusals causal("causal_mix", CausalArgs{in.features, in.gates, before.view(), y.data(), out.view()},
                         {&y, &out.total, &out.residual, &out.count});
   refuse_causal(causal);
+  refuse_prior(causal);
   refuse_state_out(causal);
   causal.when("y", Status::null_pointer, [](auto& args) { args.y = nullptr; });
 
@@ -185,16 +207,54 @@ void test_refusals() {
                          nullptr, grad_u.data(), grad_gate.data(), grad_coeff.data(), grad_total.data()},
       {&grad_u, &grad_gate, &grad_coeff, &grad_total});
   refuse_causal(causal_backward);
+  refuse_prior(causal_backward);
   causal_backward.when("grad_y", Status::null_pointer, [](auto& args) { args.grad_y = nullptr; });
   causal_backward.when("grad_u", Status::null_pointer, [](auto& args) { args.grad_u = nullptr; });
   causal_backward.when("grad_gate", Status::null_pointer, [](auto& args) { args.grad_gate = nullptr; });
   causal_backward.when("grad_coeff", Status::null_pointer, [](auto& args) { args.grad_coeff = nullptr; });
   causal_backward.when("grad_prior", Status::null_pointer, [](auto& args) { args.grad_prior = nullptr; });
+
+  const Refusals mix("mix", MixArgs{in.features, in.gates, before.view(), y.data(), out.view()},
+                     {&y, &out.total, &out.residual, &out.count});
+  refuse_mix(mix);
+  refuse_prior(mix);
+  refuse_state_out(mix);
 }
+
+// In place: the state that is there before must stay as it is.
+void test_refused_updates() {
+  const Shape shape = {2, 7, 9};
+  const Inputs in({Form::power, 3, Dtype::f32, Context::whole, true, false, shape, 1, 2});
+  StateBuffers state(in.acc, shape.batch, in.p.channels());
+  Buffer y(in.acc, int64_t(in.p.u.size()));
+  Array zeros(shape.batch);
+  const Buffer ticket(Dtype::f32, zeros);
+  const UpdateArgs valid = {in.features, in.gates, state.view(), static_cast<uint32_t*>(ticket.data()), y.data()};
+  const Refusals update("update", valid, {&y, &state.total, &state.residual, &state.count});
+  refuse_mix(update);
+  update.when("total", Status::null_pointer, [](auto& args) { args.state.total = nullptr; });
+  update.when("residual", Status::null_pointer, [](auto& args) { args.state.residual = nullptr; });
+  update.when("count", Status::null_pointer, [](auto& args) { args.state.count = nullptr; });
+  if (kCuda) update.when("ticket", Status::null_pointer, [](auto& args) { args.ticket = nullptr; });
+}
+
+#ifdef POM_TEST_CUDA
+// What CUDA says becomes a status, and its words are kept.
+void test_cuda_errors() {
+  using pom::cuda::checked;
+  expect(checked(cudaSuccess) == Status::ok, "success is an error");
+  for (const auto& [code, status] : {std::pair{cudaErrorNoKernelImageForDevice, Status::no_device_code},
+                                     {cudaErrorInvalidDeviceFunction, Status::no_device_code},
+                                     {cudaErrorInvalidValue, Status::device_error}}) {
+    expect(checked(code) == status, "%s: '%s'", cudaGetErrorString(code), message(checked(code)));
+    expect(std::string(pom::cuda::error()) == cudaGetErrorString(code), "error() says '%s'", pom::cuda::error());
+  }
+}
+#endif
 
 void test_messages() {
   std::set<std::string> messages;
-  for (int status = 0; status <= int(Status::workspace_too_small); ++status) {
+  for (int status = 0; status <= int(Status::device_error); ++status) {
     const char* text = message(Status(status));
     expect(text && *text && messages.insert(text).second, "status %d has no message of its own", status);
   }
@@ -203,7 +263,12 @@ void test_messages() {
 int main() {
   section("refused calls");
   test_refusals();
+  test_refused_updates();
   section("messages");
   test_messages();
+#ifdef POM_TEST_CUDA
+  section("CUDA's errors");
+  test_cuda_errors();
+#endif
   return check::finish();
 }

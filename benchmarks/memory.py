@@ -1,0 +1,81 @@
+"""Cases of peak memory on the host."""
+
+import dataclasses
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pom_ext import polynomial_state
+
+from .measure import OURS, Target, check
+from .ops import OpCase
+
+
+def nbytes(tensors):
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def status(field):
+    """A size from Linux' account of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def peak_growth(case, name, threads):
+    """How many bytes of resident memory one call takes at its peak, beyond what was resident before."""
+    torch.set_num_threads(threads)
+    with torch.inference_mode(not case.differentiates):
+        small = dataclasses.replace(case, tokens=64).setup().contenders[name]()
+        small.call()  # starts the threads
+        contender = case.setup().contenders[name]()
+        arguments = contender.prepare()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        before = status("VmRSS")
+        contender.run(*arguments)
+        return max(0, status("VmHWM") - before)
+
+
+@dataclass(frozen=True)
+class MemoryCase:
+    """Peak memory that one call of an op takes beyond its inputs, each contender in a process of its own."""
+
+    op: OpCase
+    against: tuple[str, ...] = ("plain",)
+    targets: tuple[Target, ...] = ()
+    clock = "host"
+
+    @property
+    def name(self):
+        return f"memory-{self.op.name}"
+
+    @property
+    def dtype(self):
+        return self.op.dtype
+
+    def measure(self, clock, settings, bandwidth=None):
+        torch.manual_seed(0)
+        with torch.inference_mode(not self.op.differentiates):
+            setup = self.op.setup()
+            ours = setup.contenders[OURS]()
+            checked = check(self, ours.call(), setup.expected())
+            state = polynomial_state(**setup.tensors, form=self.op.form, degree=self.op.degree)
+        sizes = {"state": nbytes(state.state_dict()), "u": setup.tensors["u"].nbytes}
+        extra = {}
+        for name in (OURS, *self.against):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
+                extra[name] = child.submit(peak_growth, self.op, name, torch.get_num_threads()).result()
+        ratios = {name: extra[OURS] / size for name, size in sizes.items()}
+        return {
+            "kind": "memory",
+            "shapes": {name: list(tensor.shape) for name, tensor in setup.tensors.items()},
+            "check": checked,
+            "bytes": sizes,
+            "contenders": {name: {"extra_bytes": size} for name, size in extra.items()},
+            "ratios": ratios,
+            "targets": [target.judged(ratios) for target in self.targets],
+        }

@@ -1,0 +1,218 @@
+"""What the compiler gave every CUDA kernel, read from the build: `python -m benchmarks.resources --help`.
+
+Needs no GPU. ptxas tells registers, stack and spills of each kernel and architecture; the PTX beside the objects tells
+the threads of a block. From these follows how many blocks of a kernel a multiprocessor can hold. How wide the loads
+from global memory are is read from the machine code where cuobjdump and nvdisasm are on the path, else from the PTX.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+BUILD = Path(__file__).parent.parent / "build/pom/cuda"
+REGISTERS = 16384  # of each quarter of a multiprocessor, dealt to its warps in lumps
+REGISTER_LUMP = 256
+SHARED_RESERVED = 1024  # bytes that CUDA takes of every block
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    threads: int
+    blocks: int
+    shared: int  # bytes
+
+
+# CUDA C++ programming guide, "Technical specifications per compute capability".
+MULTIPROCESSORS = {
+    "8.0": Multiprocessor(2048, 32, 164 * 1024),
+    "9.0": Multiprocessor(2048, 32, 228 * 1024),
+}
+
+
+@dataclass
+class Kernel:
+    """One kernel for one architecture. Sizes are bytes: of a thread, and static shared memory of a block."""
+
+    name: str
+    arch: str  # "9.0"
+    registers: int = 0
+    stack: int = 0
+    spill_stores: int = 0
+    spill_loads: int = 0
+    shared: int = 0
+    threads: int = 0  # at most in a block; 0 where the PTX was not read
+    loads: dict = dataclasses.field(default_factory=dict)  # from global memory: {bits: instructions}
+
+    @property
+    def vector_bits(self):
+        """Bits of one access of an instance, from its template arguments (…, type, Vec, …); 0 for other kernels."""
+        match = re.search(r"\b(float|double|bf16|f16), (\d+), (?:true|false)>", self.name)
+        return {"float": 32, "double": 64, "bf16": 16, "f16": 16}[match[1]] * int(match[2]) if match else 0
+
+    @property
+    def is_general(self):
+        """Whether it is an instance for one element at a time and a degree known only at run time."""
+        return re.search(r", 1, (true|false)>$", self.name) is not None
+
+    @property
+    def spills(self):
+        return self.stack + self.spill_stores + self.spill_loads
+
+    def blocks(self):
+        """Blocks that a multiprocessor holds, dynamic shared memory aside; None without the figures to tell."""
+        limits = MULTIPROCESSORS.get(self.arch)
+        if not limits or not self.threads:
+            return None
+        warps = -(-self.threads // 32)
+        registers_of_warp = -(-self.registers * 32 // REGISTER_LUMP) * REGISTER_LUMP
+        by_registers = 4 * (REGISTERS // registers_of_warp) // warps
+        by_shared = limits.shared // (SHARED_RESERVED + self.shared)
+        return min(limits.threads // (32 * warps), limits.blocks, by_registers, by_shared)
+
+    def row(self):
+        """The figures and what follows from them, for JSON."""
+        row, blocks = dataclasses.asdict(self), self.blocks()
+        if blocks:
+            limits = MULTIPROCESSORS[self.arch]
+            row["blocks_per_multiprocessor"] = blocks
+            row["occupancy"] = blocks * self.threads / limits.threads
+            # Dynamic shared memory that a block may ask for before fewer of them fit.
+            row["shared_room"] = limits.shared // blocks - SHARED_RESERVED - self.shared
+        return row
+
+
+def demangled(names):
+    """{mangled: short readable name}: "sum_pieces<Power<3>, bf16, 8, false>"."""
+    done = subprocess.run(["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True)
+    return dict(zip(names, map(shortened, done.stdout.splitlines()), strict=True))
+
+
+def shortened(signature):
+    """A demangled kernel without namespaces, parameters and the wrapper of its template arguments."""
+    name = re.sub(r"\(anonymous namespace\)::|\b(pom|cuda)::|^void ", "", signature).split("(")[0]
+    return re.sub(r"<\w*Instance<(.*)> ?>$", r"<\1>", name).replace("> >", ">>")
+
+
+def parse_log(text):
+    """Kernels, by mangled name and architecture, in what `ptxas -v` said."""
+    kernels, kernel = {}, None
+    for line in text.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\d+)(\d[af]?)'", line):
+            name, major, minor = match.groups()
+            kernel = kernels[name, f"{major}.{minor}"] = Kernel(name, f"{major}.{minor}")
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            kernel.stack += int(match[1])  # a function that was not inlined has a line of its own
+            kernel.spill_stores += int(match[2])
+            kernel.spill_loads += int(match[3])
+        elif match := re.search(r"Used (\d+) registers", line):
+            kernel.registers = int(match[1])
+            shared = re.search(r"(\d+) bytes smem", line)
+            kernel.shared = int(shared[1]) if shared else 0
+    return kernels
+
+
+ACCESS = re.compile(r"\bld\.global\S*?(?:\.v(\d))?\.[busf](\d+)\s")
+
+
+def parse_ptx(text):
+    """(architecture, {mangled name: (threads of a block, {bits of a load from global memory: how many})})."""
+    arch = re.search(r"^\.target sm_(\d+)(\d[af]?)", text, re.MULTILINE)
+    kernels = {}
+    for body in re.split(r"^(?:\.\w+ )*\.entry ", text, flags=re.MULTILINE)[1:]:
+        threads, loads = re.search(r"\.(?:max|req)ntid (\d+)", body), {}
+        for match in ACCESS.finditer(body):
+            bits = int(match[1] or 1) * int(match[2])
+            loads[bits] = loads.get(bits, 0) + 1
+        kernels[re.match(r"\w+", body)[0]] = (int(threads[1]) if threads else 0, loads)
+    return f"{arch[1]}.{arch[2]}", kernels
+
+
+def parse_sass(text):
+    """{(mangled name, architecture): {bits of a load from global memory: how many}} of what cuobjdump printed."""
+    kernels, arch, loads = {}, None, {}
+    for line in text.splitlines():  # hundreds of megabytes
+        if "LDG.E" in line:
+            wide = re.search(r"LDG\.E\S*?\.[US]?(8|16|64|128|256)\b", line)
+            bits = int(wide[1]) if wide else 32
+            loads[bits] = loads.get(bits, 0) + 1
+        elif "code for sm_" in line:
+            arch = re.sub(r".*sm_(\d+)(\d[af]?)", r"\1.\2", line)
+        elif "Function : " in line:
+            loads = kernels[line.split()[-1], arch] = {}
+    return kernels
+
+
+def disassembled(file):
+    """parse_sass of an object file, or nothing without the tools for it."""
+    if not (shutil.which("cuobjdump") and shutil.which("nvdisasm")):
+        return {}
+    return parse_sass(subprocess.run(["cuobjdump", "-sass", file], check=True, capture_output=True, text=True).stdout)
+
+
+def read_build(folder=BUILD):
+    """Kernels of all logs, PTX files and objects of a build, sorted by name. FileNotFoundError without any."""
+    logs = sorted(Path(folder).glob("*.log"))
+    if not logs:
+        raise FileNotFoundError(f"{folder} holds no compiler logs: build the library with nvcc on the path first")
+    kernels = {}
+    for log in logs:
+        kernels |= parse_log(log.read_text())
+    for file in sorted(Path(folder).glob("*.ptx")):
+        arch, found = parse_ptx(file.read_text())
+        for name, (threads, loads) in found.items():
+            if (name, arch) in kernels:
+                kernels[name, arch].threads, kernels[name, arch].loads = threads, loads
+    for log in logs:
+        for key, loads in disassembled(log.with_suffix(".o")).items():
+            kernels[key].loads = loads
+    names = demangled(sorted({kernel.name for kernel in kernels.values()}))
+    for kernel in kernels.values():
+        kernel.name = names[kernel.name]
+    return sorted(kernels.values(), key=lambda kernel: (kernel.name, float(kernel.arch.rstrip("af"))))
+
+
+def table(kernels):
+    """Lines, a kernel each."""
+    heads = ("arch", "registers", "stack", "spilled", "threads", "blocks/SM", "occupancy", "128-bit loads", "others")
+    width = max(len(kernel.name) for kernel in kernels) + 2
+    lines = ["kernel".ljust(width) + "".join(head.rjust(len(head) + 2) for head in heads)]
+    for kernel in kernels:
+        row, wide = kernel.row(), kernel.loads.get(128, 0)
+        occupancy = f"{row['occupancy']:.0%}" if "occupancy" in row else ""
+        spilled = kernel.spill_stores + kernel.spill_loads
+        figures = (
+            *(kernel.arch, kernel.registers, kernel.stack, spilled, kernel.threads),
+            *(row.get("blocks_per_multiprocessor", ""), occupancy, wide, sum(kernel.loads.values()) - wide),
+        )
+        cells = (str(figure).rjust(len(head) + 2) for head, figure in zip(heads, figures, strict=True))
+        lines.append(kernel.name.ljust(width) + "".join(cells))
+    return lines
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__.split(":")[0])
+    parser.add_argument("--build", default=BUILD, metavar="FOLDER", help="where the objects and logs are")
+    parser.add_argument("--arch", nargs="+", default=list(MULTIPROCESSORS), help="architectures to show, or 'all'")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    options = parser.parse_args(arguments)
+    try:
+        kernels = read_build(options.build)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    chosen = [kernel for kernel in kernels if kernel.arch in options.arch or "all" in options.arch]
+    if not chosen:
+        parser.error(f"--arch: the build has {sorted({kernel.arch for kernel in kernels})}, got {options.arch}")
+    print(*table(chosen), sep="\n")
+    if options.json:
+        Path(options.json).write_text(json.dumps([kernel.row() for kernel in chosen], indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,379 @@
+// The scheduler of cuda_on_cpu.h: grids, blocks, and the fibers that are their threads.
+
+#include "cuda_on_cpu.h"
+
+#include <signal.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <numeric>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "fiber.h"
+#include "guarded.h"
+
+namespace cuda_on_cpu {
+namespace {
+
+constexpr int kMaxThreads = 1024;           // of a block
+constexpr size_t kMaxShared = 48 << 10;     // bytes that a launch may have without asking for more
+constexpr int64_t kWorthSharing = 1 << 13;  // threads of a grid from which several processors run it
+
+[[noreturn]] void fail(const std::string& message) {
+  std::fprintf(stderr, "cuda_on_cpu: %s\n", message.c_str());
+  std::abort();
+}
+
+std::string place(const Wait& wait) {
+  const char* const slash = std::strrchr(wait.file, '/');
+  return std::string(wait.operation) + " (" + (slash ? slash + 1 : wait.file) + ":" + std::to_string(wait.line) + ")";
+}
+
+// Numbers in no order (the mixing function of splitmix64).
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+  int64_t below(int64_t n) {
+    uint64_t z = state_ += 0x9e3779b97f4a7c15;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return int64_t((z ^ (z >> 31)) % uint64_t(n));
+  }
+  template <class T>
+  void shuffle(std::vector<T>& items) {
+    for (size_t i = items.size(); i > 1; --i) std::swap(items[i - 1], items[below(int64_t(i))]);
+  }
+
+ private:
+  uint64_t state_;
+};
+
+struct Grid {
+  unsigned blocks;
+  int threads;
+  size_t shared_bytes;
+  const std::function<void()>* body;
+  uint64_t seed;
+  std::vector<unsigned> order = {};  // of the blocks, if it is not the ascending one
+  std::atomic<unsigned> next{0};
+};
+
+struct Thread {
+  enum State { ready, waiting, exited };
+  Fiber fiber;
+  State state = ready;
+  Wait wait{};
+};
+
+// Runs one block at a time. Its memory serves the next launch, too.
+class Multiprocessor {
+ public:
+  // Blocks of the grid until none is left.
+  void run(Grid& grid) {
+    grid_ = &grid;
+    here.threads = dim3(unsigned(grid.threads));
+    here.blocks = dim3(grid.blocks);
+    if (int(threads_.size()) < grid.threads) threads_ = std::vector<Thread>(grid.threads);
+    lanes_.resize(kWarp);
+    make_shared_memory();
+    for (unsigned i; (i = grid.next++) < grid.blocks;) run_block(grid.order.empty() ? i : grid.order[i]);
+    grid_ = nullptr;
+  }
+
+  void wait(const Wait& wait) {
+    Thread& thread = threads_[here.thread.x];
+    thread.wait = wait;
+    thread.state = Thread::waiting;
+    thread.fiber.switch_to(scheduler_);
+  }
+
+  // What lies at an address that the running thread had no right to use.
+  const char* describe(const char* address) const {
+    auto near = [&](const char* page) { return address >= page && address < page + page_size(); };
+    if (near(threads_[here.thread.x].fiber.stack() - page_size())) return "its stack is full";
+    if (near(shared_ - page_size())) return "access before its shared memory";
+    if (near(shared_ + shared_pages_)) return "access past its shared memory";
+    return "access to memory that it does not have";
+  }
+
+ private:
+  static void thread_main();
+
+  // The block's memory lies right before an inaccessible page, its first page behind another one.
+  void make_shared_memory() {
+    const size_t bytes = (grid_->shared_bytes + 15) / 16 * 16, pages = whole_pages(bytes);
+    if (pages != shared_pages_ || !shared_) {
+      if (shared_) unmap_guarded(shared_, shared_pages_);
+      shared_ = map_guarded(pages);
+      shared_pages_ = pages;
+    }
+    std::memset(shared_, 0xff, pages);
+    here.shared = shared_ + pages - bytes;
+  }
+
+  void run_block(unsigned block) {
+    here.block = {block, 0, 0};
+    random_ = Random(grid_->seed + block);
+    std::memset(here.shared, 0xff, grid_->shared_bytes);
+    for (int i = 0; i < grid_->threads; ++i) {
+      threads_[i].fiber.start(thread_main, i);
+      threads_[i].state = Thread::ready;
+    }
+    do {
+      all_warps();
+      while (!warps_.empty()) {  // those with threads that can go on
+        const size_t at = grid_->seed ? random_.below(int64_t(warps_.size())) : 0;
+        run_warp(warps_[at]);
+        if (!release_warp(warps_[at])) warps_.erase(warps_.begin() + int64_t(at));
+      }
+    } while (release_block());
+    check_shared_memory();
+  }
+
+  void all_warps() {
+    warps_.resize((grid_->threads + kWarp - 1) / kWarp);
+    std::iota(warps_.begin(), warps_.end(), 0);
+  }
+
+  // Every thread that can go on does so until it waits or exits.
+  void run_warp(int warp) {
+    const int first = warp * kWarp, last = std::min(first + kWarp, grid_->threads);
+    lanes_.resize(last - first);
+    std::iota(lanes_.begin(), lanes_.end(), first);
+    if (grid_->seed) random_.shuffle(lanes_);
+    for (int lane : lanes_)
+      if (threads_[lane].state == Thread::ready) {
+        here.thread = {unsigned(lane), 0, 0};
+        scheduler_.switch_to(threads_[lane].fiber);
+      }
+  }
+
+  // Lets those lanes go on whose mask has come together. No lane of the warp is ready.
+  bool release_warp(int warp) {
+    bool released = false;
+    const int first = warp * kWarp;
+    for (int i = first; i < std::min(first + kWarp, grid_->threads); ++i)
+      if (threads_[i].state == Thread::waiting && !threads_[i].wait.of_block && is_complete(i, first)) {
+        exchange_values(threads_[i].wait.mask, first);
+        released = true;
+      }
+    return released;
+  }
+
+  // Whether all lanes that thread i names wait with the same mask.
+  bool is_complete(int i, int first) const {
+    const Wait& own = threads_[i].wait;
+    if (!(own.mask >> (i - first) & 1))
+      fail_in(i, place(own) + " does not name its own lane");
+    bool complete = true;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if (!(own.mask >> lane & 1)) continue;
+      const int other = first + lane;
+      if (other >= grid_->threads || threads_[other].state == Thread::exited)
+        fail_in(i, place(own) + " names lane " + std::to_string(lane) + ", which has exited or never was");
+      const Wait& wait = threads_[other].wait;
+      if (wait.of_block || wait.mask != own.mask)
+        complete = false;
+      else if (std::strcmp(wait.operation, own.operation) || wait.bytes != own.bytes)
+        fail_in(i, place(own) + " meets thread " + std::to_string(other) + " in " + place(wait));
+    }
+    return complete;
+  }
+
+  void exchange_values(unsigned mask, int first) {
+    char values[kWarp][16];
+    for (int lane = 0; lane < kWarp; ++lane)
+      if (mask >> lane & 1) {
+        const Wait& wait = threads_[first + lane].wait;
+        if (wait.bytes) std::memcpy(values[lane], wait.value, wait.bytes);
+      }
+    for (int lane = 0; lane < kWarp; ++lane)
+      if (mask >> lane & 1) {
+        const Wait& wait = threads_[first + lane].wait;
+        if (!(mask >> wait.source & 1))
+          fail_in(first + lane, place(wait) + " reads lane " + std::to_string(wait.source) + ", which it does not name");
+        if (wait.bytes) std::memcpy(wait.value, values[wait.source], wait.bytes);
+        threads_[first + lane].state = Thread::ready;
+      }
+  }
+
+  // Once all threads wait at the same __syncthreads. False if all have exited. No thread is ready.
+  bool release_block() {
+    const int n = grid_->threads;
+    int first = 0;
+    while (first < n && threads_[first].state == Thread::exited) ++first;
+    if (first == n) return false;
+    const Wait& barrier = threads_[first].wait;
+    for (int i = 0; i < n; ++i) {
+      const Wait& wait = threads_[i].wait;
+      if (threads_[i].state == Thread::exited)
+        fail_in(first, "waits at " + place(barrier) + ", but thread " + std::to_string(i) + " has exited");
+      if (wait.mask != barrier.mask || wait.line != barrier.line || std::strcmp(wait.file, barrier.file))
+        fail_in(first, "waits at " + place(barrier) + " for ever: thread " + std::to_string(i) + " waits at " +
+                           place(wait));
+    }
+    if (!barrier.of_block) fail_in(first, "waits at " + place(barrier) + " for ever");
+    for (int i = 0; i < n; ++i) threads_[i].state = Thread::ready;
+    return true;
+  }
+
+  // What no page protects: up to a page before the block's memory, and up to 15 bytes behind it.
+  void check_shared_memory() const {
+    if (!untouched(shared_, here.shared)) fail_in_block("wrote before its shared memory");
+    if (!untouched(here.shared + grid_->shared_bytes, shared_ + shared_pages_))
+      fail_in_block("wrote past the " + std::to_string(grid_->shared_bytes) + " bytes of its shared memory");
+  }
+
+  [[noreturn]] void fail_in(int thread, const std::string& message) const {
+    fail_in_block("thread " + std::to_string(thread) + ": " + message);
+  }
+  [[noreturn]] void fail_in_block(const std::string& message) const {
+    fail("block " + std::to_string(here.block.x) + ", " + message);
+  }
+
+  Grid* grid_ = nullptr;
+  std::vector<Thread> threads_;
+  Fiber scheduler_;
+  std::vector<int> warps_, lanes_;
+  Random random_{0};
+  char* shared_ = nullptr;
+  size_t shared_pages_ = 0;
+};
+
+thread_local Multiprocessor* running = nullptr;  // by this thread of the operating system
+
+void Multiprocessor::thread_main() {
+  Multiprocessor& self = *running;
+  Thread& thread = self.threads_[here.thread.x];
+  thread.fiber.begin(self.scheduler_);
+  (*self.grid_->body)();
+  thread.state = Thread::exited;
+  thread.fiber.switch_to(self.scheduler_, true);
+}
+
+struct sigaction earlier_action;
+
+// Names the thread that made an invalid access. Then the access is repeated, which ends the program.
+void explain_fault(int signal, siginfo_t* info, void*) {
+  if (running)
+    std::fprintf(stderr, "cuda_on_cpu: block %u, thread %u: %s\n", here.block.x, here.thread.x,
+                 running->describe(static_cast<const char*>(info->si_addr)));
+  sigaction(signal, &earlier_action, nullptr);
+}
+
+// A stack for explain_fault, which the fibers' may be too full for. Sanitizers bring one.
+void make_signal_stack() {
+  thread_local bool made = false;
+  stack_t stack;
+  if (made || sigaltstack(nullptr, &stack) || !(stack.ss_flags & SS_DISABLE)) return;
+  constexpr size_t kBytes = 64 << 10;
+  stack = {map_guarded(kBytes), 0, kBytes};
+  sigaltstack(&stack, nullptr);
+  made = true;
+}
+
+// All processors. Its threads serve until the program ends, so it is never destroyed.
+class Device {
+ public:
+  static Device& get() {
+    static Device* const device = new Device;
+    return *device;
+  }
+
+  void set_seed(uint64_t seed) {
+    const std::lock_guard<std::mutex> one(launching_);
+    seed_ = seed;
+    launches_ = 0;
+  }
+
+  void run(Grid& grid) {
+    const std::lock_guard<std::mutex> one(launching_);
+    if (seed_) {
+      grid.seed = (seed_ * 0x9e3779b97f4a7c15 + ++launches_ * 0xd1b54a32d192ed03) | 1;
+      grid.order.resize(grid.blocks);
+      std::iota(grid.order.begin(), grid.order.end(), 0u);
+      Random(grid.seed).shuffle(grid.order);
+    }
+    // Threads do not survive a fork.
+    const bool shared = int64_t(grid.blocks) * grid.threads >= kWorthSharing && getpid() == process_;
+    if (shared) offer(grid);
+    run_on(processors_[0], grid);
+    if (shared) wait_for_others();
+  }
+
+ private:
+  Device() : processors_(std::max(1u, std::thread::hardware_concurrency())) {
+    if (const char* seed = std::getenv("CUDA_ON_CPU_SEED")) seed_ = std::strtoull(seed, nullptr, 10);
+    struct sigaction action = {};
+    action.sa_sigaction = explain_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaction(SIGSEGV, &action, &earlier_action);
+    for (size_t i = 1; i < processors_.size(); ++i)
+      std::thread([this, i] { serve(processors_[i]); }).detach();
+  }
+
+  static void run_on(Multiprocessor& processor, Grid& grid) {
+    make_signal_stack();
+    running = &processor;
+    processor.run(grid);
+    running = nullptr;
+  }
+
+  void offer(Grid& grid) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    offered_ = &grid;
+    ++offers_;
+    busy_ = processors_.size() - 1;
+    changed_.notify_all();
+  }
+  void wait_for_others() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return busy_ == 0; });
+  }
+  void serve(Multiprocessor& processor) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (uint64_t seen = 0;;) {
+      changed_.wait(lock, [&] { return offers_ != seen; });
+      seen = offers_;
+      Grid& grid = *offered_;
+      lock.unlock();
+      run_on(processor, grid);
+      lock.lock();
+      if (--busy_ == 0) changed_.notify_all();
+    }
+  }
+
+  const pid_t process_ = getpid();
+  std::mutex launching_;  // one grid at a time
+  uint64_t seed_ = 0, launches_ = 0;
+  std::vector<Multiprocessor> processors_;
+
+  std::mutex mutex_;  // of what follows
+  std::condition_variable changed_;
+  Grid* offered_ = nullptr;
+  uint64_t offers_ = 0;
+  size_t busy_ = 0;
+};
+
+}  // namespace
+
+void wait(const Wait& wait) { running->wait(wait); }
+
+void set_seed(uint64_t seed) { Device::get().set_seed(seed); }
+
+void run_grid(unsigned blocks, int threads, size_t shared_bytes, const std::function<void()>& body) {
+  if (blocks < 1 || threads < 1 || threads > kMaxThreads || shared_bytes > kMaxShared)
+    fail("a GPU refuses " + std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads with " +
+         std::to_string(shared_bytes) + " bytes of shared memory");
+  Grid grid{blocks, threads, shared_bytes, &body, 0};
+  Device::get().run(grid);
+}
+
+}  // namespace cuda_on_cpu

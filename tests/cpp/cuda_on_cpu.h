@@ -1,0 +1,175 @@
+// As much of CUDA as the kernels use, on a CPU: their sources are compiled as C++ against this header, and each thread
+// of a block is a fiber that runs until it waits for others. A block runs on one thread of the operating system.
+//
+// What a GPU may let pass ends the program, with the block and the thread that did it: a barrier that not all threads of
+// the block reach, a shuffle or __syncwarp with lanes that have exited or wait elsewhere, a source lane outside the
+// mask, access outside the block's dynamic shared memory, a launch that a GPU refuses. Shared memory is NaNs until it is
+// written. With a seed, threads run in a random order between barriers, and so do blocks: a race then shows in results.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>  // before the macros: the standard library has a __noinline__ of its own
+#include <type_traits>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define POM_SHARED(name) char* const name = cuda_on_cpu::here.shared
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace cuda_on_cpu {
+
+constexpr int kWarp = 32;
+
+// What the running thread sees.
+struct Here {
+  uint3 thread{}, block{};
+  dim3 threads, blocks;
+  char* shared = nullptr;
+};
+inline thread_local Here here;
+
+// An operation at which threads wait for each other, and its place in the source.
+struct Wait {
+  const char* operation;
+  const char* file;
+  int line;
+  bool of_block = true;  // else of the lanes in `mask`
+  unsigned mask = 0;
+  int source = 0;          // the lane whose value this one gets
+  void* value = nullptr;   // of `bytes` bytes, replaced by that lane's
+  size_t bytes = 0;
+};
+void wait(const Wait& wait);
+
+// Threads and blocks run in ascending order with seed 0, and in an order drawn from any other. The first seed is that in
+// the environment variable CUDA_ON_CPU_SEED, if there is one.
+void set_seed(uint64_t seed);
+
+void run_grid(unsigned blocks, int threads, size_t shared_bytes, const std::function<void()>& body);
+
+// Runs body() in every thread of every block, and returns when all have ended.
+template <class F>
+void launch(unsigned blocks, int threads, size_t shared_bytes, F body) {
+  run_grid(blocks, threads, shared_bytes, body);
+}
+
+inline int lane() { return int(here.thread.x) % kWarp; }
+
+// The lanes of this one's part of the warp: first and last.
+struct Segment {
+  int first, last;
+  explicit Segment(int width) : first(lane() / width * width), last(first + width - 1) {}
+};
+
+template <class T>
+T exchange(const char* operation, const char* file, int line, unsigned mask, T value, int source) {
+  static_assert(sizeof(T) <= 16 && std::is_trivially_copyable<T>::value, "a shuffle moves up to 16 bytes");
+  wait({operation, file, line, false, mask, source, &value, sizeof value});
+  return value;
+}
+
+}  // namespace cuda_on_cpu
+
+#define threadIdx (cuda_on_cpu::here.thread)
+#define blockIdx (cuda_on_cpu::here.block)
+#define blockDim (cuda_on_cpu::here.threads)
+#define gridDim (cuda_on_cpu::here.blocks)
+
+// The default arguments name the caller's place in the source.
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cuda_on_cpu::wait({"__syncthreads", file, line});
+}
+inline void __syncwarp(unsigned mask = ~0u, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cuda_on_cpu::wait({"__syncwarp", file, line, false, mask, cuda_on_cpu::lane()});
+}
+
+// A source outside the segment of `width` lanes gives the lane its own value; __shfl_sync wraps around.
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = cuda_on_cpu::kWarp, const char* file = __builtin_FILE(),
+              int line = __builtin_LINE()) {
+  const cuda_on_cpu::Segment segment(width);
+  return cuda_on_cpu::exchange("__shfl_sync", file, line, mask, value, segment.first + (source & (width - 1)));
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = cuda_on_cpu::kWarp,
+                 const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  const int source = cuda_on_cpu::lane() - int(delta);
+  return cuda_on_cpu::exchange("__shfl_up_sync", file, line, mask, value,
+                               source < cuda_on_cpu::Segment(width).first ? cuda_on_cpu::lane() : source);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = cuda_on_cpu::kWarp,
+                   const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  const int source = cuda_on_cpu::lane() + int(delta);
+  return cuda_on_cpu::exchange("__shfl_down_sync", file, line, mask, value,
+                               source > cuda_on_cpu::Segment(width).last ? cuda_on_cpu::lane() : source);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = cuda_on_cpu::kWarp, const char* file = __builtin_FILE(),
+                  int line = __builtin_LINE()) {
+  const int source = cuda_on_cpu::lane() ^ bits;  // an earlier segment's lanes can be read
+  return cuda_on_cpu::exchange("__shfl_xor_sync", file, line, mask, value,
+                               source > cuda_on_cpu::Segment(width).last ? cuda_on_cpu::lane() : source);
+}
+
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+
+namespace cuda_on_cpu {
+// *p = next(*p) as one step. Returns what was there.
+template <class T, class Next>
+T update_atomically(T* p, Next next) {
+  T old, replaced;
+  __atomic_load(p, &old, __ATOMIC_RELAXED);
+  do replaced = next(old);
+  while (!__atomic_compare_exchange(p, &old, &replaced, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE));
+  return old;
+}
+}  // namespace cuda_on_cpu
+
+inline int atomicAdd(int* p, int x) { return __atomic_fetch_add(p, x, __ATOMIC_ACQ_REL); }
+inline unsigned atomicAdd(unsigned* p, unsigned x) { return __atomic_fetch_add(p, x, __ATOMIC_ACQ_REL); }
+inline float atomicAdd(float* p, float x) {
+  return cuda_on_cpu::update_atomically(p, [x](float old) { return old + x; });
+}
+inline unsigned atomicInc(unsigned* p, unsigned last) {
+  return cuda_on_cpu::update_atomically(p, [last](unsigned old) { return old >= last ? 0 : old + 1; });
+}
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorNoKernelImageForDevice = 209
+};
+using cudaStream_t = void*;
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidDeviceFunction:
+      return "invalid device function";
+    default:
+      return "no kernel image is available for execution on the device";
+  }
+}

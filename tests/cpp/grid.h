@@ -1,0 +1,48 @@
+// The cases that every operation is tested with: each form, degree, dtype and context, at a drawn shape and layout.
+#pragma once
+
+#include <initializer_list>
+
+#include "inputs.h"
+
+// Shapes that nothing divides, and shapes that the CUDA kernels take with accesses of 16 bytes.
+constexpr Shape kShapes[] = {{1, 1, 17},  {3, 1, 30},  {2, 7, 5},   {2, 12, 1}, {5, 2, 3}, {1, 70, 33},
+                             {2, 130, 9}, {1, 9, 530}, {1, 300, 4}, {2, 0, 5},  {0, 4, 5}};
+constexpr Shape kFriendlyShapes[] = {{3, 1, 8},  {2, 70, 8},  {1, 300, 16}, {2, 9, 64}, {1, 37, 128},
+                                     {1, 3, 256}, {2, 5, 264}, {1, 12, 272}, {2, 0, 16}};
+constexpr int64_t kLargest = 20'000;  // features of a drawn case, times the degree
+
+template <size_t n>
+Shape drawn_shape(const Case& c, const Shape (&shapes)[n]) {
+  Shape shape;
+  do shape = shapes[choose(n)];
+  while (shape.batch * shape.tokens * shape.width * c.degree > kLargest);
+  return shape;
+}
+
+// Fills in what the grid leaves open.
+inline Case drawn(Case c, bool friendly) {
+  c.shape = friendly ? drawn_shape(c, kFriendlyShapes) : drawn_shape(c, kShapes);
+  constexpr int64_t kHeads[] = {1, 1, 1, 3, 5, 10, 17}, kFriendlyHeads[] = {1, 1, 2, 4, 16};
+  do c.heads = friendly ? kFriendlyHeads[choose(std::size(kFriendlyHeads))] : kHeads[choose(std::size(kHeads))];
+  while (c.channels() % c.heads);
+  if (c.form == Form::power) c.axes = int(choose(3));
+  if (2 * c.axes > c.gates()) c.axes = 0;
+  c.prior = choose(2) == 0;
+  c.layout = Layout(choose(5));
+  if (friendly && c.layout == Layout::padded) c.layout = Layout::spaced;
+  c.aligned = choose(friendly ? 8 : 2) > 0;
+  return c;
+}
+
+template <class Test>
+void test_grid(Test test, std::initializer_list<Context> contexts) {
+  for (Context context : contexts)
+    for (Form form : {Form::product, Form::power})
+      for (int degree : {1, 2, 3, 4, 5, 16})
+        for (Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16})
+          for (bool weighted : {false, true})
+            if (!weighted || (context != Context::mask && context != Context::even))
+              for (bool friendly : {false, true})
+                if (!friendly || (degree >= 2 && degree <= 4)) test(drawn({form, degree, dtype, context, weighted}, friendly));
+}

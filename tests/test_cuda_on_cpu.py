@@ -1,0 +1,111 @@
+"""The CUDA sources on a CPU: compiled as C++ and run by tests/cpp/cuda_on_cpu.h, so they are tested without a GPU.
+
+First that stand-in itself, then the kernels in the C++ programs that test the CPU's, then both behind torch: a library
+whose operations are the CUDA ones, and the ordinary tests of the operations with it.
+"""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from cpp_programs import CPP, CXX, INCLUDE, ROOT, call, compile_all, link_and_run, setup_constant
+from torch.utils import cpp_extension
+
+# Buffers lie between inaccessible pages whatever the flags: the sanitizers look after local arrays and vector accesses.
+SANITIZED = [
+    *("-std=c++17", "-O1", "-g1", "-pthread", "-fsanitize=address,alignment", "-fno-sanitize-recover"),
+    *("--param", "asan-instrumentation-with-call-threshold=0"),
+]
+PLAIN = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-pthread"]
+STAND_IN = CPP / "cuda_on_cpu.cpp"
+# The longest first.
+KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"), key=lambda file: -file.stat().st_size)
+PROGRAMS = ("test_api", "test_mix", "test_status")
+
+# Tests of the operations, the longest first. Left out: what reads a dense mask of 1000 x 1000, which takes minutes and is
+# tested at other sizes; the threads of the CPU kernels; and measurements of memory, in processes of their own.
+OPERATIONS = ("test_mix", "test_state", "test_determinism", "test_update", "test_readout", "test_layouts", "test_rotary")
+LEFT_OUT = "not (mask and N1000) and not threads and not memory"
+
+
+def as_cpp(flags):
+    return ["-x", "c++", *flags]
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    """Futures of the object files by name."""
+    jobs = {source.stem: (source, as_cpp(SANITIZED)) for source in KERNELS}
+    jobs |= {name: (CPP / f"{name}.cpp", [*PLAIN, "-DPOM_TEST_CUDA"]) for name in PROGRAMS}
+    jobs |= {"test_cuda_on_cpu": (CPP / "test_cuda_on_cpu.cpp", SANITIZED), "stand_in": (STAND_IN, SANITIZED)}
+    jobs |= {"test_ucontext": (CPP / "test_cuda_on_cpu.cpp", ["-std=c++17"])}
+    jobs |= {"stand_in_ucontext": (STAND_IN, ["-std=c++17", "-DFIBER_UCONTEXT"])}
+    jobs |= {"status": (ROOT / "csrc/status.cpp", PLAIN)}
+    return compile_all(tmp_path_factory.mktemp("cuda_on_cpu"), jobs)
+
+
+def test_the_stand_in(objects):
+    link_and_run(objects["test_cuda_on_cpu"], objects["stand_in"], flags=SANITIZED)
+
+
+def test_the_stand_in_on_other_processors(objects):
+    """Fibers by the C library, and nothing optimised."""
+    link_and_run(objects["test_ucontext"], objects["stand_in_ucontext"], flags=["-pthread"])
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_kernels(name, objects):
+    kernels = (objects[source.stem] for source in KERNELS)
+    link_and_run(objects[name], *kernels, objects["stand_in"], objects["status"], flags=SANITIZED)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The extension as setup.py builds it, but with the CUDA operations in place of the CPU's."""
+    common = ["-fPIC", "-fvisibility=hidden"]
+    optimised = ["-std=c++17", "-O2", *common]
+    target = setup_constant("TORCH_TARGET")
+    torch = ["-std=c++20", "-O1", *common, "-DPOM_CUDA_ON_CPU", f"-DTORCH_TARGET_VERSION={target}"]
+    torch += ["-DPy_LIMITED_API=0x030A0000", "-isystem", sysconfig.get_paths()["include"]]
+    torch += [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
+    jobs = {f"torch_{source.stem}": (source, torch) for source in (ROOT / "csrc/torch").glob("*.cpp")}
+    jobs |= {f"cuda_{source.stem}": (source, as_cpp(optimised)) for source in KERNELS}
+    # Linked, not called.
+    jobs |= {f"cpu_{source.stem}": (source, ["-std=c++17", *common]) for source in (ROOT / "csrc/cpu").glob("*.cpp")}
+    jobs |= {source.stem: (source, optimised) for source in (STAND_IN, ROOT / "csrc/status.cpp")}
+    folder = tmp_path_factory.mktemp("library")
+    files = [future.result() for future in compile_all(folder, jobs).values()]
+    torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
+    call(CXX, "-shared", *files, "-pthread", *torch_libraries, "-o", folder / "_C.abi3.so")
+    return folder / "_C.abi3.so"
+
+
+@pytest.fixture(scope="module")
+def runs(library):
+    """Futures of the tests of the operations, run side by side, with threads and blocks in random order."""
+    environment = os.environ | {"POM_EXT_TEST_LIBRARY": str(library), "CUDA_ON_CPU_SEED": "1"}
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", LEFT_OUT)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return {
+            name: pool.submit(call, *command, ROOT / f"tests/{name}.py", cwd=ROOT, env=environment)
+            for name in OPERATIONS
+        }
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations(name, runs):
+    runs[name].result()
+
+
+def test_the_library_given_is_the_one_in_use(library):
+    """Or the tests of the operations would have tested another one."""
+    environment = os.environ | {"POM_EXT_TEST_LIBRARY": str(library)}
+    ask = "import conftest, pom_ext, sys; print(sys.modules['pom_ext._C'].__file__, pom_ext._library.ERROR)"
+    answer = subprocess.run(
+        (sys.executable, "-c", ask), cwd=ROOT / "tests", env=environment | {"PYTHONPATH": str(ROOT)},
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert answer.stdout.split() == [str(library), "None"]
