@@ -32,16 +32,21 @@ def call(*command, cwd=None, env=None):
         pytest.fail(f"{' '.join(command)}\nexit status {done.returncode}\n{done.stdout}", pytrace=False)
 
 
+def side_by_side(tasks):
+    """Futures of {name: (function, *arguments)}, all of them done."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return {name: pool.submit(*task) for name, task in tasks.items()}
+
+
 def compile_all(folder, jobs):
-    """Compile side by side {name: (source, flags)}. Returns futures of the object files by name."""
+    """Compile {name: (source, flags)}. Returns futures of the object files by name."""
 
     def compile_one(name, source, flags):
         target = folder / f"{name}.o"
         call(CXX, *flags, *INCLUDE, "-c", source, "-o", target)
         return target
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return {name: pool.submit(compile_one, name, *job) for name, job in jobs.items()}
+    return side_by_side({name: (compile_one, name, *job) for name, job in jobs.items()})
 
 
 def link_and_run(*objects, flags=()):

@@ -8,10 +8,9 @@ import os
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from cpp_programs import CPP, CXX, INCLUDE, ROOT, call, compile_all, link_and_run, setup_constant
+from cpp_programs import CPP, CXX, ROOT, call, compile_all, link_and_run, setup_constant, side_by_side
 from torch.utils import cpp_extension
 
 # Buffers lie between inaccessible pages whatever the flags: the sanitizers look after local arrays and vector accesses.
@@ -19,15 +18,19 @@ SANITIZED = [
     *("-std=c++17", "-O1", "-g1", "-pthread", "-fsanitize=address,alignment", "-fno-sanitize-recover"),
     *("--param", "asan-instrumentation-with-call-threshold=0"),
 ]
-PLAIN = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-pthread"]
+# The stand-in tells the sanitizer of its fibers, and is not looked after itself.
 STAND_IN = CPP / "cuda_on_cpu.cpp"
+WITH_SANITIZER = ["-std=c++17", "-O2", "-fsanitize=address"]
+WITH_SANITIZER += [word for kind in ("reads", "writes") for word in ("--param", f"asan-instrument-{kind}=0")]
+PLAIN = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-pthread"]
 # The longest first.
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"), key=lambda file: -file.stat().st_size)
 PROGRAMS = ("test_api", "test_mix", "test_status")
 
-# Tests of the operations, the longest first. Left out: what reads a dense mask of 1000 x 1000, which takes minutes and is
-# tested at other sizes; the threads of the CPU kernels; and measurements of memory, in processes of their own.
-OPERATIONS = ("test_mix", "test_state", "test_determinism", "test_update", "test_readout", "test_layouts", "test_rotary")
+# Tests of the operations, the longest first.
+OPERATIONS = [f"test_{name}" for name in ["mix", "state", "determinism", "update", "readout", "layouts", "rotary"]]
+# A dense mask of 1000 x 1000 takes minutes, and masks are tested at other sizes too; the threads are those of the CPU
+# kernels; memory is measured in processes of their own.
 LEFT_OUT = "not (mask and N1000) and not threads and not memory"
 
 
@@ -40,7 +43,7 @@ def objects(tmp_path_factory):
     """Futures of the object files by name."""
     jobs = {source.stem: (source, as_cpp(SANITIZED)) for source in KERNELS}
     jobs |= {name: (CPP / f"{name}.cpp", [*PLAIN, "-DPOM_TEST_CUDA"]) for name in PROGRAMS}
-    jobs |= {"test_cuda_on_cpu": (CPP / "test_cuda_on_cpu.cpp", SANITIZED), "stand_in": (STAND_IN, SANITIZED)}
+    jobs |= {"test_cuda_on_cpu": (CPP / "test_cuda_on_cpu.cpp", SANITIZED), "stand_in": (STAND_IN, WITH_SANITIZER)}
     jobs |= {"test_ucontext": (CPP / "test_cuda_on_cpu.cpp", ["-std=c++17"])}
     jobs |= {"stand_in_ucontext": (STAND_IN, ["-std=c++17", "-DFIBER_UCONTEXT"])}
     jobs |= {"status": (ROOT / "csrc/status.cpp", PLAIN)}
@@ -56,10 +59,20 @@ def test_the_stand_in_on_other_processors(objects):
     link_and_run(objects["test_ucontext"], objects["stand_in_ucontext"], flags=["-pthread"])
 
 
+@pytest.fixture(scope="module")
+def programs(objects):
+    """Futures of the programs, linked and run."""
+    library = [objects[name] for name in (*(source.stem for source in KERNELS), "stand_in", "status")]
+
+    def run(name):
+        link_and_run(objects[name], *library, flags=SANITIZED)
+
+    return side_by_side({name: (run, name) for name in PROGRAMS})
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_kernels(name, objects):
-    kernels = (objects[source.stem] for source in KERNELS)
-    link_and_run(objects[name], *kernels, objects["stand_in"], objects["status"], flags=SANITIZED)
+def test_kernels(name, programs):
+    programs[name].result()
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +99,13 @@ def library(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(library):
     """Futures of the tests of the operations, run side by side, with threads and blocks in random order."""
-    environment = os.environ | {"POM_EXT_TEST_LIBRARY": str(library), "CUDA_ON_CPU_SEED": "1"}
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", LEFT_OUT)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return {
-            name: pool.submit(call, *command, ROOT / f"tests/{name}.py", cwd=ROOT, env=environment)
-            for name in OPERATIONS
-        }
+    environment = os.environ | {"POM_EXT_TEST_LIBRARY": str(library), "CUDA_ON_CPU_SEED": "1", "OMP_NUM_THREADS": "1"}
+
+    def run(name):
+        command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", LEFT_OUT)
+        call(*command, ROOT / f"tests/{name}.py", cwd=ROOT, env=environment)
+
+    return side_by_side({name: (run, name) for name in OPERATIONS})
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

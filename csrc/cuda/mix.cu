@@ -22,7 +22,7 @@ struct Mix {
 };
 
 template <class I>
-__global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kNumbers > 16 ? 1 : 2) mix_slab(Mix args) {
+__global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kRanges > 3 ? 1 : 2) mix_slab(Mix args) {
   using Acc = typename I::Acc;
   using Tokens = FeatureTokens<I>;
   constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers, kUnroll = kNumbers > 16 ? 1 : 2;

@@ -5,7 +5,7 @@
 namespace pom::cuda {
 namespace {
 
-constexpr int kJoinWarps = 8, kScanWarps = 32;
+constexpr int kJoinWarps = 8, kScanWarps = 16;
 
 // The sum of a warp's lane over the rows first, first + step, … last; four loads in flight.
 template <class Number>

@@ -31,6 +31,8 @@ constexpr int64_t kWorthSharing = 1 << 13;  // threads of a grid from which seve
   std::abort();
 }
 
+bool differ(const char* a, const char* b) { return a != b && std::strcmp(a, b); }
+
 std::string place(const Wait& wait) {
   const char* const slash = std::strrchr(wait.file, '/');
   return std::string(wait.operation) + " (" + (slash ? slash + 1 : wait.file) + ":" + std::to_string(wait.line) + ")";
@@ -170,8 +172,7 @@ class Multiprocessor {
   // Whether all lanes that thread i names wait with the same mask.
   bool is_complete(int i, int first) const {
     const Wait& own = threads_[i].wait;
-    if (!(own.mask >> (i - first) & 1))
-      fail_in(i, place(own) + " does not name its own lane");
+    if (!(own.mask >> (i - first) & 1)) fail_in(i, place(own) + " does not name its own lane");
     bool complete = true;
     for (int lane = 0; lane < kWarp; ++lane) {
       if (!(own.mask >> lane & 1)) continue;
@@ -181,7 +182,7 @@ class Multiprocessor {
       const Wait& wait = threads_[other].wait;
       if (wait.of_block || wait.mask != own.mask)
         complete = false;
-      else if (std::strcmp(wait.operation, own.operation) || wait.bytes != own.bytes)
+      else if (differ(wait.operation, own.operation) || wait.bytes != own.bytes)
         fail_in(i, place(own) + " meets thread " + std::to_string(other) + " in " + place(wait));
     }
     return complete;
@@ -198,7 +199,8 @@ class Multiprocessor {
       if (mask >> lane & 1) {
         const Wait& wait = threads_[first + lane].wait;
         if (!(mask >> wait.source & 1))
-          fail_in(first + lane, place(wait) + " reads lane " + std::to_string(wait.source) + ", which it does not name");
+          fail_in(first + lane,
+                  place(wait) + " reads lane " + std::to_string(wait.source) + ", which it does not name");
         if (wait.bytes) std::memcpy(wait.value, values[wait.source], wait.bytes);
         threads_[first + lane].state = Thread::ready;
       }
@@ -215,9 +217,9 @@ class Multiprocessor {
       const Wait& wait = threads_[i].wait;
       if (threads_[i].state == Thread::exited)
         fail_in(first, "waits at " + place(barrier) + ", but thread " + std::to_string(i) + " has exited");
-      if (wait.mask != barrier.mask || wait.line != barrier.line || std::strcmp(wait.file, barrier.file))
-        fail_in(first, "waits at " + place(barrier) + " for ever: thread " + std::to_string(i) + " waits at " +
-                           place(wait));
+      if (wait.mask != barrier.mask || wait.line != barrier.line || differ(wait.file, barrier.file))
+        fail_in(first,
+                "waits at " + place(barrier) + " for ever: thread " + std::to_string(i) + " waits at " + place(wait));
     }
     if (!barrier.of_block) fail_in(first, "waits at " + place(barrier) + " for ever");
     for (int i = 0; i < n; ++i) threads_[i].state = Thread::ready;
@@ -315,8 +317,7 @@ class Device {
     action.sa_sigaction = explain_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigaction(SIGSEGV, &action, &earlier_action);
-    for (size_t i = 1; i < processors_.size(); ++i)
-      std::thread([this, i] { serve(processors_[i]); }).detach();
+    for (size_t i = 1; i < processors_.size(); ++i) std::thread([this, i] { serve(processors_[i]); }).detach();
   }
 
   static void run_on(Multiprocessor& processor, Grid& grid) {

@@ -1,10 +1,11 @@
 // As much of CUDA as the kernels use, on a CPU: their sources are compiled as C++ against this header, and each thread
 // of a block is a fiber that runs until it waits for others. A block runs on one thread of the operating system.
 //
-// What a GPU may let pass ends the program, with the block and the thread that did it: a barrier that not all threads of
-// the block reach, a shuffle or __syncwarp with lanes that have exited or wait elsewhere, a source lane outside the
-// mask, access outside the block's dynamic shared memory, a launch that a GPU refuses. Shared memory is NaNs until it is
-// written. With a seed, threads run in a random order between barriers, and so do blocks: a race then shows in results.
+// What a GPU may let pass ends the program, with the block and the thread that did it: a barrier that not all threads
+// of the block reach, a shuffle or __syncwarp with lanes that have exited or wait elsewhere, a source lane outside the
+// mask, access outside the block's dynamic shared memory, a launch that a GPU refuses. Shared memory is NaNs until it
+// is written. With a seed, threads run in a random order between barriers, and so do blocks: a race then shows in
+// results.
 #pragma once
 
 #include <cmath>
@@ -49,14 +50,14 @@ struct Wait {
   int line;
   bool of_block = true;  // else of the lanes in `mask`
   unsigned mask = 0;
-  int source = 0;          // the lane whose value this one gets
-  void* value = nullptr;   // of `bytes` bytes, replaced by that lane's
+  int source = 0;         // the lane whose value this one gets
+  void* value = nullptr;  // of `bytes` bytes, replaced by that lane's
   size_t bytes = 0;
 };
 void wait(const Wait& wait);
 
-// Threads and blocks run in ascending order with seed 0, and in an order drawn from any other. The first seed is that in
-// the environment variable CUDA_ON_CPU_SEED, if there is one.
+// Threads and blocks run in ascending order with seed 0, and in an order drawn from any other. The first seed is that
+// in the environment variable CUDA_ON_CPU_SEED, if there is one.
 void set_seed(uint64_t seed);
 
 void run_grid(unsigned blocks, int threads, size_t shared_bytes, const std::function<void()>& body);

@@ -1,4 +1,5 @@
-// The device that a test program is compiled for: the CPU, or with POM_TEST_CUDA the CUDA kernels, run by cuda_on_cpu.h.
+// The device that a test program is compiled for: the CPU, or with POM_TEST_CUDA the CUDA kernels, run by
+// cuda_on_cpu.h.
 #pragma once
 
 #include <atomic>

@@ -8,7 +8,7 @@
 // Shapes that nothing divides, and shapes that the CUDA kernels take with accesses of 16 bytes.
 constexpr Shape kShapes[] = {{1, 1, 17},  {3, 1, 30},  {2, 7, 5},   {2, 12, 1}, {5, 2, 3}, {1, 70, 33},
                              {2, 130, 9}, {1, 9, 530}, {1, 300, 4}, {2, 0, 5},  {0, 4, 5}};
-constexpr Shape kFriendlyShapes[] = {{3, 1, 8},  {2, 70, 8},  {1, 300, 16}, {2, 9, 64}, {1, 37, 128},
+constexpr Shape kFriendlyShapes[] = {{3, 1, 8},   {2, 70, 8},  {1, 300, 16}, {2, 9, 64}, {1, 37, 128},
                                      {1, 3, 256}, {2, 5, 264}, {1, 12, 272}, {2, 0, 16}};
 constexpr int64_t kLargest = 20'000;  // features of a drawn case, times the degree
 
@@ -44,5 +44,6 @@ void test_grid(Test test, std::initializer_list<Context> contexts) {
           for (bool weighted : {false, true})
             if (!weighted || (context != Context::mask && context != Context::even))
               for (bool friendly : {false, true})
-                if (!friendly || (degree >= 2 && degree <= 4)) test(drawn({form, degree, dtype, context, weighted}, friendly));
+                if (!friendly || (degree >= 2 && degree <= 4))
+                  test(drawn({form, degree, dtype, context, weighted}, friendly));
 }

@@ -33,8 +33,8 @@ inline bool untouched(const char* begin, const char* end) {
 
 inline void unmap_guarded(char* memory, size_t bytes) { munmap(memory - page_size(), bytes + 2 * page_size()); }
 
-// `bytes` bytes that end at an inaccessible page, or `gap` bytes before it, or that begin that far behind one: so at any
-// alignment. All are 0xff at first. That nobody wrote what lies around them is checked when they are given back.
+// `bytes` bytes that end at an inaccessible page, or `gap` bytes before it, or that begin that far behind one: so at
+// any alignment. All are 0xff at first. That nobody wrote what lies around them is checked when they are given back.
 class GuardedBuffer {
  public:
   enum class Side { begin, end };

@@ -1,5 +1,5 @@
-// What the tests of the torch-free library call it with: arrays and workspaces that nobody can overrun unseen, and calls
-// whose result must not depend on the order in which things are done.
+// What the tests of the torch-free library call it with: arrays and workspaces that nobody can overrun unseen, and
+// calls whose result must not depend on the order in which things are done.
 #pragma once
 
 #include <algorithm>

@@ -121,8 +121,8 @@ void test_residual() {
   std::fill(weights.begin() + kHalf, weights.end(), 1);
   const Buffer u(Dtype::f32, u_values), coeff(Dtype::f32, coeff_values), weight(Dtype::f32, weights);
   const Buffer prior_total(Dtype::f32, totals), prior_residual(Dtype::f32, rests), prior_count(Dtype::f64, counts);
-  const Features features = {Form::power, 1,           Dtype::f32,          1, kTokens, kWidth, u.data(), u.size(), kWidth,
-                             coeff.data(), weight.data(), {}};
+  const Features features = {Form::power,   1, Dtype::f32, 1, kTokens, kWidth, u.data(), u.size(), kWidth, coeff.data(),
+                             weight.data(), {}};
   StateBuffers out(Dtype::f32, 1, kWidth);
   auto expect_sum = [&](double total, double residual, double count) {
     for (int c = 0; c < kWidth; ++c)

@@ -39,7 +39,8 @@ void test_update(const Case& c) {
   const int64_t batch = c.shape.batch, channels = c.channels();
   Before start(acc, batch, channels, false);
   if (!c.prior) {
-    for (Buffer* buffer : {&start.total, &start.residual, &start.count}) std::memset(buffer->data(), 0, buffer->bytes());
+    for (Buffer* buffer : {&start.total, &start.residual, &start.count})
+      std::memset(buffer->data(), 0, buffer->bytes());
     start.values = {Array(batch * channels), Array(batch)};
   }
   Array zeros(batch);
@@ -53,7 +54,8 @@ void test_update(const Case& c) {
       const Inputs& frame = frames[i];
       const std::string name = c.name(("update " + std::to_string(i)).c_str());
       Buffer y(c.dtype, batch * c.queries() * channels);
-      run_once(name, UpdateArgs{frame.features, frame.gates, state.view(), static_cast<uint32_t*>(ticket.data()), y.data()},
+      run_once(name,
+               UpdateArgs{frame.features, frame.gates, state.view(), static_cast<uint32_t*>(ticket.data()), y.data()},
                ascending);
       wanted = added(wanted, frame.p);
       expect_channels(c, name + "y", y, naive::readout(frame.p, wanted));
@@ -105,8 +107,8 @@ void test_residual() {
   const Buffer u(Dtype::f32, ones), coeff(Dtype::f32, coeff_values);
   Buffer total(Dtype::f32, totals), residual(Dtype::f32, zeros), count(Dtype::f64, none), ticket(Dtype::f32, none);
   Buffer y(Dtype::f32, u.size());
-  const Features features = {Form::power, 1,           Dtype::f32, 1, kTokens, kWidth, u.data(), u.size(), kWidth,
-                             coeff.data(), nullptr, {}};
+  const Features features = {Form::power, 1,      Dtype::f32,   1,       kTokens, kWidth, u.data(),
+                             u.size(),    kWidth, coeff.data(), nullptr, {}};
   const Gates gates = {Form::power, Dtype::f32, 1, kTokens, kWidth, 1, u.data(), u.size(), kWidth, {}};
   const StateOut state = {total.data(), residual.data(), count.doubles()};
   for (int frame = 0; frame < kFrames; ++frame)
