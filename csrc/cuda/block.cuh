@@ -18,10 +18,10 @@ struct alignas(bytes) Words {
 // Vec neighbouring elements as they lie in memory. With Vec > 1 the address is a multiple of their size.
 template <class T, int Vec>
 struct Packed {
-  Words<Vec * int(sizeof(T))> words;
+  Words<Vec* int(sizeof(T))> words;
 
-  POM_HD void load(const T* p) { words = *reinterpret_cast<const Words<Vec * int(sizeof(T))>*>(p); }
-  POM_HD void store(T* p) const { *reinterpret_cast<Words<Vec * int(sizeof(T))>*>(p) = words; }
+  POM_HD void load(const T* p) { words = *reinterpret_cast<const Words<Vec* int(sizeof(T))>*>(p); }
+  POM_HD void store(T* p) const { *reinterpret_cast<Words<Vec* int(sizeof(T))>*>(p) = words; }
 
   POM_HD void unpack(float* x) const {
     POM_UNROLL

@@ -1,5 +1,5 @@
-// Token-causal mix, linear in tokens: sums of chunks, a scan over the chunks, and a walk of one warp through every chunk
-// that carries the running sum. The states of the tokens are never stored.
+// Token-causal mix, linear in tokens: sums of chunks, a scan over the chunks, and a walk of one warp through every
+// chunk that carries the running sum. The states of the tokens are never stored.
 
 #include "cuda/walk.cuh"
 

@@ -1,4 +1,5 @@
-// Backward of the token-causal mix: one walk forwards through every chunk for the gates, one backwards for the features.
+// Backward of the token-causal mix: one walk forwards through every chunk for the gates, one backwards for the
+// features.
 
 #include "cuda/walk.cuh"
 
@@ -77,8 +78,8 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_gate_slop
       }
     }
   }
-  store_row<I::Vec, W::kRanges>(static_cast<Acc*>(args.later) + (chunk.b * walk.chunks + chunk.number) * channels, place,
-                                back);
+  store_row<I::Vec, W::kRanges>(static_cast<Acc*>(args.later) + (chunk.b * walk.chunks + chunk.number) * channels,
+                                place, back);
 }
 
 // Backwards through every chunk: the gradient of a token's features is what it and all later tokens send back.

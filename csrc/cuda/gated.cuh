@@ -23,7 +23,8 @@ inline Alignment is_aligned(const Gates& g, const StateView& state) {
   Alignment aligned(g.dtype);
   aligned.pointers({state.total, state.residual}).sizes({g.channels, g.channels / g.heads});
   if (g.heads == 1)
-    aligned.pointers({g.gate, g.rotary.cos, g.rotary.sin}).sizes({g.gate_batch_stride, g.gate_token_stride, g.rotary.half});
+    aligned.pointers({g.gate, g.rotary.cos, g.rotary.sin})
+        .sizes({g.gate_batch_stride, g.gate_token_stride, g.rotary.half});
   return aligned;
 }
 
@@ -34,7 +35,11 @@ struct HeadParts {
   int shift;
   int64_t count;  // parts of a token
 
-  HeadParts(const Gates& g, const Slabs& slabs) : per_head(g.channels / g.heads), shift(slabs.vec == 8 ? 3 : slabs.vec == 4 ? 2 : 0) {
+  HeadParts(const Gates& g, const Slabs& slabs)
+      : per_head(g.channels / g.heads),
+        shift(slabs.vec == 8   ? 3
+              : slabs.vec == 4 ? 2
+                               : 0) {
     const int64_t whole_row = int64_t(kLanes) * slabs.vec;
     auto fits = [&](int64_t n) {
       return n <= whole_row && per_head % n == 0 && slabs.width % n == 0 && (!slabs.axis_slabs || slabs.half % n == 0);

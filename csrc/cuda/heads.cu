@@ -36,8 +36,8 @@ Status finish_heads(const Gates& g, const HeadParts& plan, const Acc* parts, voi
   return with_dtype(g.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (std::is_same_v<typename accumulator<T>::type, Acc>)
-      return launch(g.form == Form::product ? head_slopes<Sigmoid, T> : head_slopes<HardSigmoid, T>, blocks, kThreads, 0,
-                    stream, g, plan, parts, static_cast<T*>(dgate));
+      return launch(g.form == Form::product ? head_slopes<Sigmoid, T> : head_slopes<HardSigmoid, T>, blocks, kThreads,
+                    0, stream, g, plan, parts, static_cast<T*>(dgate));
     return Status::bad_dtype;
   });
 }

@@ -33,8 +33,8 @@ Status launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t
   if (blocks > kMaxBlocks) return Status::bad_size;
 #ifdef __CUDACC__
   void* pointers[] = {&arguments...};
-  return checked(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(threads), pointers,
-                                  shared_bytes, static_cast<cudaStream_t>(stream)));
+  return checked(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(threads),
+                                  pointers, shared_bytes, static_cast<cudaStream_t>(stream)));
 #else
   (void)stream;
   cuda_on_cpu::launch(unsigned(blocks), threads, shared_bytes, [=] { kernel(arguments...); });

@@ -9,7 +9,7 @@ namespace pom::cuda {
 namespace {
 
 constexpr int kMixLanes = 4;      // slabs are narrow, so that one image has enough of them
-constexpr int64_t kShort = 1024;                 // tokens that a block can take alone
+constexpr int64_t kShort = 1024;  // tokens that a block can take alone
 
 struct Mix {
   Features features;
@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(kThreads) copy_state(StateView from, StateOut 
 
 // In one launch where the context is short, and features and gates do not turn in different pairs.
 bool in_one_launch(const Features& f, const Gates& g) {
-  const bool together = !f.rotary.axes || !turns_channels(g) ||
-                        (f.rotary.axes == g.rotary.axes && f.rotary.half == g.rotary.half);
+  const bool together =
+      !f.rotary.axes || !turns_channels(g) || (f.rotary.axes == g.rotary.axes && f.rotary.half == g.rotary.half);
   return f.tokens <= kShort && g.tokens <= kShort && together;
 }
 
@@ -178,7 +178,8 @@ struct LongPlan {
       : arena(workspace),
         pieces(f.tokens, chunk_shift(f.tokens), 1, nullptr),
         sums(f, pieces, nullptr, false, arena),
-        state{arena.take<Acc>(f.batch * f.channels()), arena.take<Acc>(f.batch * f.channels()), arena.take<double>(f.batch)},
+        state{arena.take<Acc>(f.batch * f.channels()), arena.take<Acc>(f.batch * f.channels()),
+              arena.take<double>(f.batch)},
         readout_bytes(cuda::workspace(ReadoutArgs{g, 1, nullptr, view(state)})) {
     readout_memory = arena.take<char>(readout_bytes);
   }
@@ -195,14 +196,16 @@ Status run(const Mix& args, void* workspace, void* stream) {
   joined.out = plan.state;
   if (const Status s = join(joined, stream); s != Status::ok) return s;
   const ReadoutArgs readout_args = {args.gates, 1, nullptr, view(plan.state), args.y};
-  if (const Status s = readout(readout_args, plan.readout_memory, plan.readout_bytes, stream); s != Status::ok) return s;
+  if (const Status s = readout(readout_args, plan.readout_memory, plan.readout_bytes, stream); s != Status::ok)
+    return s;
   return launch(copy_state<Acc>, ceil_div(f.batch * f.channels(), kThreads), kThreads, 0, stream, view(plan.state),
                 args.out, f.channels(), f.batch);
 }
 
 size_t workspace_of(const Features& f, const Gates& g) {
   if (in_one_launch(f, g)) return Arena().used();
-  return f.dtype == Dtype::f64 ? LongPlan<double>(f, g, nullptr).arena.used() : LongPlan<float>(f, g, nullptr).arena.used();
+  return f.dtype == Dtype::f64 ? LongPlan<double>(f, g, nullptr).arena.used()
+                               : LongPlan<float>(f, g, nullptr).arena.used();
 }
 
 }  // namespace

@@ -2,14 +2,17 @@
 // bits from run to run and whatever else is in the batch.
 #pragma once
 
+#include <initializer_list>
+#include <type_traits>
+
 #include "arena.h"
 #include "checks.h"
 #include "pom/math.h"
 
 namespace pom::cuda {
 
-constexpr int kLanes = 32;      // threads side by side in a row of a block: a warp reads 512 neighbouring bytes
-constexpr int kThreads = 256;   // of most blocks: 8 rows
+constexpr int kLanes = 32;     // threads side by side in a row of a block: a warp reads 512 neighbouring bytes
+constexpr int kThreads = 256;  // of most blocks: 8 rows
 constexpr int kWarp = 32;
 
 POM_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -72,8 +75,8 @@ struct Pieces {
   }
 };
 
-// The length of a chunk, as a power of two: from 64 tokens for many blocks to 512, where partial sums cost nothing beside
-// the tokens and a thread still adds few numbers in single precision.
+// The length of a chunk, as a power of two: from 64 tokens for many blocks to 512, where partial sums cost nothing
+// beside the tokens and a thread still adds few numbers in single precision.
 inline int chunk_shift(int64_t tokens) {
   int shift = 6;
   while (shift < 9 && tokens > int64_t(256) << shift) ++shift;

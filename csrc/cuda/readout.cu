@@ -119,8 +119,7 @@ __global__ void __launch_bounds__(kThreads, 2) gate_slopes(ReadoutBackward args)
     }
   }
   sum_rows(dmean, kLanes, reinterpret_cast<Acc*>(memory));
-  if (row == 0)
-    store_row<I::Vec, I::ranges>(static_cast<Acc*>(args.mean_rows) + block.row * g.channels, place, dmean);
+  if (row == 0) store_row<I::Vec, I::ranges>(static_cast<Acc*>(args.mean_rows) + block.row * g.channels, place, dmean);
 }
 
 template <class Body>
@@ -141,8 +140,10 @@ Status with_gates(const Gates& g, bool aligned, Body body) {
 
 Readout readout_of(const Gates& g, int64_t groups, const int64_t* offsets, const StateView& state, bool aligned) {
   const int vec = !aligned ? 1 : g.dtype == Dtype::f32 || turns_channels(g) ? 4 : 8;
-  return {g, {g.channels, 1, turns_channels(g) ? g.rotary : Rotary{}, vec, kLanes},
-          {g.tokens, chunk_shift(g.tokens), groups, offsets}, state};
+  return {g,
+          {g.channels, 1, turns_channels(g) ? g.rotary : Rotary{}, vec, kLanes},
+          {g.tokens, chunk_shift(g.tokens), groups, offsets},
+          state};
 }
 
 Status run(const ReadoutArgs& given, void* stream) {
@@ -152,8 +153,8 @@ Status run(const ReadoutArgs& given, void* stream) {
   args.y = given.y;
   if (g.tokens == 0) return Status::ok;
   return with_gates(g, aligned, [&](auto instance) {
-    return launch(gate_means<decltype(instance)>, int64_t(args.slabs.count) * g.batch * args.pieces.slots(), kThreads, 0, stream,
-                  args);
+    return launch(gate_means<decltype(instance)>, int64_t(args.slabs.count) * g.batch * args.pieces.slots(), kThreads,
+                  0, stream, args);
   });
 }
 
@@ -169,11 +170,8 @@ struct BackwardPlan {
         aligned(is_aligned(given.gates, given.state)
                     .pointers({given.grad_y, given.grad_gate})
                     .sizes({given.grad_y_batch_stride, given.grad_y_token_stride})),
-        args{readout_of(given.gates, given.groups, given.offsets, given.state, aligned),
-             given.grad_y,
-             given.grad_y_batch_stride,
-             given.grad_y_token_stride,
-             given.grad_gate},
+        args{readout_of(given.gates, given.groups, given.offsets, given.state, aligned), given.grad_y,
+             given.grad_y_batch_stride, given.grad_y_token_stride, given.grad_gate},
         heads(given.gates, args.forward.slabs) {
     const Gates& g = given.gates;
     args.mean_rows = arena.take<Acc>(g.batch * args.forward.pieces.slots() * g.channels);

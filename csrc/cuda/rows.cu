@@ -134,21 +134,22 @@ __global__ void __launch_bounds__(kScanWarps* kWarp)
 template <class Acc>
 Status join(const Join<Acc>& args, void* stream) {
   const int tiles = int(ceil_div(args.channels, kWarp));
-  return launch(join_groups<Acc>, int64_t(tiles + 1) * args.pieces.groups * args.batch, kJoinWarps * kWarp, kJoinWarps * kWarp * sizeof(double), stream, args,
-                tiles);
+  return launch(join_groups<Acc>, int64_t(tiles + 1) * args.pieces.groups * args.batch, kJoinWarps * kWarp,
+                kJoinWarps * kWarp * sizeof(double), stream, args, tiles);
 }
 
 template <class Acc>
 Status scan(const Join<Acc>& args, bool backwards, void* stream) {
   const int tiles = int(ceil_div(args.channels, kWarp));
   if (args.pieces.groups == 0) return Status::ok;
-  return launch(scan_groups<Acc>, int64_t(tiles + 1) * args.batch, kScanWarps * kWarp, kScanWarps * kWarp * sizeof(double), stream, args, tiles, backwards);
+  return launch(scan_groups<Acc>, int64_t(tiles + 1) * args.batch, kScanWarps * kWarp,
+                kScanWarps * kWarp * sizeof(double), stream, args, tiles, backwards);
 }
 
 template <class Acc>
 Status join_coeff(const Acc* rows, int64_t count, int64_t degree, int64_t width, Acc* out, void* stream) {
-  return launch(join_coeff_rows<Acc>, ceil_div(degree * width, kWarp), kScanWarps * kWarp, kScanWarps * kWarp * sizeof(double), stream, rows, count,
-                degree, width, out);
+  return launch(join_coeff_rows<Acc>, ceil_div(degree * width, kWarp), kScanWarps * kWarp,
+                kScanWarps * kWarp * sizeof(double), stream, rows, count, degree, width, out);
 }
 
 template Status join(const Join<float>&, void*);

@@ -28,8 +28,9 @@ Status run(const StateArgs& args, void* workspace, void* stream) {
   const StatePlan<Acc> plan(args, workspace);
   if (args.features.batch * args.groups.count == 0) return Status::ok;
   if (const Status s = plan.sums.launch(stream); s != Status::ok) return s;
-  const Join<Acc> joined = {plan.pieces,           args.features.batch, args.features.channels(), plan.sums.rows,
-                            plan.sums.weight_rows, {},                  nullptr,                  args.out};
+  const Join<Acc> joined = {
+      plan.pieces, args.features.batch, args.features.channels(), plan.sums.rows, plan.sums.weight_rows, {}, nullptr,
+      args.out};
   return args.groups.cumulative ? scan(joined, false, stream) : join(joined, stream);
 }
 
@@ -47,10 +48,11 @@ struct Backward {
 
 // dL/dφ of a token: the gradients of the groups, weighted by how much each sees of it.
 template <class Acc>
-__global__ void __launch_bounds__(kThreads)
-    mask_gradients(const Acc* mask, const Acc* grad, int64_t groups, int64_t tokens, int64_t channels, Acc* token_grad) {
+__global__ void __launch_bounds__(kThreads) mask_gradients(const Acc* mask, const Acc* grad, int64_t groups,
+                                                           int64_t tokens, int64_t channels, Acc* token_grad) {
   const BlockIndex block(int(ceil_div(channels, kThreads)));
-  const int64_t channel = int64_t(block.slab) * kThreads + threadIdx.x, b = block.row / tokens, token = block.row % tokens;
+  const int64_t channel = int64_t(block.slab) * kThreads + threadIdx.x, b = block.row / tokens,
+                token = block.row % tokens;
   if (channel >= channels) return;
   double sum = 0;
   for (int64_t row = b * groups; row < (b + 1) * groups; ++row)
@@ -64,7 +66,9 @@ __global__ void __launch_bounds__(kThreads, 2) slopes(Backward<typename I::Acc> 
   using Tokens = FeatureTokens<I>;
   constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers;
   // Tokens in flight: as many as the registers beside coefficients and their gradients allow.
-  constexpr int kUnroll = kNumbers > 24 || kRanges * Tokens::kCoeffs > 4 ? 1 : kNumbers > 8 ? 2 : 4;
+  constexpr int kUnroll = kNumbers > 24 || kRanges * Tokens::kCoeffs > 4 ? 1
+                          : kNumbers > 8 || Tokens::kCoeffs > 3          ? 2
+                                                                         : 4;
   const int rows = int(blockDim.x) / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
   const BlockIndex block(args.slabs.count);
   const Place place = args.slabs.place(block.slab, lane);
@@ -116,8 +120,7 @@ struct StateBackwardPlan {
     aligned = is_aligned(f).pointers({given.grad_total, given.grad_u, given.grad_coeff});
     args.features = f;
     args.slabs = slabs_of(f, f.rotary, aligned);
-    args.pieces = given.groups.mask ? Pieces(f.tokens, chunk_shift(f.tokens), 1, nullptr)
-                                    : pieces_of(f, given.groups);
+    args.pieces = given.groups.mask ? Pieces(f.tokens, chunk_shift(f.tokens), 1, nullptr) : pieces_of(f, given.groups);
     args.channels = f.channels();
     args.stride = least(f.batch * args.pieces.slots(), most(1, kCoeffBlocks / args.slabs.count));
     token_grad = given.groups.mask ? arena.take<Acc>(f.batch * f.tokens * args.channels) : nullptr;
@@ -141,10 +144,10 @@ Status run(const StateBackwardArgs& given, void* workspace, void* stream) {
     if (const Status s = scan(suffix, true, stream); s != Status::ok) return s;
   }
   if (plan.token_grad) {
-    const Status s = launch(mask_gradients<Acc>, f.batch * f.tokens * ceil_div(args.channels, kThreads), kThreads, 0,
-                            stream, static_cast<const Acc*>(given.groups.mask),
-                            static_cast<const Acc*>(given.grad_total), given.groups.count, f.tokens, args.channels,
-                            plan.token_grad);
+    const Status s =
+        launch(mask_gradients<Acc>, f.batch * f.tokens * ceil_div(args.channels, kThreads), kThreads, 0, stream,
+               static_cast<const Acc*>(given.groups.mask), static_cast<const Acc*>(given.grad_total),
+               given.groups.count, f.tokens, args.channels, plan.token_grad);
     if (s != Status::ok) return s;
   }
   const Status launched = with_instance(f, f.rotary.axes > 0, plan.aligned, [&](auto instance) {

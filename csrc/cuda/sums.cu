@@ -37,8 +37,7 @@ __global__ void __launch_bounds__(kThreads, 2) features_of_pieces(SumArgs<typena
     }
   }
   sum_rows(sum, kLanes, reinterpret_cast<Acc*>(memory));
-  if (row == 0)
-    store_row<I::Vec, kRanges>(args.rows + block.row * features.channels(), place, sum);
+  if (row == 0) store_row<I::Vec, kRanges>(args.rows + block.row * features.channels(), place, sum);
 
   if (!args.weight_rows || block.slab > 0) return;  // the first slab also adds up the weights
   double weights[1] = {0};
@@ -58,8 +57,8 @@ Status sum_pieces(const SumArgs<Acc>& args, bool aligned, void* stream) {
     using I = decltype(instance);
     if constexpr (std::is_same_v<typename I::Acc, Acc>) {
       const size_t shared = most(FeatureTokens<I>::kNumbers * sizeof(Acc), sizeof(double)) * kThreads / 2;
-      return launch(features_of_pieces<I>, int64_t(args.slabs.count) * f.batch * args.pieces.slots(), kThreads, shared, stream,
-                    args);
+      return launch(features_of_pieces<I>, int64_t(args.slabs.count) * f.batch * args.pieces.slots(), kThreads, shared,
+                    stream, args);
     }
     return Status::bad_dtype;
   });

@@ -8,7 +8,6 @@ namespace pom::cuda {
 
 constexpr int64_t kCoeffBlocks = 2048;  // of a launch, so that partial coefficient gradients stay few
 
-
 inline Alignment is_aligned(const Features& f) {
   return Alignment(f.dtype)
       .pointers({f.u, f.coeff, f.rotary.cos, f.rotary.sin})

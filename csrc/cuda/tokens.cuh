@@ -282,7 +282,8 @@ struct GateTokens {
 
 // total + residual of one row of a state, at the thread's channels, times a scale.
 template <int Vec, int ranges, class Acc>
-POM_HD void load_state(const StateView& state, int64_t row, int64_t channels, double scale, const Place& place, Acc* x) {
+POM_HD void load_state(const StateView& state, int64_t row, int64_t channels, double scale, const Place& place,
+                       Acc* x) {
   Acc residual[ranges * Vec];
   load_row<Vec, ranges>(static_cast<const Acc*>(state.total) + row * channels, place, x);
   load_row<Vec, ranges>(static_cast<const Acc*>(state.residual) + row * channels, place, residual);

@@ -1,4 +1,5 @@
-// Walks of one warp through a chunk of tokens that carry a running sum: what the token-causal forward and backward share.
+// Walks of one warp through a chunk of tokens that carry a running sum: what the token-causal forward and backward
+// share.
 #pragma once
 
 #include "cuda/gated.cuh"
@@ -39,8 +40,9 @@ __device__ Acc inverse_counts(const Walk& walk, const Chunk& chunk, int lane) {
   const int64_t token = chunk.begin + lane;
   double count = 0;
   if (token < chunk.end)
-    count = walk.features.weight ? double(static_cast<const Acc*>(walk.features.weight)[chunk.b * walk.features.tokens + token])
-                                 : 1.0;
+    count = walk.features.weight
+                ? double(static_cast<const Acc*>(walk.features.weight)[chunk.b * walk.features.tokens + token])
+                : 1.0;
   for (int apart = 1; apart < kWarp; apart *= 2) {
     const double earlier = __shfl_up_sync(kAll, count, apart);
     if (lane >= apart) count += earlier;
@@ -59,8 +61,8 @@ __device__ void load_base(const Walk& walk, const Chunk& chunk, const Place& pla
   POM_UNROLL
   for (int i = 0; i < ranges * Vec; ++i) base[i] = Acc(0);
   if (chunk.number)
-    load_row<Vec, ranges>(static_cast<const Acc*>(walk.sums) + (chunk.b * walk.chunks + chunk.number - 1) * channels, place,
-                          base);
+    load_row<Vec, ranges>(static_cast<const Acc*>(walk.sums) + (chunk.b * walk.chunks + chunk.number - 1) * channels,
+                          place, base);
   else if (walk.prior.total)
     load_state<Vec, ranges>(walk.prior, chunk.b, channels, 1.0, place, base);
 }
@@ -68,7 +70,8 @@ __device__ void load_base(const Walk& walk, const Chunk& chunk, const Place& pla
 // Blocks of a multiprocessor at the least: fewer where a thread holds more numbers than a third of the registers.
 template <class I>
 constexpr int kWalkBlocks =
-    FeatureTokens<I>::kNumbers > 16 || FeatureTokens<I>::kRanges > 3 || (I::turned && sizeof(typename I::T) == 4) ? 2 : 3;
+    FeatureTokens<I>::kNumbers > 16 || FeatureTokens<I>::kRanges > 3 || (I::turned && sizeof(typename I::T) == 4) ? 2
+                                                                                                                  : 3;
 
 template <class I>
 struct Walker {

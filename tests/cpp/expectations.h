@@ -7,7 +7,7 @@
 
 // What rounding may cost: once for the result, and in every factor of a polynomial.
 inline double tolerance(const Case& c, const Buffer& result) {
-  constexpr double kResult[] = {2e-6, 1e-14, 0x1.1p-8, 0x1.1p-11}, kFactor[] = {3e-7, 1e-15, 0x1p-19, 0x1p-19};
+  constexpr double kResult[] = {2e-6, 1e-14, 0x1.1p-8, 0x1.1p-11}, kFactor[] = {6e-7, 1e-15, 0x1p-19, 0x1p-19};
   return kResult[int(result.dtype())] + c.degree * kFactor[int(c.dtype)];
 }
 
