@@ -254,10 +254,10 @@ def test_one_call_is_state_and_readout(form, mode, prior, device):
     gate, options = leaves.pop("gate"), {"form": form, "degree": 3, "state": before}
     y, mixed = polynomial_mix(**leaves, gate=gate, **options, **context, **rotaries, return_state=True)
     state = polynomial_state(**leaves, **options, **context, rotary=rotaries.get("rotary"))
-    torch.testing.assert_close(mixed.total, state.total, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(mixed.total, state.total, rtol=1e-5, atol=1e-4)  # of 130 numbers in another order
     torch.testing.assert_close(mixed.count, state.count)
     alone = polynomial_readout(gate, state, form=form, rotary=rotaries.get("gate_rotary"))
-    torch.testing.assert_close(y, alone, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(y, alone, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("queries", (1, 1500))

@@ -69,10 +69,7 @@ Status run(const CausalArgs& args, void* workspace, void* stream) {
 
 }  // namespace
 
-size_t workspace(const CausalArgs& args) {
-  return args.features.dtype == Dtype::f64 ? ForwardPlan<double>(args, nullptr).arena.used()
-                                           : ForwardPlan<float>(args, nullptr).arena.used();
-}
+size_t workspace(const CausalArgs& args) { return planned_bytes<ForwardPlan>(args, args.features.dtype); }
 
 Status causal_mix(const CausalArgs& args, void* workspace, size_t bytes, void* stream) {
   return checked_run(args, args.features.dtype, workspace, bytes,

@@ -207,10 +207,7 @@ Status run(const CausalBackwardArgs& given, void* workspace, void* stream) {
 
 }  // namespace
 
-size_t workspace(const CausalBackwardArgs& args) {
-  return args.features.dtype == Dtype::f64 ? BackwardPlan<double>(args, nullptr).arena.used()
-                                           : BackwardPlan<float>(args, nullptr).arena.used();
-}
+size_t workspace(const CausalBackwardArgs& args) { return planned_bytes<BackwardPlan>(args, args.features.dtype); }
 
 Status causal_mix_backward(const CausalBackwardArgs& args, void* workspace, size_t bytes, void* stream) {
   return checked_run(args, args.features.dtype, workspace, bytes,

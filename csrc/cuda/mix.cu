@@ -174,6 +174,8 @@ struct LongPlan {
   void* readout_memory = nullptr;
   size_t readout_bytes = 0;
 
+  template <class Args>
+  LongPlan(const Args& args, void* workspace) : LongPlan(args.features, args.gates, workspace) {}
   LongPlan(const Features& f, const Gates& g, void* workspace)
       : arena(workspace),
         pieces(f.tokens, chunk_shift(f.tokens), 1, nullptr),
@@ -202,16 +204,15 @@ Status run(const Mix& args, void* workspace, void* stream) {
                 args.out, f.channels(), f.batch);
 }
 
-size_t workspace_of(const Features& f, const Gates& g) {
-  if (in_one_launch(f, g)) return Arena().used();
-  return f.dtype == Dtype::f64 ? LongPlan<double>(f, g, nullptr).arena.used()
-                               : LongPlan<float>(f, g, nullptr).arena.used();
+template <class Args>
+size_t workspace_of(const Args& args) {
+  return in_one_launch(args.features, args.gates) ? Arena().used() : planned_bytes<LongPlan>(args, args.features.dtype);
 }
 
 }  // namespace
 
-size_t workspace(const MixArgs& args) { return workspace_of(args.features, args.gates); }
-size_t workspace(const UpdateArgs& args) { return workspace_of(args.features, args.gates); }
+size_t workspace(const MixArgs& args) { return workspace_of(args); }
+size_t workspace(const UpdateArgs& args) { return workspace_of(args); }
 
 Status mix(const MixArgs& args, void* workspace, size_t bytes, void* stream) {
   return checked_run(args, args.features.dtype, workspace, bytes, [&](auto acc, void* memory) {

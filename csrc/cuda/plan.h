@@ -112,7 +112,7 @@ struct Slabs {
     if (int(slab) < turned_slabs) {
       const int axis = int(slab) / axis_slabs;
       const int64_t low = (int64_t(slab) - axis * axis_slabs) * lanes * vec + int64_t(lane) * vec;
-      place = {2 * half * axis + low, half, low < half ? 2 : 0, half * axis + low};
+      place = {2 * half * axis + low, half, low < half ? 2 : 0, low < half ? half * axis + low : -1};
     } else {
       const int64_t turned = axis_slabs ? 2 * half * (turned_slabs / axis_slabs) : 0;
       place.channel = turned + (int64_t(slab) - turned_slabs) * lanes * vec + int64_t(lane) * vec;
@@ -194,6 +194,15 @@ Status with_instance(const Features& f, bool turned, bool aligned, Body body) {
     if (turned) return with_degree<Power, true, T>(f.degree, aligned, body);
     return with_degree<Power, false, T>(f.degree, aligned, body);
   });
+}
+
+// The bytes of a plan in the accumulator's type; none for arguments that the operation will refuse. Arrays may be missing
+// when a workspace is asked for.
+template <template <class> class Plan, class Args>
+size_t planned_bytes(const Args& args, Dtype dtype) {
+  const Status status = check(args);
+  if (status != Status::ok && status != Status::null_pointer) return 0;
+  return dtype == Dtype::f64 ? Plan<double>(args, nullptr).arena.used() : Plan<float>(args, nullptr).arena.used();
 }
 
 // Checks, then body(accumulator{}, aligned workspace).

@@ -211,10 +211,7 @@ Status readout(const ReadoutArgs& args, void* workspace, size_t bytes, void* str
   return checked_run(args, args.gates.dtype, workspace, bytes, [&](auto, void*) { return run(args, stream); });
 }
 
-size_t workspace(const ReadoutBackwardArgs& args) {
-  return args.gates.dtype == Dtype::f64 ? BackwardPlan<double>(args, nullptr).arena.used()
-                                        : BackwardPlan<float>(args, nullptr).arena.used();
-}
+size_t workspace(const ReadoutBackwardArgs& args) { return planned_bytes<BackwardPlan>(args, args.gates.dtype); }
 
 Status readout_backward(const ReadoutBackwardArgs& args, void* workspace, size_t bytes, void* stream) {
   return checked_run(args, args.gates.dtype, workspace, bytes,

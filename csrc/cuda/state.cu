@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 2) slopes(Backward<typename I::Acc> 
     const Acc* grad = args.token_grad ? args.token_grad + b * f.tokens * args.channels
                                       : args.grad + (b * args.pieces.groups + piece.group) * args.channels;
     Acc grad_row[kNumbers];
-    load_row<I::Vec, kRanges>(grad, place, grad_row);
+    if (!args.token_grad) load_row<I::Vec, kRanges>(grad, place, grad_row);
     for (int64_t first = piece.begin + row; first < piece.end; first += kUnroll * rows) {
       typename Tokens::Raw raw[kUnroll];
       POM_UNROLL
@@ -162,20 +162,14 @@ Status run(const StateBackwardArgs& given, void* workspace, void* stream) {
 
 }  // namespace
 
-size_t workspace(const StateArgs& args) {
-  return args.features.dtype == Dtype::f64 ? StatePlan<double>(args, nullptr).arena.used()
-                                           : StatePlan<float>(args, nullptr).arena.used();
-}
+size_t workspace(const StateArgs& args) { return planned_bytes<StatePlan>(args, args.features.dtype); }
 
 Status state(const StateArgs& args, void* workspace, size_t bytes, void* stream) {
   return checked_run(args, args.features.dtype, workspace, bytes,
                      [&](auto acc, void* memory) { return run<decltype(acc)>(args, memory, stream); });
 }
 
-size_t workspace(const StateBackwardArgs& args) {
-  return args.features.dtype == Dtype::f64 ? StateBackwardPlan<double>(args, nullptr).arena.used()
-                                           : StateBackwardPlan<float>(args, nullptr).arena.used();
-}
+size_t workspace(const StateBackwardArgs& args) { return planned_bytes<StateBackwardPlan>(args, args.features.dtype); }
 
 Status state_backward(const StateBackwardArgs& args, void* workspace, size_t bytes, void* stream) {
   return checked_run(args, args.features.dtype, workspace, bytes,

@@ -187,7 +187,8 @@ Status update(const UpdateArgs& args, void* workspace, size_t bytes, const Execu
 }  // namespace cpu
 
 // The same on the current CUDA device. All pointers, the offsets and the workspace too, are to its memory; `stream` is a
-// cudaStream_t. Calls return when their kernels are queued, never wait, and can be captured in a CUDA graph.
+// cudaStream_t. Calls return when their kernels are queued, never wait, and can be captured in a CUDA graph. Ask for a
+// workspace with the pointers of the call: aligned ones need less.
 namespace cuda {
 
 size_t workspace(const StateArgs& args);
