@@ -6,7 +6,8 @@ namespace pom::cuda {
 namespace {
 
 template <class I>
-__global__ void __launch_bounds__(kThreads, 2) features_of_pieces(SumArgs<typename I::Acc> args) {
+__global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kNumbers > 8 || I::turned ? 2 : 3)
+    features_of_pieces(SumArgs<typename I::Acc> args) {
   using Acc = typename I::Acc;
   using Tokens = FeatureTokens<I>;
   constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers, kUnroll = kNumbers > 16 ? 2 : 4;
