@@ -25,31 +25,21 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_means(Wal
   const Acc inverses = inverse_counts<Acc>(walk, chunk, lane);
   Acc base[kNumbers], sum[kNumbers] = {};
   load_base<I::Vec, W::kRanges>(walk, chunk, place, base);
-  for (int64_t first = chunk.begin; first < chunk.end; first += kUnroll) {
-    typename W::Tokens::Raw raw[kUnroll];
-    typename W::Gates::Raw raw_gate[kUnroll];
+  typename W::Tokens::Raw raw[kUnroll];
+  typename W::Gates::Raw raw_gate[kUnroll];
+  auto load = [&](int j, int64_t token) {
+    tokens.u.load(token, raw[j]);
+    gates.load(token, raw_gate[j]);
+  };
+  for_tokens<kUnroll>(chunk.begin, chunk.end, 1, load, [&](int j, int64_t token) {
+    Acc mean[kNumbers], value[kNumbers];
+    tokens.add(token, raw[j], sum);
+    const Acc scale = __shfl_sync(kAll, inverses, int(token - chunk.begin));
     POM_UNROLL
-    for (int j = 0; j < kUnroll; ++j)
-      if (first + j < chunk.end) {
-        tokens.u.load(first + j, raw[j]);
-        gates.load(first + j, raw_gate[j]);
-      }
-    POM_UNROLL
-    for (int j = 0; j < kUnroll; ++j) {
-      const int64_t token = first + j;
-      if (token >= chunk.end) break;
-      Acc phi[kNumbers], value[kNumbers];
-      tokens.value(token, raw[j], phi);
-      gates.value(token, raw_gate[j], value);
-      const Acc w = tokens.weight(token), scale = __shfl_sync(kAll, inverses, int(token - chunk.begin));
-      POM_UNROLL
-      for (int i = 0; i < kNumbers; ++i) {
-        sum[i] += w * phi[i];
-        value[i] *= (base[i] + sum[i]) * scale;
-      }
-      y.store(token, value);
-    }
-  }
+    for (int i = 0; i < kNumbers; ++i) mean[i] = (base[i] + sum[i]) * scale;
+    gates.multiply(token, raw_gate[j], mean, value);
+    y.store(token, value);
+  });
 }
 
 template <class Acc>

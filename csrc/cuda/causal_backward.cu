@@ -43,41 +43,33 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_gate_slop
   const Acc inverses = inverse_counts<Acc>(walk, chunk, lane);
   Acc sum[kNumbers], back[kNumbers] = {};
   load_base<I::Vec, W::kRanges>(walk, chunk, place, sum);
-  for (int64_t first = chunk.begin; first < chunk.end; first += kUnroll) {
-    typename W::Tokens::Raw raw[kUnroll], raw_dy[kUnroll];
-    typename W::Gates::Raw raw_gate[kUnroll];
+  typename W::Tokens::Raw raw[kUnroll], raw_dy[kUnroll];
+  typename W::Gates::Raw raw_gate[kUnroll];
+  auto load = [&](int j, int64_t token) {
+    tokens.u.load(token, raw[j]);
+    dy.load(token, raw_dy[j]);
+    gates.load(token, raw_gate[j]);
+  };
+  for_tokens<kUnroll>(chunk.begin, chunk.end, 1, load, [&](int j, int64_t token) {
+    Acc value[kNumbers], d[kNumbers];
+    tokens.add(token, raw[j], sum);
+    gates.value(token, raw_gate[j], value);
+    W::Rows::unpack(raw_dy[j], d);
+    const Acc scale = __shfl_sync(kAll, inverses, int(token - chunk.begin));
     POM_UNROLL
-    for (int j = 0; j < kUnroll; ++j)
-      if (first + j < chunk.end) {
-        tokens.u.load(first + j, raw[j]);
-        dy.load(first + j, raw_dy[j]);
-        gates.load(first + j, raw_gate[j]);
-      }
-    POM_UNROLL
-    for (int j = 0; j < kUnroll; ++j) {
-      const int64_t token = first + j;
-      if (token >= chunk.end) break;
-      Acc phi[kNumbers], value[kNumbers], d[kNumbers];
-      tokens.value(token, raw[j], phi);
-      gates.value(token, raw_gate[j], value);
-      W::Rows::unpack(raw_dy[j], d);
-      const Acc w = tokens.weight(token), scale = __shfl_sync(kAll, inverses, int(token - chunk.begin));
-      POM_UNROLL
-      for (int i = 0; i < kNumbers; ++i) {
-        sum[i] += w * phi[i];
-        back[i] += d[i] * value[i] * scale;
-        value[i] = d[i] * sum[i] * scale;
-      }
-      if (walk.gates.heads > 1) {
-        write_head_parts<I::Vec, W::kRanges>(
-            value, place, args.parts_shift,
-            static_cast<Acc*>(args.parts) + (chunk.b * walk.features.tokens + token) * args.parts_of_token);
-      } else {
-        gates.slope(token, raw_gate[j], value);
-        dgate.store(token, value);
-      }
+    for (int i = 0; i < kNumbers; ++i) {
+      back[i] += d[i] * value[i] * scale;
+      value[i] = d[i] * sum[i] * scale;
     }
-  }
+    if (walk.gates.heads > 1) {
+      write_head_parts<I::Vec, W::kRanges>(
+          value, place, args.parts_shift,
+          static_cast<Acc*>(args.parts) + (chunk.b * walk.features.tokens + token) * args.parts_of_token);
+    } else {
+      gates.slope(token, raw_gate[j], value);
+      dgate.store(token, value);
+    }
+  });
   store_row<I::Vec, W::kRanges>(static_cast<Acc*>(args.later) + (chunk.b * walk.chunks + chunk.number) * channels,
                                 place, back);
 }
@@ -108,33 +100,28 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_slopes(Wa
       load_row<I::Vec, W::kRanges>(static_cast<const Acc*>(args.later) + (index + 1) * channels, place, base);
     else if (args.grad_total)
       load_row<I::Vec, W::kRanges>(static_cast<const Acc*>(args.grad_total) + chunk.b * channels, place, base);
-    for (int64_t last = chunk.end - 1; last >= chunk.begin; last -= kUnroll) {
-      typename W::Tokens::Raw raw[kUnroll], raw_dy[kUnroll];
-      typename W::Gates::Raw raw_gate[kUnroll];
+    typename W::Tokens::Raw raw[kUnroll], raw_dy[kUnroll];
+    typename W::Gates::Raw raw_gate[kUnroll];
+    auto load = [&](int j, int64_t i) {
+      const int64_t token = chunk.end - 1 - i;
+      tokens.u.load(token, raw[j]);
+      dy.load(token, raw_dy[j]);
+      gates.load(token, raw_gate[j]);
+    };
+    for_tokens<kUnroll>(0, chunk.end - chunk.begin, 1, load, [&](int j, int64_t i) {
+      const int64_t token = chunk.end - 1 - i;
+      Acc value[kNumbers], d[kNumbers], du[kNumbers];
+      gates.value(token, raw_gate[j], value);
+      W::Rows::unpack(raw_dy[j], d);
+      const Acc scale = __shfl_sync(kAll, inverses, int(token - chunk.begin));
       POM_UNROLL
-      for (int j = 0; j < kUnroll; ++j)
-        if (last - j >= chunk.begin) {
-          tokens.u.load(last - j, raw[j]);
-          dy.load(last - j, raw_dy[j]);
-          gates.load(last - j, raw_gate[j]);
-        }
-      POM_UNROLL
-      for (int j = 0; j < kUnroll; ++j) {
-        const int64_t token = last - j;
-        if (token < chunk.begin) break;
-        Acc value[kNumbers], d[kNumbers], du[kNumbers];
-        gates.value(token, raw_gate[j], value);
-        W::Rows::unpack(raw_dy[j], d);
-        const Acc scale = __shfl_sync(kAll, inverses, int(token - chunk.begin));
-        POM_UNROLL
-        for (int i = 0; i < kNumbers; ++i) {
-          sum[i] += d[i] * value[i] * scale;
-          d[i] = base[i] + sum[i];
-        }
-        tokens.slope(token, raw[j], d, du, dc);
-        du_rows.store(token, du);
+      for (int n = 0; n < kNumbers; ++n) {
+        sum[n] += d[n] * value[n] * scale;
+        d[n] = base[n] + sum[n];
       }
-    }
+      tokens.slope(token, raw[j], d, du, dc);
+      du_rows.store(token, du);
+    });
   }
   if constexpr (I::Form::has_coeff)
     write_coeff_row<I>(dc, walk.features, place,

@@ -52,21 +52,10 @@ __global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kRanges > 3 ? 1 : 
   }
 
   Acc sum[kNumbers] = {};
-  for (int64_t first = row; first < f.tokens; first += kUnroll * rows) {
-    typename Tokens::Raw raw[kUnroll];
-    POM_UNROLL
-    for (int j = 0; j < kUnroll; ++j)
-      if (first + j * rows < f.tokens) tokens.u.load(first + j * rows, raw[j]);
-    POM_UNROLL
-    for (int j = 0; j < kUnroll; ++j) {
-      if (first + j * rows >= f.tokens) break;
-      Acc phi[kNumbers];
-      tokens.value(first + j * rows, raw[j], phi);
-      const Acc w = tokens.weight(first + j * rows);
-      POM_UNROLL
-      for (int i = 0; i < kNumbers; ++i) sum[i] += w * phi[i];
-    }
-  }
+  typename Tokens::Raw raw[kUnroll];
+  for_tokens<kUnroll>(
+      row, f.tokens, rows, [&](int j, int64_t token) { tokens.u.load(token, raw[j]); },
+      [&](int j, int64_t token) { tokens.add(token, raw[j], sum); });
   double count[1] = {thread == 0 && !f.weight ? double(f.tokens) : 0};
   if (f.weight) {
     for (int64_t token = thread; token < f.tokens; token += threads) count[0] += double(tokens.weights[token]);
@@ -93,21 +82,14 @@ __global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kRanges > 3 ? 1 : 
   Acc mean[kNumbers];
   POM_UNROLL
   for (int i = 0; i < kNumbers; ++i) mean[i] = i / I::Vec < place.ranges ? numbers[i * lanes + lane] : Acc(0);
-  for (int64_t first = row; first < args.gates.tokens; first += kUnroll * rows) {
-    typename Gates::Raw raw[kUnroll];
-    POM_UNROLL
-    for (int j = 0; j < kUnroll; ++j)
-      if (first + j * rows < args.gates.tokens) gates.load(first + j * rows, raw[j]);
-    POM_UNROLL
-    for (int j = 0; j < kUnroll; ++j) {
-      if (first + j * rows >= args.gates.tokens) break;
-      Acc value[kNumbers];
-      gates.value(first + j * rows, raw[j], value);
-      POM_UNROLL
-      for (int i = 0; i < kNumbers; ++i) value[i] *= mean[i];
-      y.store(first + j * rows, value);
-    }
-  }
+  typename Gates::Raw raw_gates[kUnroll];
+  for_tokens<kUnroll>(
+      row, args.gates.tokens, rows, [&](int j, int64_t token) { gates.load(token, raw_gates[j]); },
+      [&](int j, int64_t token) {
+        Acc value[kNumbers];
+        gates.multiply(token, raw_gates[j], mean, value);
+        y.store(token, value);
+      });
 
   // The state last of all, each block its own channels. The count belongs to all of them: the block that comes last,
   // when every other has read it, writes it.

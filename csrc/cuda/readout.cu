@@ -41,22 +41,14 @@ __global__ void __launch_bounds__(kThreads, 2) gate_means(Readout args) {
   const typename I::Rows y(args.y, b * g.tokens * g.channels, g.channels, place);
   Acc mean[I::kNumbers];
   load_mean<I::Vec, I::ranges>(args.state, b * args.pieces.groups + piece.group, g.channels, place, mean);
-  for (int64_t first = piece.begin + row; first < piece.end; first += I::kUnroll * rows) {
-    typename I::Tokens::Raw raw[I::kUnroll];
-    POM_UNROLL
-    for (int j = 0; j < I::kUnroll; ++j)
-      if (first + j * rows < piece.end) gates.load(first + j * rows, raw[j]);
-    POM_UNROLL
-    for (int j = 0; j < I::kUnroll; ++j) {
-      const int64_t token = first + j * rows;
-      if (token >= piece.end) break;
-      Acc value[I::kNumbers];
-      gates.value(token, raw[j], value);
-      POM_UNROLL
-      for (int i = 0; i < I::kNumbers; ++i) value[i] *= mean[i];
-      y.store(token, value);
-    }
-  }
+  typename I::Tokens::Raw raw[I::kUnroll];
+  for_tokens<I::kUnroll>(
+      piece.begin + row, piece.end, rows, [&](int j, int64_t token) { gates.load(token, raw[j]); },
+      [&](int j, int64_t token) {
+        Acc value[I::kNumbers];
+        gates.multiply(token, raw[j], mean, value);
+        y.store(token, value);
+      });
 }
 
 struct ReadoutBackward {
@@ -87,37 +79,29 @@ __global__ void __launch_bounds__(kThreads, 2) gate_slopes(ReadoutBackward args)
   const typename I::Rows dgate(args.grad_gate, b * g.tokens * g.channels, g.channels, place);
   Acc mean[I::kNumbers], dmean[I::kNumbers] = {};
   load_mean<I::Vec, I::ranges>(forward.state, b * forward.pieces.groups + piece.group, g.channels, place, mean);
-  for (int64_t first = piece.begin + row; first < piece.end; first += I::kUnroll * rows) {
-    typename I::Tokens::Raw raw[I::kUnroll];
-    typename I::Rows::Raw raw_dy[I::kUnroll];
+  typename I::Tokens::Raw raw[I::kUnroll];
+  typename I::Rows::Raw raw_dy[I::kUnroll];
+  auto load = [&](int j, int64_t token) {
+    gates.load(token, raw[j]);
+    dy.load(token, raw_dy[j]);
+  };
+  for_tokens<I::kUnroll>(piece.begin + row, piece.end, rows, load, [&](int j, int64_t token) {
+    Acc value[I::kNumbers], d[I::kNumbers];
+    gates.value(token, raw[j], value);
+    I::Rows::unpack(raw_dy[j], d);
     POM_UNROLL
-    for (int j = 0; j < I::kUnroll; ++j)
-      if (first + j * rows < piece.end) {
-        gates.load(first + j * rows, raw[j]);
-        dy.load(first + j * rows, raw_dy[j]);
-      }
-    POM_UNROLL
-    for (int j = 0; j < I::kUnroll; ++j) {
-      const int64_t token = first + j * rows;
-      if (token >= piece.end) break;
-      Acc value[I::kNumbers], d[I::kNumbers];
-      gates.value(token, raw[j], value);
-      I::Rows::unpack(raw_dy[j], d);
-      POM_UNROLL
-      for (int i = 0; i < I::kNumbers; ++i) {
-        dmean[i] += d[i] * value[i];
-        value[i] = d[i] * mean[i];
-      }
-      if (g.heads > 1) {
-        write_head_parts<I::Vec, I::ranges>(
-            value, place, args.parts_shift,
-            static_cast<Acc*>(args.parts) + (b * g.tokens + token) * args.parts_of_token);
-      } else {
-        gates.slope(token, raw[j], value);
-        dgate.store(token, value);
-      }
+    for (int i = 0; i < I::kNumbers; ++i) {
+      dmean[i] += d[i] * value[i];
+      value[i] = d[i] * mean[i];
     }
-  }
+    if (g.heads > 1) {
+      write_head_parts<I::Vec, I::ranges>(value, place, args.parts_shift,
+                                          static_cast<Acc*>(args.parts) + (b * g.tokens + token) * args.parts_of_token);
+    } else {
+      gates.slope(token, raw[j], value);
+      dgate.store(token, value);
+    }
+  });
   sum_rows(dmean, kLanes, reinterpret_cast<Acc*>(memory));
   if (row == 0) store_row<I::Vec, I::ranges>(static_cast<Acc*>(args.mean_rows) + block.row * g.channels, place, dmean);
 }

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2) slopes(Backward<typename I::Acc> 
   using Tokens = FeatureTokens<I>;
   constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers;
   // Tokens in flight: as many as the registers beside coefficients and their gradients allow.
-  constexpr int kUnroll = kNumbers > 24 || kRanges * Tokens::kCoeffs > 4 ? 1
+  constexpr int kUnroll = kNumbers > 16 || kRanges * Tokens::kCoeffs > 4 ? 1
                           : kNumbers > 8 || Tokens::kCoeffs > 3          ? 2
                                                                          : 4;
   const int rows = int(blockDim.x) / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
@@ -85,23 +85,17 @@ __global__ void __launch_bounds__(kThreads, 2) slopes(Backward<typename I::Acc> 
                                       : args.grad + (b * args.pieces.groups + piece.group) * args.channels;
     Acc grad_row[kNumbers];
     if (!args.token_grad) load_row<I::Vec, kRanges>(grad, place, grad_row);
-    for (int64_t first = piece.begin + row; first < piece.end; first += kUnroll * rows) {
-      typename Tokens::Raw raw[kUnroll];
-      POM_UNROLL
-      for (int j = 0; j < kUnroll; ++j)
-        if (first + j * rows < piece.end) tokens.u.load(first + j * rows, raw[j]);
-      POM_UNROLL
-      for (int j = 0; j < kUnroll; ++j) {
-        const int64_t token = first + j * rows;
-        if (token >= piece.end) break;
-        Acc dphi[kNumbers], du[kNumbers];
-        if (args.token_grad) load_row<I::Vec, kRanges>(grad + token * args.channels, place, grad_row);
-        POM_UNROLL
-        for (int i = 0; i < kNumbers; ++i) dphi[i] = grad_row[i];
-        tokens.slope(token, raw[j], dphi, du, dc);
-        du_rows.store(token, du);
-      }
-    }
+    typename Tokens::Raw raw[kUnroll];
+    for_tokens<kUnroll>(
+        piece.begin + row, piece.end, rows, [&](int j, int64_t token) { tokens.u.load(token, raw[j]); },
+        [&](int j, int64_t token) {
+          Acc dphi[kNumbers], du[kNumbers];
+          if (args.token_grad) load_row<I::Vec, kRanges>(grad + token * args.channels, place, grad_row);
+          POM_UNROLL
+          for (int i = 0; i < kNumbers; ++i) dphi[i] = grad_row[i];
+          tokens.slope(token, raw[j], dphi, du, dc);
+          du_rows.store(token, du);
+        });
   }
   if constexpr (I::Form::has_coeff) write_coeff_row<I>(dc, f, place, args.coeff_rows + block.row * f.degree * f.width);
 }

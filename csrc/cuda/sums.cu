@@ -22,21 +22,10 @@ __global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kNumbers > 8 || I:
   if (args.mask) features.weight = args.mask + (b * (args.pieces.groups - 1) + piece.group) * features.tokens;
   const Tokens tokens(features, b, place);
   Acc sum[kNumbers] = {};
-  for (int64_t first = piece.begin + row; first < piece.end; first += kUnroll * rows) {
-    typename Tokens::Raw raw[kUnroll];
-    POM_UNROLL
-    for (int j = 0; j < kUnroll; ++j)
-      if (first + j * rows < piece.end) tokens.u.load(first + j * rows, raw[j]);
-    POM_UNROLL
-    for (int j = 0; j < kUnroll; ++j) {
-      if (first + j * rows >= piece.end) break;
-      Acc phi[kNumbers];
-      tokens.value(first + j * rows, raw[j], phi);
-      const Acc w = tokens.weight(first + j * rows);
-      POM_UNROLL
-      for (int i = 0; i < kNumbers; ++i) sum[i] += w * phi[i];
-    }
-  }
+  typename Tokens::Raw raw[kUnroll];
+  for_tokens<kUnroll>(
+      piece.begin + row, piece.end, rows, [&](int j, int64_t token) { tokens.u.load(token, raw[j]); },
+      [&](int j, int64_t token) { tokens.add(token, raw[j], sum); });
   sum_rows(sum, kLanes, reinterpret_cast<Acc*>(memory));
   if (row == 0) store_row<I::Vec, kRanges>(args.rows + block.row * features.channels(), place, sum);
 

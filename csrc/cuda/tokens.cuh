@@ -60,6 +60,22 @@ struct RowsOf {
   }
 };
 
+// use(j, token) for every step-th token from `first` on, `count` of them loaded by load(j, token) before the first is
+// used.
+template <int count, class Load, class Use>
+POM_HD void for_tokens(int64_t first, int64_t end, int64_t step, Load load, Use use) {
+  for (; first < end; first += count * step) {
+    POM_UNROLL
+    for (int j = 0; j < count; ++j)
+      if (first + j * step < end) load(j, first + j * step);
+    POM_UNROLL
+    for (int j = 0; j < count; ++j) {
+      if (first + j * step >= end) break;
+      use(j, first + j * step);
+    }
+  }
+}
+
 // One row of numbers that all tokens share, at the thread's channels; zero where it has none.
 template <int Vec, int ranges, class Acc>
 POM_HD void load_row(const Acc* row, const Place& place, Acc* x) {
@@ -140,6 +156,15 @@ struct FeatureTokens {
       }
     }
     if (turns()) rotate<Vec>(rotary, token, place.pair, false, phi);
+  }
+
+  // sum += w φ
+  POM_HD void add(int64_t token, const Raw& raw, Acc (&sum)[kNumbers]) const {
+    Acc phi[kNumbers];
+    value(token, raw, phi);
+    const Acc w = weight(token);
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; ++i) sum[i] += w * phi[i];
   }
 
   // du from dφ (which is overwritten), and dc += a^i dφ
@@ -268,6 +293,13 @@ struct GateTokens {
     POM_UNROLL
     for (int i = 0; i < kNumbers; ++i) value[i] = Gate::value(value[i]);
     if (turns()) rotate<Vec>(rotary, token, place.pair, false, value);
+  }
+
+  // y = γ(g) ⊙ H
+  POM_HD void multiply(int64_t token, const Raw& raw, const Acc (&mean)[kNumbers], Acc (&y)[kNumbers]) const {
+    value(token, raw, y);
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; ++i) y[i] *= mean[i];
   }
 
   // With a gate per channel: dg from the gradient of γ, which is overwritten.
