@@ -5,11 +5,13 @@ arguments ask for, and returns a module in the dtype and on the device of the te
 """
 
 import functools
+import math
 
 import torch
 
 from .models.blocks import time_frequencies
 from .models.image import ImageDiT
+from .models.video import VideoDiT
 from .module import PoM
 from .rotary import rotary_table
 
@@ -149,17 +151,12 @@ def image_dit_from_homm(state_dict, *, input_dim, n_classes, im_size, patch, dim
         "patch_in.weight": kernel.permute(0, 2, 3, 1).flatten(1),
         "patch_in.bias": read("in_conv.bias", dim),
         "label_embed.weight": read("classes_emb.weight", n_classes + 1, dim),
-        **read.linear("time_embed.mlp.0", "time_emb.0", 4 * dim, dim),
-        **read.linear("time_embed.mlp.2", "time_emb.2", dim, 4 * dim),
-        **read.linear("norm_out.modulation", "out_mod.1", 2 * dim, dim),
-        **read.linear("patch_out", "out_proj", patch * patch * input_dim, dim),
+        **_frame(read, dim, patch * patch * input_dim),
     }
     for layer in range(n_layers):
         ours, theirs = f"blocks.{layer}", f"layers.{layer}"
-        tensors |= _homm_layer(read, f"{ours}.mixer.", f"{theirs}.hom.", dim, order, order_expand)
-        tensors |= read.linear(f"{ours}.ffw.0", f"{theirs}.ffw.0", ffw_expand * dim, dim)
-        tensors |= read.linear(f"{ours}.ffw.2", f"{theirs}.ffw.2", dim, ffw_expand * dim)
-        tensors |= _modulation(read, ours, theirs, dim, ("mixer", "ffw"))
+        tensors |= _block(read, ours, theirs, dim, order, order_expand, ffw_expand)
+        tensors |= _modulation(read, ours, theirs, dim, norms=("mixer", "ffw"), gates=("mixer", "ffw"))
     if n_registers:
         condition = read("cond_pos_emb", 1, n_registers + side**2, dim)[0]
         tensors |= {
@@ -168,21 +165,74 @@ def image_dit_from_homm(state_dict, *, input_dim, n_classes, im_size, patch, dim
             "positions.table": read("pos_emb", 1, side**2, dim).reshape(side, side, dim),
             "position_cond.table": condition[n_registers:].reshape(side, side, dim),
         }
-    frequencies = read("freqs", dim // 2)
-    ours = time_frequencies(dim, like=frequencies).to(frequencies)
-    if "freqs" in state_dict and not torch.allclose(frequencies, ours, rtol=1e-2):
-        read.problems.append("'freqs' holds the frequencies of another range of time than [0, 1000)")
+    _check_time(read, state_dict, dim)
     options = {"patch": patch, "dim": dim, "n_layers": n_layers, "n_heads": 1, "mixer": "product", "degree": order}
     options |= {"expand": order_expand, "ffw_expand": ffw_expand, "local_conv": False, "n_registers": n_registers}
     return read.fill(lambda: ImageDiT(input_dim, n_classes, im_size, **options), tensors)
 
 
-def _modulation(read, ours, theirs, dim, branches):
-    """The authors keep scale, shift of all branches of a block in one linear map, and the gates in another."""
+def video_dit_from_homm(state_dict, *, input_dim, text_dim, vid_size, vid_length, patch, dim, n_layers, order,
+                        order_expand, ffw_expand):  # fmt: skip
+    """`VideoDiT` from a state dict of davidpicard/HoMM, branch text2video: src/model/network/videodiffusion.py.
+
+    The arguments are those that the authors' TextVideoDiH was built with; vid_size is (height, width), and `patch` is
+    their (kernel_t, kernel_s, kernel_s).
+
+    Raises:
+        ValueError: keys or shapes other than the arguments ask for, or time frequencies of another range than
+            [0, 1000); the message names them.
+    """
+    read, width = _Reader(state_dict), math.prod(patch) * input_dim
+    tensors = {
+        **read.linear("patch_in", "in_proj", dim, width),
+        **read.linear("text_embed", "text_emb", dim, text_dim),
+        **_frame(read, dim, width),
+    }
+    for layer in range(n_layers):
+        ours, theirs = f"blocks.{layer}", f"layers.{layer}"
+        tensors |= _homm_layer(read, f"{ours}.cross_mixer.", f"{theirs}.c_hom.", dim, order, order_expand)
+        tensors |= _block(read, ours, theirs, dim, order, order_expand, ffw_expand)
+        norms, gates = ("cross", "text", "mixer", "ffw"), ("cross", "mixer", "ffw")
+        tensors |= _modulation(read, ours, theirs, dim, norms, gates)
+    _check_time(read, state_dict, dim)
+    options = {"text_dim": text_dim, "patch": patch, "dim": dim, "n_layers": n_layers, "n_heads": 1, "degree": order}
+    options |= {"mixer": "product", "expand": order_expand, "ffw_expand": ffw_expand, "local_conv": False}
+    return read.fill(lambda: VideoDiT(input_dim, vid_size, vid_length, **options), tensors)
+
+
+def _frame(read, dim, width):
+    """What stands around the blocks: the embedding of time, and the way out to patches of `width` numbers."""
+    return {
+        **read.linear("time_embed.mlp.0", "time_emb.0", 4 * dim, dim),
+        **read.linear("time_embed.mlp.2", "time_emb.2", dim, 4 * dim),
+        **read.linear("norm_out.modulation", "out_mod.1", 2 * dim, dim),
+        **read.linear("patch_out", "out_proj", width, dim),
+    }
+
+
+def _block(read, ours, theirs, dim, order, order_expand, ffw_expand):
+    """The mixer and the feed-forward layers of a block."""
+    return (
+        _homm_layer(read, f"{ours}.mixer.", f"{theirs}.hom.", dim, order, order_expand)
+        | read.linear(f"{ours}.ffw.0", f"{theirs}.ffw.0", ffw_expand * dim, dim)
+        | read.linear(f"{ours}.ffw.2", f"{theirs}.ffw.2", dim, ffw_expand * dim)
+    )
+
+
+def _modulation(read, ours, theirs, dim, norms, gates):
+    """The authors keep scale, shift of all norms of a block in one linear map, and its gates in another."""
     tensors = {}
     for kind, columns in (("weight", (dim,)), ("bias", ())):
-        modulations = read(f"{theirs}.cond_mlp.1.{kind}", 2 * dim * len(branches), *columns).split(2 * dim)
-        gates = read(f"{theirs}.gate_mlp.1.{kind}", dim * len(branches), *columns).split(dim)
-        for branch, modulation, gate in zip(branches, modulations, gates, strict=True):
-            tensors |= {f"{ours}.{branch}_norm.modulation.{kind}": modulation, f"{ours}.{branch}_gate.{kind}": gate}
+        parts = read(f"{theirs}.cond_mlp.1.{kind}", 2 * dim * len(norms), *columns).split(2 * dim)
+        tensors |= {f"{ours}.{name}_norm.modulation.{kind}": part for name, part in zip(norms, parts, strict=True)}
+        parts = read(f"{theirs}.gate_mlp.1.{kind}", dim * len(gates), *columns).split(dim)
+        tensors |= {f"{ours}.{name}_gate.{kind}": part for name, part in zip(gates, parts, strict=True)}
     return tensors
+
+
+def _check_time(read, state_dict, dim):
+    """Compare the stored frequencies of the time embedding with ours."""
+    frequencies = read("freqs", dim // 2)
+    ours = time_frequencies(dim, like=frequencies).to(frequencies)
+    if "freqs" in state_dict and not torch.allclose(frequencies, ours, rtol=1e-2):
+        read.problems.append("'freqs' holds the frequencies of another range of time than [0, 1000)")

@@ -4,10 +4,11 @@ import pytest
 import torch
 from golden_vectors import load, names, relative_error
 
-from pom_ext.convert import image_dit_from_homm, pom_from_homm, pom_from_pom
+from pom_ext.convert import image_dit_from_homm, pom_from_homm, pom_from_pom, video_dit_from_homm
 
 LAYERS = names("product_*", "power_*", "rope_*")
 MODELS = names("model_dih", "model_dihpp*")
+VIDEO_MODELS = names("model_tvdih*")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float64", "float32"])
 
@@ -45,22 +46,28 @@ def layer_gradients(layer, params):
 def model_gradients(model, params):
     """Our gradients under the authors' names."""
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-    dim, patch, channels = model.dim, model.patch, model.in_channels
-    kernel = grads["patch_in.weight"].reshape(dim, patch, patch, channels).permute(0, 3, 1, 2)
-    renamed = {"in_conv.weight": kernel, "in_conv.bias": grads["patch_in.bias"]}
-    renamed["classes_emb.weight"] = grads["label_embed.weight"]
     linears = {"time_emb.0": "time_embed.mlp.0", "time_emb.2": "time_embed.mlp.2", "out_proj": "patch_out"}
     linears["out_mod.1"] = "norm_out.modulation"
+    renamed, video = {}, "text_emb.weight" in params
+    if video:
+        linears |= {"in_proj": "patch_in", "text_emb": "text_embed"}
+    else:
+        dim, patch, channels = model.dim, model.patch, model.in_channels
+        kernel = grads["patch_in.weight"].reshape(dim, patch, patch, channels).permute(0, 3, 1, 2)
+        renamed |= {"in_conv.weight": kernel, "in_conv.bias": grads["patch_in.bias"]}
+        renamed["classes_emb.weight"] = grads["label_embed.weight"]
+    norms, gates = (("cross", "text", "mixer", "ffw"), ("cross", "mixer", "ffw")) if video else (("mixer", "ffw"),) * 2
+    mixers = {"hom": "mixer", "c_hom": "cross_mixer"} if video else {"hom": "mixer"}
     for layer in range(len(model.blocks)):
         theirs, ours = f"layers.{layer}", f"blocks.{layer}"
         linears |= {f"{theirs}.ffw.0": f"{ours}.ffw.0", f"{theirs}.ffw.2": f"{ours}.ffw.2"}
-        for name, our_name in (("ho_proj", "context_proj"), ("se_proj", "gate_proj"), ("ag_proj", "out_proj")):
-            linears[f"{theirs}.hom.{name}"] = f"{ours}.mixer.{our_name}"
+        for hom, mixer in mixers.items():
+            for name, our_name in (("ho_proj", "context_proj"), ("se_proj", "gate_proj"), ("ag_proj", "out_proj")):
+                linears[f"{theirs}.{hom}.{name}"] = f"{ours}.{mixer}.{our_name}"
         for kind in ("weight", "bias"):
-            modulations = [grads[f"{ours}.{branch}_norm.modulation.{kind}"] for branch in ("mixer", "ffw")]
-            gates = [grads[f"{ours}.{branch}_gate.{kind}"] for branch in ("mixer", "ffw")]
+            modulations = [grads[f"{ours}.{norm}_norm.modulation.{kind}"] for norm in norms]
             renamed[f"{theirs}.cond_mlp.1.{kind}"] = torch.cat(modulations)
-            renamed[f"{theirs}.gate_mlp.1.{kind}"] = torch.cat(gates)
+            renamed[f"{theirs}.gate_mlp.1.{kind}"] = torch.cat([grads[f"{ours}.{gate}_gate.{kind}"] for gate in gates])
     renamed |= {f"{a}.{kind}": grads[f"{b}.{kind}"] for a, b in linears.items() for kind in ("weight", "bias")}
     if "registers" in params:
         condition = torch.cat([grads["register_cond"], grads["position_cond.table"].flatten(0, 1)])
@@ -121,9 +128,39 @@ def test_image_model_is_the_authors(name, dtype):
         assert_same(key, gradients[key], expected, TOLERANCE[dtype])
 
 
+def build_video_model(meta, params, **changes):
+    keys = ("input_dim", "text_dim", "vid_size", "vid_length", "patch", "dim", "n_layers", "order", "order_expand")
+    arguments = {key: meta[key] for key in (*keys, "ffw_expand")}
+    return video_dit_from_homm(params, **(arguments | changes))
+
+
+@DTYPES
+@pytest.mark.parametrize("name", VIDEO_MODELS)
+def test_video_model_is_the_authors(name, dtype):
+    golden = load(name, dtype)
+    tolerance = max(TOLERANCE[dtype], 1e-7)  # the authors divide by the count + 1e-7
+    model = build_video_model(golden.meta, golden.params)
+    video, text = (golden.inputs[key].requires_grad_() for key in ("vid", "txt"))
+    weight = golden.inputs["mask"]
+    assert not weight[2].any()  # the empty text
+    causal = golden.meta["block_causal"]
+    out = model(video, golden.inputs["time"], text, text_weight=weight, frame_causal=causal)
+    out.backward(golden.grad_out.to(dtype))
+
+    assert out.dtype == dtype
+    for sample in range(3):
+        assert_same(f"out[{sample}]", out[sample], golden.out[sample], tolerance)
+    for key, tensor in (("vid", video), ("txt", text)):
+        assert_same(key, tensor.grad, golden.input_grads[key], tolerance)
+    gradients = model_gradients(model, golden.params)
+    assert set(gradients) == set(golden.param_grads)
+    for key, expected in golden.param_grads.items():
+        assert_same(key, gradients[key], expected, tolerance)
+
+
 def test_golden_vectors_are_all_there():
-    assert (len(names("product_*")), len(names("power_*")), len(names("rope_*")), MODELS) == (
-        24, 24, 8, ["model_dih", "model_dihpp", "model_dihpp_resized"],
+    assert (len(names("product_*")), len(names("power_*")), len(names("rope_*")), MODELS, VIDEO_MODELS) == (
+        24, 24, 8, ["model_dih", "model_dihpp", "model_dihpp_resized"], ["model_tvdih_causal", "model_tvdih_joint"],
     )  # fmt: skip
 
 
@@ -217,3 +254,29 @@ def test_image_model_of_another_time_range_is_refused():
     golden.params["freqs"] = torch.exp(-2 * torch.log(torch.tensor(100.0)) * torch.arange(8) / 16)
     with pytest.raises(ValueError, match="'freqs' holds the frequencies of another range of time"):
         build_model(golden.meta, golden.params)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"n_layers": 3}, r"missing 'layers\.2\.c_hom\.ho_proj\.weight' .* and 12 more"),
+        ({"text_dim": 10}, r"'text_emb\.weight' has shape \(16, 12\), expected \(16, 10\)"),
+        ({"patch": (1, 2, 2)}, r"'in_proj\.weight' has shape \(16, 24\), expected \(16, 12\)"),
+        ({"order": 3}, r"'layers\.0\.c_hom\.ho_proj\.weight' has shape \(64, 16\), expected \(96, 16\)"),
+        ({"vid_length": 5}, r"length: expected a multiple of the patch"),
+    ],
+    ids=["deeper", "text", "patch", "order", "length"],
+)
+def test_video_model_errors_name_the_key(changes, message):
+    golden = load("model_tvdih_causal")
+    with pytest.raises(ValueError, match=message):
+        build_video_model(golden.meta, golden.params, **changes)
+
+
+def test_converted_video_model_rebuilds_from_its_config():
+    golden = load("model_tvdih_joint")
+    model = build_video_model(golden.meta, golden.params)
+    again = type(model)(**model.config).to(torch.float64)
+    again.load_state_dict(model.state_dict())
+    inputs = (golden.inputs["vid"], golden.inputs["time"], golden.inputs["txt"])
+    assert torch.equal(again(*inputs), model(*inputs))

@@ -1,5 +1,7 @@
 """Diffusion transformers built on PoM."""
 
 from .image import ImageDiT, image_dit
+from .past import Past
+from .video import VideoDiT, video_dit
 
-__all__ = ["ImageDiT", "image_dit"]
+__all__ = ["ImageDiT", "Past", "VideoDiT", "image_dit", "video_dit"]

@@ -101,6 +101,58 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(weight.dtype))  # (..., D)
 
 
+# Checks that the models share
+
+
+def check_least(config, least):
+    """ValueError unless every argument named in `least` is an integer, and at least that."""
+    for name, low in least.items():
+        if not isinstance(config[name], int) or config[name] < low:
+            raise ValueError(f"{name}: expected an integer of at least {low}, got {config[name]!r}")
+
+
+def check_mixers(config, allowed):
+    """The mixer of every layer; ValueError unless they are of the kinds allowed and the heads divide the width."""
+    dim, n_heads, n_layers, mixer = config["dim"], config["n_heads"], config["n_layers"], config["mixer"]
+    if dim % n_heads:
+        raise ValueError(f"n_heads: expected a divisor of dim={dim}, got {n_heads}")
+    mixers = [mixer] * n_layers if isinstance(mixer, str) else mixer
+    for kind in mixers:
+        if kind not in allowed:
+            raise ValueError(f"mixer: expected one of {', '.join(allowed)}, got {kind!r}")
+    if len(mixers) != n_layers:
+        raise ValueError(f"mixer: expected one for each of n_layers={n_layers} layers, got {len(mixers)}")
+    return mixers
+
+
+def check_placed(weight, **inputs):
+    """TypeError or ValueError unless every input is a tensor on the device of the model's weight. None is left out."""
+    for name, tensor in inputs.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.device != weight.device:
+            raise ValueError(f"{name}: expected on {weight.device} as the model, got {tensor.device}")
+
+
+def check_dtype(weight, **inputs):
+    """TypeError unless every input has the dtype of the model's weight, or autocast takes care of it."""
+    for name, tensor in inputs.items():
+        if tensor is not None and tensor.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+            raise TypeError(f"{name}: expected {weight.dtype} as the model, got {tensor.dtype}; use .to() on either")
+
+
+def check_labels(labels, n_classes):
+    """Integers in 0..n_classes. The range is checked on the CPU only: reading it back from a GPU would stop it."""
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels: expected int64 or int32, got {labels.dtype}")
+    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+        low, high = labels.min().item(), labels.max().item()
+        if low < 0 or high > n_classes:
+            raise ValueError(f"labels: expected 0 to {n_classes} (no class), got values from {low} to {high}")
+
+
 # Mixers: (B, N, D) tokens and their grid -> (B, N, D)
 
 
@@ -178,6 +230,12 @@ class LocalAttention(Attention):
         return self.out_proj(mixed)
 
 
+def polynomial(kind, dim, n_heads, degree=None, expand=2, *, rope=None, layer=PoM):
+    """A `layer`, PoM or a subclass of it: "power" has one gate per head. degree: None takes `DEFAULT_DEGREE`."""
+    degree = DEFAULT_DEGREE[kind] if degree is None else degree
+    return layer(dim, degree, expand, form=kind, n_sel_heads=n_heads if kind == "power" else 1, rope=rope)
+
+
 def make_mixer(kind, dim, n_heads, *, degree=None, expand=2, window=8, shifted=False):
     """One of `MIXERS` as a module (x (B, N, D), grid) -> (B, N, D).
 
@@ -188,8 +246,7 @@ def make_mixer(kind, dim, n_heads, *, degree=None, expand=2, window=8, shifted=F
         return Attention(dim, n_heads)
     if kind == "local":
         return LocalAttention(dim, n_heads, window, shifted)
-    degree = DEFAULT_DEGREE[kind] if degree is None else degree
-    return PolynomialMixer(dim, degree, expand, form=kind, n_sel_heads=n_heads if kind == "power" else 1)
+    return polynomial(kind, dim, n_heads, degree, expand, layer=PolynomialMixer)
 
 
 class LocalConv(nn.Module):
@@ -222,9 +279,9 @@ class AdaLN(nn.Module):
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(dim, 2 * dim)
 
-    def forward(self, x, cond):  # (B, N, D), (B, 1 or N, D)
-        scale, shift = self.modulation(cond).chunk(2, dim=-1)  # 2 x (B, 1 or N, D)
-        return torch.addcmul(shift, self.norm(x), 1 + scale)  # (B, N, D)
+    def forward(self, x, cond):  # (..., N, D), (..., 1 or N, D)
+        scale, shift = self.modulation(cond).chunk(2, dim=-1)  # 2 x (..., 1 or N, D)
+        return torch.addcmul(shift, self.norm(x), 1 + scale)  # (..., N, D)
 
 
 class Gate(nn.Linear):
@@ -241,9 +298,9 @@ class Block(nn.Module):
     while the gates are still closed, and what the mixer sums already knows its neighbourhood.
     """
 
-    def __init__(self, dim, mixer, ffw_expand=4, local_conv=False):
+    def __init__(self, dim, mixer, ffw_expand=4, local_conv=None):
         super().__init__()
-        self.local_conv = LocalConv(dim) if local_conv else None
+        self.local_conv = local_conv
         self.mixer_norm, self.mixer_gate = AdaLN(dim), Gate(dim, dim)
         self.mixer = mixer
         self.ffw_norm, self.ffw_gate = AdaLN(dim), Gate(dim, dim)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import blocks
-from .blocks import AdaLN, Block, Grid, LearnedPositions, TimeEmbedding, make_mixer, patchify, unpatchify
+from .blocks import AdaLN, Block, Grid, LearnedPositions, LocalConv, TimeEmbedding, make_mixer, patchify, unpatchify
 
 CLAMP = 255.0  # the authors' bound on the residual stream of the variant with registers
 
@@ -14,21 +14,12 @@ def _check_config(config):
     """Raise ValueError for arguments that make no model."""
     least = {"in_channels": 1, "n_classes": 0, "image_size": 1, "patch": 1, "dim": 4, "n_layers": 1, "n_heads": 1,
              "window": 1, "ffw_expand": 1, "n_registers": 0}  # fmt: skip
-    for name, low in least.items():
-        if not isinstance(config[name], int) or config[name] < low:
-            raise ValueError(f"{name}: expected an integer of at least {low}, got {config[name]!r}")
-    dim, n_heads, n_layers, mixer = config["dim"], config["n_heads"], config["n_layers"], config["mixer"]
-    if dim % 4:
-        raise ValueError(f"dim: expected a multiple of 4 (sine and cosine of two axes), got {dim}")
-    if dim % n_heads:
-        raise ValueError(f"n_heads: expected a divisor of dim={dim}, got {n_heads}")
+    blocks.check_least(config, least)
+    if config["dim"] % 4:
+        raise ValueError(f"dim: expected a multiple of 4 (sine and cosine of two axes), got {config['dim']}")
     if config["image_size"] % config["patch"]:
         raise ValueError(f"image_size: expected a multiple of patch={config['patch']}, got {config['image_size']}")
-    for kind in [mixer] if isinstance(mixer, str) else mixer:
-        if kind not in blocks.MIXERS:
-            raise ValueError(f"mixer: expected one of {', '.join(blocks.MIXERS)}, got {kind!r}")
-    if not isinstance(mixer, str) and len(mixer) != n_layers:
-        raise ValueError(f"mixer: expected one for each of n_layers={n_layers} layers, got {len(mixer)}")
+    blocks.check_mixers(config, blocks.MIXERS)
 
 
 class ImageDiT(nn.Module):
@@ -83,7 +74,7 @@ class ImageDiT(nn.Module):
         for layer, kind in enumerate(mixers):
             shifted = mixers[:layer].count("local") % 2 == 1  # every other windowed layer
             module = make_mixer(kind, dim, n_heads, degree=degree, expand=expand, window=window, shifted=shifted)
-            self.blocks.append(Block(dim, module, ffw_expand, local_conv))
+            self.blocks.append(Block(dim, module, ffw_expand, LocalConv(dim) if local_conv else None))
         self.norm_out = AdaLN(dim)
         self.patch_out = nn.Linear(dim, patch * patch * in_channels)
 
@@ -131,15 +122,10 @@ class ImageDiT(nn.Module):
 
     def _check_inputs(self, images, time, labels):
         weight = self.patch_in.weight
-        for name, tensor in (("images", images), ("time", time), ("labels", labels)):
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-            if tensor.device != weight.device:
-                raise ValueError(f"{name}: expected on {weight.device} as the model, got {tensor.device}")
+        blocks.check_placed(weight, images=images, time=time, labels=labels)
         if images.dim() != 4 or images.shape[1] != self.in_channels:
             raise ValueError(f"images: expected shape (B, {self.in_channels}, H, W), got {tuple(images.shape)}")
-        if images.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
-            raise TypeError(f"images: expected {weight.dtype} as the model, got {images.dtype}; use .to() on either")
+        blocks.check_dtype(weight, images=images)
         height, width = images.shape[2:]
         if height % self.patch or width % self.patch or not height or not width:
             raise ValueError(
@@ -149,12 +135,7 @@ class ImageDiT(nn.Module):
         for name, tensor in (("time", time), ("labels", labels)):
             if tensor.shape != images.shape[:1]:
                 raise ValueError(f"{name}: expected shape ({len(images)},), one per image, got {tuple(tensor.shape)}")
-        if labels.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"labels: expected int64 or int32, got {labels.dtype}")
-        if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
-            low, high = labels.min().item(), labels.max().item()
-            if low < 0 or high > self.n_classes:
-                raise ValueError(f"labels: expected 0 to {self.n_classes} (no class), got values from {low} to {high}")
+        blocks.check_labels(labels, self.n_classes)
 
 
 SIZES = {
