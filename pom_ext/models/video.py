@@ -30,15 +30,20 @@ MIXERS = ("product", "power", "attention")
 POSITIONS = ("sincos", "space", "rotary")
 
 
+def _integers(name, value, count):
+    """`value` as a list, or ValueError unless it holds `count` positive integers."""
+    given = value if isinstance(value, (tuple, list)) else ()
+    if len(given) != count or not all(isinstance(n, int) and n > 0 for n in given):
+        raise ValueError(f"{name}: expected {count} positive integers, got {value}")
+    return list(value)
+
+
 def _check_config(config):
     """Raise ValueError for arguments that make no model."""
     least = {"in_channels": 1, "length": 1, "text_dim": 0, "n_classes": 0, "dim": 8, "n_layers": 1, "n_heads": 1,
              "ffw_expand": 1}  # fmt: skip
     blocks.check_least(config, least)
     patch, size, mixer = config["patch"], config["size"], config["mixer"]
-    for name, value, count in (("patch", patch, 3), ("size", size, 2)):
-        if len(value) != count or not all(isinstance(n, int) and n > 0 for n in value):
-            raise ValueError(f"{name}: expected {count} positive integers, got {value}")
     for name, given, unit in zip(("length", "size", "size"), (config["length"], *size), patch):
         if given % unit:
             raise ValueError(f"{name}: expected a multiple of the patch (t, h, w) = {tuple(patch)}, got {config[name]}")
@@ -83,9 +88,9 @@ class VideoDiT(nn.Module):
                  positions="sincos"):  # fmt: skip
         super().__init__()
         self.config = {
-            "in_channels": in_channels, "size": list(size), "length": length, "text_dim": text_dim,
-            "n_classes": n_classes, "patch": list(patch), "dim": dim, "n_layers": n_layers, "n_heads": n_heads,
-            "mixer": mixer if isinstance(mixer, str) else list(mixer), "degree": degree, "expand": expand,
+            "in_channels": in_channels, "size": _integers("size", size, 2), "length": length, "text_dim": text_dim,
+            "n_classes": n_classes, "patch": _integers("patch", patch, 3), "dim": dim, "n_layers": n_layers,
+            "n_heads": n_heads, "mixer": mixer if isinstance(mixer, str) else list(mixer), "degree": degree, "expand": expand,
             "ffw_expand": ffw_expand, "local_conv": local_conv, "positions": positions,
         }  # fmt: skip
         _check_config(self.config)
