@@ -1,5 +1,7 @@
 """What is wrong with an argument, said before anything is computed: the name, what was expected, what was given."""
 
+import itertools
+
 import torch
 
 from .rotary import Rotary
@@ -88,7 +90,7 @@ def offsets_tensor(name, offsets, tokens, like):
         values = list(offsets)
     if not values or values[0] != 0 or values[-1] != tokens:
         raise ValueError(f"{name}: expected offsets from 0 to {tokens}, the number of context tokens, got {values}")
-    if any(b < a for a, b in zip(values, values[1:])):
+    if any(b < a for a, b in itertools.pairwise(values)):
         raise ValueError(f"{name}: expected offsets that never decrease, got {values}")
     return torch.tensor(values, dtype=torch.int64, device=like.device)
 

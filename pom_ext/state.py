@@ -80,14 +80,14 @@ class State:
 
     def last(self):
         """The last group alone: with frames, everything seen up to the end."""
-        return self._map(lambda t: t[:, -1:])
+        return self.map(lambda t: t[:, -1:])
 
     def clone(self):
         """A copy that shares no memory: a fork of the stream."""
-        return self._map(lambda t: t.clone(memory_format=torch.contiguous_format))
+        return self.map(lambda t: t.clone(memory_format=torch.contiguous_format))
 
     def detach(self):
-        return self._map(torch.detach)
+        return self.map(torch.detach)
 
     def to(self, target):
         """Moves to a device, or changes total and residual to a dtype (the count stays float64)."""
@@ -95,10 +95,16 @@ class State:
             total = (self.total.double() + self.residual.double()).to(target)
             rest = (self.total.double() - total.double()) + self.residual.double()
             return State(total, rest.to(target), self.count.clone())
-        return self._map(lambda t: t.to(target))
+        return self.map(lambda t: t.to(target))
 
-    def _map(self, function):
+    def map(self, function):
+        """The State of function(total), function(residual) and function(count), such as a slice of the groups."""
         return State(*(function(getattr(self, name)) for name in FIELDS))
+
+    @classmethod
+    def cat(cls, states, dim):
+        """States side by side: dim 0 along the batch, 1 along the groups."""
+        return cls(*(torch.cat([getattr(state, name) for state in states], dim) for name in FIELDS))
 
     def state_dict(self):
         return {name: getattr(self, name) for name in FIELDS}

@@ -1,237 +1,36 @@
-"""VideoDiT: frame after frame equals the whole clip, what a stream keeps, conditions, positions, errors."""
+"""VideoDiT: conditions, positions, parts, configuration, errors. Its way from frame to frame is in test_past.py."""
 
 import json
 
 import pytest
 import torch
-from safetensors.torch import load, save
+from video_cases import (
+    CONDITION,
+    CONDITIONS,
+    FRAMES,
+    HYBRID,
+    MIXER,
+    SMALL,
+    TEXT_DIM,
+    ZEROS,
+    inputs,
+    small,
+    stream,
+)
 
-from pom_ext import State
-from pom_ext.models import Past, VideoDiT, video_dit
+from pom_ext.models import VideoDiT, video_dit
 from pom_ext.models.blocks import Gate, Grid
-from pom_ext.models.past import KeyValues
 from pom_ext.models.video import VIDEO_DITS
 from pom_ext.models.video_blocks import (
     CrossAttention,
     FrameAttention,
     FrameConv,
+    Layout,
     coordinates_3d,
     patchify_video,
     sincos_positions_3d,
     unpatchify_video,
 )
-
-FRAMES, TEXT_DIM = 6, 5  # frames of tokens
-SMALL = {"in_channels": 3, "size": (4, 6), "length": 2 * FRAMES, "patch": (2, 2, 2), "dim": 16, "n_layers": 2}
-SMALL |= {"n_heads": 2, "ffw_expand": 2}
-HYBRID = ["product", "attention", "power"]
-CONDITIONS = {"text": {"text_dim": TEXT_DIM}, "class": {"n_classes": 4}, "none": {}}
-CHUNKINGS = [(1,) * FRAMES, (FRAMES,), (2, 4), (3, 1, 2), (1, 5)]
-
-MIXERS = {"product": "product", "power": "power", "attention": "attention", "hybrid": HYBRID}
-MIXER = pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
-CONV = pytest.mark.parametrize("local_conv", [True, False], ids=["conv", "plain"])
-CONDITION = pytest.mark.parametrize("condition", CONDITIONS)
-
-
-def small(seed=0, **changes):
-    """A small model that has left its initialisation, where every gate is closed and the output 0."""
-    torch.manual_seed(seed)
-    if not isinstance(changes.get("mixer", ""), str):
-        changes["n_layers"] = len(changes["mixer"])
-    model = VideoDiT(**(SMALL | changes)).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-def inputs(model, frames=FRAMES, batch=3, size=None, per_frame=False):
-    """Arguments of a forward pass; the last sample's text is empty."""
-    generator = torch.Generator().manual_seed(1)
-    shape = (batch, model.in_channels, frames * model.patch[0], *(size or model.size))
-    given = {"video": torch.randn(shape, generator=generator, dtype=torch.float64)}
-    marks = (batch, frames) if per_frame else (batch,)
-    given["time"] = 990 * torch.rand(marks, generator=generator, dtype=torch.float64)
-    if model.text_dim:
-        given["text"] = torch.randn(batch, 7, model.text_dim, generator=generator, dtype=torch.float64)
-        given["text_weight"] = torch.rand(batch, 7, generator=generator, dtype=torch.float64)
-        given["text_weight"][-1] = 0
-    if model.n_classes:
-        given["labels"] = torch.randint(0, model.n_classes + 1, marks, generator=generator)
-    return given
-
-
-def cut(model, given, first, last):
-    """The arguments of the frames first to last."""
-    t = model.patch[0]
-    part = dict(given, video=given["video"][:, :, first * t : last * t])
-    return part | {k: given[k][:, first:last] for k in ("time", "labels") if k in given and given[k].dim() == 2}
-
-
-def stream(model, given, chunks, past=None, first=0):
-    outs = []
-    for chunk in chunks:
-        out, past = model(**cut(model, given, first, first + chunk), frame_causal=True, past=past, return_past=True)
-        first += chunk
-        outs.append(out)
-    return torch.cat(outs, dim=2), past
-
-
-def tensors(past):
-    return past.state_dict().values()
-
-
-# Frame after frame
-
-
-@MIXER
-@CONV
-@CONDITION
-@pytest.mark.parametrize("per_frame", [False, True], ids=["shared", "per-frame"])
-@torch.no_grad()
-def test_any_chunks_equal_the_whole_clip(mixer, local_conv, condition, per_frame):
-    model = small(mixer=mixer, local_conv=local_conv, **CONDITIONS[condition])
-    given = inputs(model, per_frame=per_frame)
-    whole = model(**given, frame_causal=True)
-    pasts = []
-    for chunks in CHUNKINGS:
-        out, past = stream(model, given, chunks)
-        torch.testing.assert_close(out, whole, rtol=1e-10, atol=1e-10)
-        pasts.append(past)
-    for past in pasts:
-        assert (past.frames, past.height, past.width) == (FRAMES, 2, 3)
-        torch.testing.assert_close(list(tensors(past)), list(tensors(pasts[0])), rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("positions, mixer", [("space", "product"), ("rotary", "power"), ("rotary", HYBRID)])
-@torch.no_grad()
-def test_positions_without_end(positions, mixer):
-    """Longer than `length`, and still the same in any chunks."""
-    model = small(mixer=mixer, positions=positions, length=4, dim=24, n_heads=6)
-    given = inputs(model)
-    whole = model(**given, frame_causal=True)
-    for chunks in CHUNKINGS:
-        torch.testing.assert_close(stream(model, given, chunks)[0], whole, rtol=1e-10, atol=1e-10)
-    assert not torch.allclose(model(**given), whole)
-
-
-@MIXER
-@CONV
-@torch.no_grad()
-def test_frame_causal_never_sees_later_frames(mixer, local_conv):
-    model = small(mixer=mixer, local_conv=local_conv, **CONDITIONS["text"])
-    given = inputs(model, per_frame=True)
-    changed = dict(given, video=given["video"].clone(), time=given["time"].clone())
-    changed["video"][:, :, 6:] = 100 * torch.randn_like(changed["video"][:, :, 6:])
-    changed["time"][:, 3:] = 7
-    before, after = (model(**g, frame_causal=True) for g in (given, changed))
-    assert torch.equal(before[:, :, :6], after[:, :, :6])
-    assert (before[:, :, 6:] != after[:, :, 6:]).all()
-    assert (model(**given)[:, :, :6] != model(**changed)[:, :, :6]).all()  # joint
-
-
-@MIXER
-@torch.no_grad()
-def test_every_frame_sees_the_first(mixer):
-    model = small(mixer=mixer, local_conv=False)
-    given = inputs(model)
-    changed = dict(given, video=given["video"].clone())
-    changed["video"][:, :, 0] += 1
-    for causal in (True, False):
-        before, after = (model(**g, frame_causal=causal) for g in (given, changed))
-        assert (before[:, :, -1] != after[:, :, -1]).all()
-
-
-@MIXER
-def test_gradients_of_a_stream_are_those_of_the_whole_clip(mixer):
-    model = small(mixer=mixer, **CONDITIONS["text"])
-    given = inputs(model)
-    gradients = []
-    for run in (lambda: model(**given, frame_causal=True), lambda: stream(model, given, (2, 1, 3))[0]):
-        for tensor in (given["video"].requires_grad_(), given["text"].requires_grad_(), *model.parameters()):
-            tensor.grad = None
-        run().square().sum().backward()
-        gradients.append([t.grad for t in (given["video"], given["text"], *model.parameters())])
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-8, atol=1e-10)
-
-
-# The past
-
-
-@torch.no_grad()
-def test_past_has_constant_size():
-    def size(past):  # of the memory held, not of the views on it
-        return sum(t.untyped_storage().nbytes() for t in tensors(past))
-
-    for mixer in ("product", "power", "attention"):
-        model = small(mixer=mixer, positions="space", local_conv=True)
-        given = inputs(model, batch=2)
-        sizes = [size(stream(model, given, chunks)[1]) for chunks in [(2,), (6,), (1, 1), (1,) * 6, (4, 2)]]
-        frame, layers = 2 * 3, 2
-        tails = layers * 2 * 2 * frame * 16 * 8
-        if mixer == "attention":
-            grown = [layers * 2 * 2 * frames * frame * 16 * 8 for frames in (2, 6, 2, 6, 6)]
-            assert sizes == [24 + tails + kept for kept in grown]
-        else:
-            width = model.blocks[0].mixer.state_width
-            assert sizes == [24 + tails + layers * 2 * (2 * width + 1) * 8] * 5  # total, residual and count
-
-
-@MIXER
-@CONV
-@torch.no_grad()
-def test_clone_and_state_dict_are_exact_and_independent(mixer, local_conv):
-    model = small(mixer=mixer, local_conv=local_conv)
-    given = inputs(model)
-    _, past = stream(model, given, (2, 1))
-    expected, after = stream(model, given, (1, 2), past, first=3)
-    fork, restored = past.clone(), Past.from_state_dict(load(save(past.state_dict())))
-    moved = past.to("cpu")
-    for other in (fork, restored, moved):
-        out, ended = stream(model, given, (1, 2), other, first=3)
-        assert torch.equal(out, expected)
-        assert all(torch.equal(a, b) for a, b in zip(tensors(ended), tensors(after), strict=True))
-    assert past.state_dict().keys() == restored.state_dict().keys() and restored.frames == 3
-    for tensor in tensors(fork):
-        tensor.zero_()
-    assert torch.equal(stream(model, given, (1, 2), past, first=3)[0], expected)
-
-
-@torch.no_grad()
-def test_state_dict_names():
-    model = small(mixer=["power", "attention"])
-    names = model(**inputs(model), frame_causal=True, return_past=True)[1].state_dict().keys()
-    assert list(names) == ["seen", "0.total", "0.residual", "0.count", "1.keys", "1.values", "0.tail", "1.tail"]
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda t: t.pop("seen"), "missing 'seen'"),
-        (lambda t: t.update(seen=torch.zeros(2)), r"expected 'seen' of shape \(3,\), .* got \(2,\)"),
-        (lambda t: t.pop("0.residual"), "missing '0.residual'"),
-        (lambda t: t.pop("1.values"), "missing '1.values'"),
-        (lambda t: t.pop("1.tail"), "2 layers, all or none of them with a tail, got 1 tails"),
-        (lambda t: t.update(more=torch.zeros(1)), "beside them more"),
-        (lambda t: t.update({"0.total": torch.zeros(1)}), r"expected total and residual \(B, G, C\)"),
-        (lambda t: t.clear(), "missing 'seen'; got nothing"),
-    ],
-    ids=["seen", "seen-shape", "residual", "values", "tail", "unexpected", "shapes", "empty"],
-)
-@torch.no_grad()
-def test_broken_state_dicts_are_refused(change, message):
-    model = small(mixer=["power", "attention"])
-    held = model(**inputs(model), frame_causal=True, return_past=True)[1].state_dict()
-    change(held)
-    with pytest.raises(ValueError, match=message):
-        Past.from_state_dict(held)
-
-
-def test_past_moves_between_devices_only():
-    with pytest.raises((TypeError, RuntimeError)):
-        Past(1, 1, 1, (State.empty(1, 4),)).to(torch.float32)
-
 
 # Conditions
 
@@ -336,7 +135,7 @@ def test_frame_attention_is_attention_under_a_block_mask():
     q, k, v = mixer.qkv(x.flatten(1, 2)).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
     scores = (q @ k.transpose(-1, -2) / 2).masked_fill(~mask, -torch.inf).softmax(-1)
     expected = mixer.out_proj((scores @ v).transpose(1, 2).flatten(2)).view_as(x)
-    torch.testing.assert_close(mixer(x, causal=True)[0], expected)
+    torch.testing.assert_close(mixer(x, Layout(Grid(2, 2), causal=True))[0], expected)
 
 
 def test_cross_attention_weights_are_repetitions():
@@ -362,7 +161,7 @@ def test_frame_convolution_is_a_causal_3x3x3_sum():
                         for j in range(max(column - 1, 0), min(column + 2, 3)):
                             total = total + video[:, f, i, j] * kernel[:, f - frame + 2, i - row + 1, j - column + 1]
                 expected[:, frame, row, column] += total
-    out, tail = conv(x, Grid(2, 3))
+    out, tail = conv(x, Layout(Grid(2, 3)))
     torch.testing.assert_close(out, expected.view_as(x))
     assert torch.equal(tail, x[:, 2:])
 
@@ -377,7 +176,7 @@ def test_a_new_model_starts_closed(condition):
     assert (model(**inputs(model)) == 0).all()
     x, cond = torch.randn(2, 3, 6, 16).double(), torch.randn(2, 1, 1, 16).double()
     text = torch.randn(2, 7, 16).double() if condition == "text" else None
-    assert torch.equal(model.blocks[0](x, cond, Grid(2, 3), True, text)[0], x)
+    assert torch.equal(model.blocks[0](x, cond, Layout(Grid(2, 3), causal=True), text)[0], x)
 
 
 @MIXER
@@ -449,7 +248,6 @@ def test_bad_arguments(changes, message):
         VideoDiT(**SMALL | changes)
 
 
-ZEROS = {"video": torch.zeros(2, 3, 4, 4, 6), "time": torch.zeros(2)}
 ALL = ZEROS | {"text": torch.zeros(2, 7, TEXT_DIM), "labels": torch.zeros(2).long()}
 
 
@@ -491,66 +289,3 @@ def test_bad_inputs(name, value, error, message):
 def test_conditions_that_the_model_does_not_take(name):
     with pytest.raises(TypeError, match=f"{name}: "):
         VideoDiT(**SMALL)(**ZEROS, **{name: torch.zeros(2)})
-
-
-def past_of(batch=2, size=(4, 6), **changes):
-    """The past of a model made with other arguments, after four video frames."""
-    model = VideoDiT(**SMALL | changes)
-    video = torch.zeros(batch, 3, 4, *size)
-    return model(video, torch.zeros(batch), frame_causal=True, return_past=True)[1]
-
-
-@pytest.mark.parametrize(
-    "past, error, message",
-    [
-        (lambda: past_of(n_layers=3), ValueError, "expected one of 2 layers as the model, got 3"),
-        (lambda: past_of(dim=24), ValueError, r"'0.total': expected \(2, 1, 32\) in .*, got \(2, 1, 48\)"),
-        (lambda: past_of(batch=3), ValueError, r"'0.total': expected \(2, 1, 32\) in .*, got \(3, 1, 32\)"),
-        (lambda: past_of(mixer=["power", "attention"]), ValueError, "'1.total': expected .*, got none; .* model"),
-        (lambda: past_of(local_conv=False), ValueError, r"'0.tail': expected \(2, 2, 6, 16\) in .*, got none"),
-        (lambda: past_of(size=(6, 4)), ValueError, "its frames have 3 x 2 patches, the video 2 x 3"),
-        (lambda: past_of().state_dict(), TypeError, "expected a Past, got dict"),
-    ],
-    ids=["layers", "width", "batch", "mixer", "conv", "size", "type"],
-)
-@torch.no_grad()
-def test_pasts_of_another_model(past, error, message):
-    with pytest.raises(error, match=f"(?s)past: .*{message}"):
-        VideoDiT(**SMALL)(**ZEROS, frame_causal=True, past=past())
-
-
-@MIXER
-@torch.no_grad()
-def test_past_in_another_precision_or_place(mixer):
-    model = small(mixer=mixer).float()
-    given = {name: tensor.float() for name, tensor in inputs(model).items()}
-    past = model(**given, frame_causal=True, return_past=True)[1]
-    with pytest.raises(ValueError, match="past: '0.*': expected .* in torch.float64, got .* in torch.float32"):
-        model.double()(given["video"].double(), given["time"], frame_causal=True, past=past)
-    with pytest.raises(ValueError, match=r"past: expected on cpu as the model, got meta; move it with \.to\(\)"):
-        model.float()(**given, frame_causal=True, past=past.to("meta"))
-
-
-@torch.no_grad()
-def test_the_stream_ends_where_its_positions_do_and_goes_on_after_an_error():
-    model = small()
-    given = inputs(model)
-    expected = model(**given, frame_causal=True)
-    _, past = stream(model, given, (5,))
-    with pytest.raises(ValueError, match="end at length=12, 6 frames of tokens, got frames 5 to 6"):
-        model(**cut(model, given, 4, 6), frame_causal=True, past=past)
-    out, _ = stream(model, given, (1,), past, first=5)
-    torch.testing.assert_close(out, expected[:, :, 10:], rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("option", [{"return_past": True}, {"past": Past(0, 2, 3, ())}], ids=["return_past", "past"])
-def test_past_needs_frame_causal(option):
-    with pytest.raises(ValueError, match="frame_causal: expected True with past or return_past"):
-        VideoDiT(**SMALL)(**ZEROS, **option)
-
-
-def test_key_values_grow():
-    memory = FrameAttention(8, 2)(torch.zeros(1, 1, 4, 8), causal=True)[1]
-    assert isinstance(memory, KeyValues) and memory.keys.shape == (1, 4, 8)
-    memory = FrameAttention(8, 2)(torch.zeros(1, 2, 4, 8), causal=True, memory=memory)[1]
-    assert memory.values.shape == (1, 12, 8)

@@ -1,11 +1,52 @@
 """Past: everything a frame-causal video model remembers of the frames it has seen."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from ..state import FIELDS, State
+
+
+class Forgetting(NamedTuple):
+    """What a frame sees of those before it. The default forgets nothing.
+
+    window: it sees the `window` - 1 frames before its own and nothing older; 0: all of them.
+    decay: with every frame, what came before counts this factor less, 0 to 1.
+    """
+
+    window: int = 0
+    decay: float = 1.0
+
+    def sums(self, memory, own):
+        """What each of T frames sees of those before it, as a State (B, T, C), and the memory after them.
+
+        own: State (B, T, C), the sums of each frame alone.
+        memory: State (B, G, C) of the frames before, as the next frame counts them: one sum of all, or with a window
+            the sums of the last window - 1, one by one.
+        """
+        frames, kept = own.count.shape[1], memory.count.shape[1]
+        parts = State.cat([memory, own], dim=1)
+
+        def before(parts):  # (B, G + T, ...) -> (B, T + 1, ...)
+            if self.window:
+                return parts.unfold(1, kept, 1).sum(-1)
+            if self.decay == 1:
+                return parts.cumsum(dim=1)
+            sums = [parts[:, 0]]
+            for part in parts[:, 1:].unbind(1):
+                sums.append(self.decay * (sums[-1] + part))
+            return torch.stack(sums, dim=1)
+
+        # In float64 total and residual are one number. A window is summed anew, not slid: what left it leaves no trace.
+        whole = parts.to(torch.float64)
+        total = before(whole.total)
+        sums = State(total, torch.zeros_like(total), before(whole.count)).to(own.total.dtype)
+        seen = sums.map(lambda t: t[:, :frames])
+        return seen, (parts if self.window else sums).map(lambda t: t[:, frames:].clone())  # no view on all frames
+
+
+FORGET_NOTHING = Forgetting()
 
 
 class KeyValues(NamedTuple):
@@ -33,6 +74,7 @@ class Past:
     memories: for every layer the `State` of its polynomial mixer, or the `KeyValues` of its attention.
     tails: for every layer the (B, 2, S, D) tokens of the last two frames, as its local convolution takes them; empty
         in a model without.
+    forgetting: how older frames fade from it.
     """
 
     frames: int
@@ -40,6 +82,12 @@ class Past:
     width: int
     memories: tuple
     tails: tuple = ()
+    forgetting: Forgetting = FORGET_NOTHING
+
+    @property
+    def nbytes(self):
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.state_dict().values())
 
     def clone(self):
         """A copy that shares no memory: a fork of the stream."""
@@ -52,11 +100,14 @@ class Past:
 
     def _map(self, function):
         memories, tails = (tuple(map(function, parts)) for parts in (self.memories, self.tails))
-        return Past(self.frames, self.height, self.width, memories, tails)
+        return replace(self, memories=memories, tails=tails)
 
     def state_dict(self):
-        """Names and tensors: "seen" (frames, height, width), "{layer}.total" and so on, "{layer}.tail"."""
-        tensors = {"seen": torch.tensor([self.frames, self.height, self.width])}
+        """Names and tensors: "seen" (frames, height, width), "forgetting", "{layer}.total" and so on, "{layer}.tail"."""
+        tensors = {
+            "seen": torch.tensor([self.frames, self.height, self.width]),
+            "forgetting": torch.tensor(self.forgetting, dtype=torch.float64),
+        }
         for layer, memory in enumerate(self.memories):
             tensors |= {f"{layer}.{name}": tensor for name, tensor in memory.state_dict().items()}
         return tensors | {f"{layer}.tail": tail for layer, tail in enumerate(self.tails)}
@@ -71,9 +122,14 @@ class Past:
                 raise ValueError(f"tensors: missing {name!r}; got {', '.join(sorted(tensors)) or 'nothing'}")
             return rest.pop(name)
 
-        seen, memories, tails = take("seen"), [], []
+        seen, forgetting, memories, tails = take("seen"), take("forgetting"), [], []
         if seen.shape != (3,):
             raise ValueError(f"tensors: expected 'seen' of shape (3,), frames and patches, got {tuple(seen.shape)}")
+        if forgetting.shape != (2,):
+            raise ValueError(
+                f"tensors: expected 'forgetting' of shape (2,), window and decay, got {tuple(forgetting.shape)}"
+            )
+        window, decay = forgetting.tolist()
         while any(name.startswith(f"{len(memories)}.") for name in rest):
             layer = len(memories)
             if f"{layer}.keys" in rest:
@@ -87,4 +143,4 @@ class Past:
                 f"tensors: expected {len(memories)} layers, all or none of them with a tail, got {len(tails)} tails"
                 + (f" and beside them {', '.join(sorted(rest))}" if rest else "")
             )
-        return cls(*seen.tolist(), tuple(memories), tuple(tails))
+        return cls(*seen.tolist(), tuple(memories), tuple(tails), Forgetting(int(window), decay))

@@ -12,13 +12,14 @@ from torch import nn
 from . import blocks
 from .blocks import AdaLN, Grid, TimeEmbedding, polynomial
 from .image import SIZES
-from .past import Past
+from .past import FORGET_NOTHING, Forgetting, Past
 from .video_blocks import (
     KERNEL,
     CrossAttention,
     FrameAttention,
     FrameConv,
     FrameMixer,
+    Layout,
     VideoBlock,
     coordinates_3d,
     patchify_video,
@@ -118,8 +119,41 @@ class VideoDiT(nn.Module):
         if text_dim:
             nn.init.normal_(self.text_embed.weight, std=0.02)
 
-    def forward(self, video, time, text=None, labels=None, *, text_weight=None, frame_causal=False, past=None,
-                return_past=False):  # fmt: skip
+    def start(self, batch=1, size=None, *, window=0, decay=1.0):
+        """The `Past` before the first frame of a stream, for `forward(past=...)`.
+
+        Args:
+            batch: videos.
+            size: (H, W) of the videos, multiples of the patch; None takes those of the training.
+            window: a frame sees itself and the `window` - 1 frames of tokens before it; 0: all. The local convolution
+                reaches two frames back in every layer, whatever the window.
+            decay: above 0, at most 1: with every frame, what came before counts this factor less. Polynomial mixers only.
+
+        Raises:
+            ValueError: an argument outside what is said above.
+        """
+        blocks.check_least({"batch": batch, "window": window}, {"batch": 1, "window": 0})
+        height, width = self.size if size is None else _integers("size", size, 2)
+        if height % self.patch[1] or width % self.patch[2]:
+            raise ValueError(f"size: expected multiples of the patch {self.patch[1:]}, got {height} x {width}")
+        if not 0 < decay <= 1:
+            raise ValueError(f"decay: expected a number above 0 and at most 1, got {decay}")
+        if decay != 1 and (window or "attention" in self.config["mixer"]):
+            raise ValueError("decay: it goes without a window, and fades the sums of polynomial mixers, not attention")
+        grid = Grid(height // self.patch[1], width // self.patch[2])
+        return self._empty_past(batch, grid, 0, Forgetting(window, decay), self.patch_in.weight.device)
+
+    def _empty_past(self, batch, grid, frames, forgetting, device):
+        """A past of so many frames, all of them zero."""
+        patches = grid.height * grid.width
+        held = min(frames, forgetting.window - 1) if forgetting.window else frames
+        memories = tuple(block.mixer.empty_memory(batch, held * patches, forgetting, device) for block in self.blocks)
+        tail = self.patch_in.weight.new_zeros(batch, KERNEL - 1, patches, self.dim, device=device)
+        tails = tuple(tail for block in self.blocks if block.local_conv is not None)
+        return Past(frames, grid.height, grid.width, memories, tails, forgetting)
+
+    def forward(self, video, time, text=None, labels=None, *, text_weight=None, frame_causal=False, finished=None,
+                past=None, return_past=False):  # fmt: skip
         """Predict noise, velocity or whatever the model is trained for.
 
         With T' = T / patch[0] frames of tokens. Frames given one after the other, in chunks of any length and each with
@@ -133,8 +167,11 @@ class VideoDiT(nn.Module):
                 values are checked on the CPU only: reading them back from a GPU would stop it.
             text_weight: (B, L) weight of every text token, at least 0; all 0 is an empty text. None sees all.
             frame_causal: a token sees the frames up to and with its own, instead of all.
+            finished: (B, C, T, H, W), the same frames without noise, for frame_causal=True. A token of `video` then sees
+                the finished frames before its own, at time 0, and its own frame in `video`: all frames at once come out
+                as one by one with the past of the finished ones. Twice the cost, linear in frames (attention aside).
             past: `Past` of the frames before, for frame_causal=True.
-            return_past: also return the `Past` after these frames, for frame_causal=True.
+            return_past: also return the `Past` after these frames, the finished ones if given; for frame_causal=True.
 
         Returns:
             (B, C, T, H, W), and the Past if asked for.
@@ -147,31 +184,41 @@ class VideoDiT(nn.Module):
         grid, frames = Grid(video.shape[3] // h, video.shape[4] // w), video.shape[2] // t
         self._check_past(past, frame_causal, return_past, len(video), grid)
         first = 0 if past is None else past.frames
+        paired = finished is not None
+        if paired:
+            self._check_finished(finished, video, frame_causal)
+            video, time = torch.cat([finished, video]), torch.cat([torch.zeros_like(time), time])
+            text, labels, text_weight = (
+                None if given is None else torch.cat([given, given]) for given in (text, labels, text_weight)
+            )
 
-        x = self.patch_in(patchify_video(video, self.patch))  # (B, T', S, D), S = height * width
+        x = self.patch_in(patchify_video(video, self.patch))  # (B, T', S, D), S = height * width; 2 B where paired
         x = x + self._position_embedding(first, frames, grid)  # (B, T', S, D)
-        rotary = self.positions == "rotary"
-        coordinates = coordinates_3d(first, frames, grid, x.device) if rotary else None  # (T' * S, 3)
         cond = self._per_frame(self.time_embed(time), time)  # (B, 1 or T', 1, D)
         if labels is not None:
             cond = cond + self._per_frame(self.label_embed(labels), labels)  # (B, 1 or T', 1, D)
         cond = F.silu(cond)
         if text is not None:
             text = self.text_embed(text).to(x.dtype)  # (B, L, D)
+        coordinates = coordinates_3d(first, frames, grid, x.device) if self.positions == "rotary" else None
+        forgetting = FORGET_NOTHING if past is None else past.forgetting
+        layout = Layout(grid, frame_causal, paired, forgetting, coordinates)
 
         memories, tails = [], []
         for layer, block in enumerate(self.blocks):
             memory = None if past is None else past.memories[layer]
             tail = past.tails[layer] if past is not None and past.tails else None
-            x, memory, tail = block(x, cond, grid, frame_causal, text, text_weight, memory, tail, coordinates)
+            x, memory, tail = block(x, cond, layout, text, text_weight, memory, tail)
             if return_past:
                 memories.append(memory)
                 if tail is not None:
                     tails.append(tail.clone())  # a view would keep all frames
+        if paired:
+            x, cond = x.chunk(2)[1], cond.chunk(2)[1]
         out = unpatchify_video(self.patch_out(self.norm_out(x, cond)), grid, self.patch)  # (B, C, T, H, W)
         if not return_past:
             return out
-        return out, Past(first + frames, grid.height, grid.width, tuple(memories), tuple(tails))
+        return out, Past(first + frames, grid.height, grid.width, tuple(memories), tuple(tails), forgetting)
 
     def _position_embedding(self, first, frames, grid):  # -> (1, 1 or T', S, D)
         weight = self.patch_in.weight
@@ -223,6 +270,16 @@ class VideoDiT(nn.Module):
         if labels is not None:
             blocks.check_labels(labels, self.n_classes)
 
+    def _check_finished(self, finished, video, frame_causal):
+        if not frame_causal:
+            raise ValueError("frame_causal: expected True with finished frames, which later ones must not change")
+        blocks.check_placed(self.patch_in.weight, finished=finished)
+        if finished.shape != video.shape or finished.dtype != video.dtype:
+            raise ValueError(
+                f"finished: expected {tuple(video.shape)} in {video.dtype} as the video, got {tuple(finished.shape)} in "
+                f"{finished.dtype}"
+            )
+
     def _check_past(self, past, frame_causal, return_past, batch, grid):
         if not frame_causal and (past is not None or return_past):
             raise ValueError("frame_causal: expected True with past or return_past, since what is past stays as it is")
@@ -236,14 +293,11 @@ class VideoDiT(nn.Module):
             raise ValueError(
                 f"past: its frames have {past.height} x {past.width} patches, the video {grid.height} x {grid.width}"
             )
-        patches, weight = grid.height * grid.width, self.patch_in.weight
-        memories = tuple(block.mixer.memory_like(batch, past.frames * patches) for block in self.blocks)
-        tail = weight.new_empty(batch, KERNEL - 1, patches, self.dim, device="meta")
-        tails = tuple(tail for block in self.blocks if block.local_conv is not None)
-        expected = Past(past.frames, past.height, past.width, memories, tails).state_dict()
+        weight = self.patch_in.weight
+        expected = self._empty_past(batch, grid, past.frames, past.forgetting, "meta").state_dict()
         given = past.state_dict()
         exact = not torch.is_autocast_enabled(weight.device.type)
-        for name in [name for name in {**expected, **given} if name != "seen"]:
+        for name in [name for name in {**expected, **given} if name not in ("seen", "forgetting")]:
             a, b = expected.get(name), given.get(name)
             if a is None or b is None or a.shape != b.shape or (exact and a.dtype != b.dtype):
                 a, b = ("none" if t is None else f"{tuple(t.shape)} in {t.dtype}" for t in (a, b))

@@ -4,15 +4,18 @@ Tokens are (B, T, S, D): T frames of S = height x width patches.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..checks import accumulator
 from ..module import PoM
+from ..ops import polynomial_readout, polynomial_state
 from ..state import State
-from .blocks import AdaLN, Attention, Block, Gate, attend, full_precision
-from .past import KeyValues
+from .blocks import AdaLN, Attention, Block, Gate, Grid, attend, full_precision
+from .past import FORGET_NOTHING, Forgetting, KeyValues
 
 KERNEL = 3  # frames that the local convolution sees: its own and the ones before
 
@@ -61,42 +64,102 @@ def coordinates_3d(first, frames, grid, device):
     return torch.cartesian_prod(*(torch.arange(*span, device=device) for span in spans))
 
 
-# Mixers: (B, T, S, D) tokens and what came before -> (B, T, S, D) and the memory after them
+class Layout(NamedTuple):
+    """How the frames of a call lie, and who sees whom.
+
+    grid: the patches of a frame.
+    causal: a token sees the frames up to and with its own, instead of all.
+    paired: the first half of the batch are finished frames, the second half the same frames, still noisy: both see the
+        finished frames before their own, and their own frame as it is. For causal=True.
+    forgetting: which of the frames before are seen, and how much.
+    coordinates: (T * S, 3) of every token, for rotary positions.
+    """
+
+    grid: Grid
+    causal: bool = False
+    paired: bool = False
+    forgetting: Forgetting = FORGET_NOTHING
+    coordinates: torch.Tensor | None = None
+
+    def finished(self, x):
+        """The finished half of the batch."""
+        return x.chunk(2)[0] if self.paired else x
+
+
+# Mixers: (B, T, S, D) tokens and the memory of what came before -> (B, T, S, D) and the memory after them
 
 
 class FrameMixer(PoM):
-    """PoM in which a token sees the whole clip, or with `causal` the frames up to and with its own."""
+    """PoM over frames; its memory is a `State`, as `Forgetting.sums` takes it."""
 
-    def memory_like(self, batch, tokens):
-        """A memory of so many tokens in shape and dtype, on the meta device."""
-        return State.empty(batch, self.state_width, dtype=accumulator(self.out_proj.weight.dtype), device="meta")
+    def empty_memory(self, batch, tokens, forgetting, device):
+        """The memory of no frames. `tokens` does not matter: a state is as large after many."""
+        groups = forgetting.window - 1 if forgetting.window else 1
+        dtype = accumulator(self.out_proj.weight.dtype)
+        return State.empty(batch, self.state_width, groups, dtype=dtype, device=device)
 
-    def forward(self, x, causal, memory=None, coordinates=None):
-        frames = x.shape[2] if causal and x.shape[1] > 1 else None  # one frame alone is a whole sequence
-        positions = None if self.rope is None else coordinates
+    def forward(self, x, layout, memory=None):
         tokens = x.flatten(1, 2)  # (B, T * S, D)
-        mixed, state = super().forward(tokens, frames=frames, positions=positions, state=memory, return_state=True)
+        positions = None if self.rope is None else layout.coordinates
+        if layout.paired or layout.forgetting != FORGET_NOTHING:
+            mixed, memory = self._mix_each(tokens, x.shape[2], positions, layout, memory)
+            return mixed.view_as(x), memory
+        frames = x.shape[2] if layout.causal and x.shape[1] > 1 else None  # one frame alone is a whole sequence
+        mixed, memory = super().forward(tokens, frames=frames, positions=positions, state=memory, return_state=True)
         if frames is not None:
-            state = state.clone()  # a view would keep the states of all frames
-        return mixed.view_as(x), state
+            memory = memory.clone()  # a view would keep the states of all frames
+        return mixed.view_as(x), memory
+
+    def _mix_each(self, tokens, size, positions, layout, memory):
+        """The sums of every frame by itself, put together with those before as the layout says."""
+        rotary, gate_rotary = self._rotaries(tokens, tokens, positions, None)
+        offsets = torch.arange(0, tokens.shape[1] + 1, size, device=tokens.device)
+        own = polynomial_state(
+            self.context_proj(tokens), self.coeff, form=self.form, degree=self.degree, cu_seqlens=offsets, rotary=rotary
+        )  # (B, T, C)
+        finished = own.map(layout.finished)
+        if memory is None:
+            memory = self.empty_memory(len(finished.total), 0, layout.forgetting, tokens.device)
+        before, memory = layout.forgetting.sums(memory, finished)
+        if layout.paired:
+            before = State.cat([before, before], dim=0)
+        mixed = polynomial_readout(
+            self.gate_proj(tokens), before + own, form=self.form, n_sel_heads=self.n_sel_heads, rotary=gate_rotary
+        )
+        return self.out_proj(mixed), memory
 
 
 class FrameAttention(Attention):
-    """Attention with the same choice of who sees whom, and a key-value cache: the yardstick."""
+    """Attention with the same choices of who sees whom; its memory is a key-value cache. The yardstick."""
 
-    def memory_like(self, batch, tokens):
+    def empty_memory(self, batch, tokens, forgetting, device):
+        """A memory of so many tokens, all of them zero."""
         weight = self.out_proj.weight
-        return KeyValues(*weight.new_empty(2, batch, tokens, len(weight), device="meta"))
+        return KeyValues(*weight.new_zeros(2, batch, tokens, len(weight), device=device))
 
-    def forward(self, x, causal, memory=None, coordinates=None):
+    def forward(self, x, layout, memory=None):
+        frames, size = x.shape[1:3]
+        window = layout.forgetting.window
         q, k, v = self.qkv(x.flatten(1, 2)).chunk(3, dim=-1)  # (B, T * S, D)
+        keys, values = layout.finished(k), layout.finished(v)
         if memory is not None:
-            k, v = torch.cat([memory.keys, k], dim=1), torch.cat([memory.values, v], dim=1)  # (B, N, D)
+            keys, values = torch.cat([memory.keys, keys], dim=1), torch.cat([memory.values, values], dim=1)  # (B, N, D)
         mask = None
-        if causal and x.shape[1] > 1:
-            frame = torch.arange(k.shape[1], device=x.device) // x.shape[2]  # (N,)
-            mask = frame <= frame[-q.shape[1] :, None]  # (T * S, N)
-        return self.out_proj(attend(q, k, v, self.heads, mask)).view_as(x), KeyValues(k.contiguous(), v.contiguous())
+        if layout.causal and (frames > 1 or layout.paired):
+            frame = torch.arange(keys.shape[1], device=x.device) // size  # (N,)
+            own = frame[-q.shape[1] :, None]  # (T * S, 1)
+            mask = (frame <= own) & (frame > own - window if window else True)  # (T * S, N)
+        if layout.paired:
+            (q, noisy), (_, noisy_keys), (_, noisy_values) = (t.chunk(2) for t in (q, k, v))
+            both = torch.cat([keys, noisy_keys], dim=1), torch.cat([values, noisy_values], dim=1)  # (B, N + T * S, D)
+            before = torch.cat([mask & (frame < own), frame[-q.shape[1] :] == own], dim=1)  # (T * S, N + T * S)
+            noisy = attend(noisy, *both, self.heads, before)  # (B, T * S, D)
+        mixed = attend(q, keys, values, self.heads, mask)  # (B, T * S, D)
+        if layout.paired:
+            mixed = torch.cat([mixed, noisy])
+        first = max(0, keys.shape[1] - (window - 1) * size) if window else 0
+        memory = KeyValues(keys[:, first:].contiguous(), values[:, first:].contiguous())
+        return self.out_proj(mixed).view_as(x), memory
 
 
 class CrossAttention(nn.Module):
@@ -129,13 +192,20 @@ class FrameConv(nn.Module):
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
 
-    def forward(self, x, grid, tail=None):
+    def forward(self, x, layout, tail=None):
         """(B, T, S, D) and the two frames before, None at the start -> (B, T, S, D) and the last two frames."""
+        finished = layout.finished(x)
         if tail is None:
-            tail = x.new_zeros(x.shape[0], KERNEL - 1, *x.shape[2:])
-        padded = torch.cat([tail, x], dim=1)  # (B, 2 + T, S, D)
-        video = padded.unflatten(2, (grid.height, grid.width)).permute(0, 4, 1, 2, 3)  # (B, D, 2 + T, h, w), a view
-        return x + self.conv(video).permute(0, 2, 3, 4, 1).flatten(2, 3), padded[:, x.shape[1] :]
+            tail = finished.new_zeros(len(finished), KERNEL - 1, *x.shape[2:])
+        padded = torch.cat([tail, finished], dim=1)  # (B, 2 + T, S, D)
+        sizes = layout.grid.height, layout.grid.width
+        video = padded.unflatten(2, sizes).permute(0, 4, 1, 2, 3)  # (B, D, 2 + T, h, w), a view
+        change = self.conv(video).permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, T, S, D)
+        if layout.paired:  # the noisy frame stands in the place of the finished one, and only there
+            noise = (x.chunk(2)[1] - finished).flatten(0, 1).unflatten(1, sizes).permute(0, 3, 1, 2)  # (B * T, D, h, w)
+            noise = F.conv2d(noise, self.conv.weight[:, :, -1], padding=1, groups=noise.shape[1])
+            change = torch.cat([change, change + noise.permute(0, 2, 3, 1).reshape(change.shape)])
+        return x + change, padded[:, finished.shape[1] :]
 
 
 class VideoBlock(Block):
@@ -160,12 +230,12 @@ class VideoBlock(Block):
             weight = weight.repeat_interleave(groups, dim=0)  # (B * groups, L)
         return self.cross_mixer(queries, text.flatten(0, 1), weight=weight).view_as(x)
 
-    def forward(self, x, cond, grid, causal, text=None, text_weight=None, memory=None, tail=None, coordinates=None):
+    def forward(self, x, cond, layout, text=None, text_weight=None, memory=None, tail=None):
         """-> (B, T, S, D), the memory of the mixer after these frames and the tail of the convolution."""
         if text is not None:
             x = torch.addcmul(x, self.cross_gate(cond), self._read_text(x, cond, text, text_weight))  # (B, T, S, D)
         if self.local_conv is not None:
-            x, tail = self.local_conv(x, grid, tail)  # (B, T, S, D), (B, 2, S, D)
-        mixed, memory = self.mixer(self.mixer_norm(x, cond), causal, memory, coordinates)  # (B, T, S, D)
+            x, tail = self.local_conv(x, layout, tail)  # (B, T, S, D), (B, 2, S, D)
+        mixed, memory = self.mixer(self.mixer_norm(x, cond), layout, memory)  # (B, T, S, D)
         x = torch.addcmul(x, self.mixer_gate(cond), mixed)  # (B, T, S, D)
         return torch.addcmul(x, self.ffw_gate(cond), self.ffw(self.ffw_norm(x, cond))), memory, tail  # (B, T, S, D)
