@@ -75,10 +75,13 @@ def load_model(path, *, ema=True, device="cpu"):
     ema: take the averaged weights, which draw better images than the last ones.
     Raises what `read_checkpoint` raises.
     """
-    from .models.image import ImageDiT
+    from .models import ImageDiT, VideoDiT
 
     part = "ema" if ema else "model"
     parts, settings = read_checkpoint(path, [part])
-    model = ImageDiT(**settings["model"])
+    if part not in parts:
+        raise ValueError(f"checkpoint: {path} holds no model; expected a file that training wrote")
+    architectures = {kind.__name__: kind for kind in (ImageDiT, VideoDiT)}
+    model = architectures[settings.get("architecture", "ImageDiT")](**settings["model"])
     model.load_state_dict(parts[part])
     return model.to(device).eval(), settings

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 TIME_SCALE = 1000
+CONTEXTS = ("clean", "shared")  # what a frame of a video sees of those before: finished frames, or their noise
 BASE_PIXELS = 32 * 32  # at this size noise levels are spread evenly; larger images need more noise to be hidden as well
 
 
@@ -132,10 +133,60 @@ def diffusion_loss(model, objective, images, labels, generator):
     return F.mse_loss(prediction.to(images.dtype), objective.target(images, noise))
 
 
+def video_loss(model, objective, video, labels, generator, *, context="clean", given=0, **text):
+    """Mean squared error of a `VideoDiT`'s prediction at random times, all frames in one pass.
+
+    Args:
+        video: (B, C, T, H, W) in [-1, 1].
+        labels: (B,) or (B, T'), with T' = T / patch[0] frames of tokens; None for a model without.
+        generator: of noise and times, on the device of the video.
+        context: "clean": every frame has a time of its own, and sees the frames before it as they are in `video`: what
+            one by one would give (diffusion forcing, Chen et al. 2024, arXiv 2407.01392, with the context finished).
+            "shared": all frames have one time, and see each other's noise (arXiv 2411.12663).
+        given: so many first frames of tokens are shown without noise and do not count.
+        text: arguments `text` and `text_weight` of the model.
+
+    Raises:
+        ValueError: an unknown context, or no frame left to predict.
+    """
+    check_context(context)
+    unit = getattr(model, "module", model).config["patch"][0]
+    batch, frames = len(video), video.shape[2] // unit
+    if not 0 <= given < frames:
+        raise ValueError(f"given: expected 0 to {frames - 1} of {frames} frames, got {given}")
+
+    def fold(video):  # (B, C, T, H, W) -> (B * T', C, t, H, W)
+        return video.unflatten(2, (frames, unit)).transpose(1, 2).flatten(0, 1)
+
+    if context == "clean":  # evenly spread times come in order: shuffle them
+        order = torch.randperm(batch * frames, generator=generator, device=video.device)
+        time = objective.draw_time(batch * frames, generator)[order]
+    else:
+        time = objective.draw_time(batch, generator).repeat_interleave(frames)
+    noise = torch.randn(video.shape, generator=generator, device=video.device, dtype=video.dtype)
+    noisy = objective.add_noise(fold(video), fold(noise), time)
+    noisy = noisy.unflatten(0, (batch, frames)).transpose(1, 2).flatten(2, 3)  # (B, C, T, H, W)
+    time = time.to(video.dtype).view(batch, frames)
+    if given:
+        noisy = torch.cat([video[:, :, : given * unit], noisy[:, :, given * unit :]], dim=2)
+        time = torch.cat([torch.zeros_like(time[:, :given]), time[:, given:]], dim=1)
+    finished = video if context == "clean" else None
+    prediction = model(noisy, time, labels=labels, frame_causal=True, finished=finished, **text).to(video.dtype)
+    return F.mse_loss(prediction[:, :, given * unit :], objective.target(video, noise)[:, :, given * unit :])
+
+
+def check_context(context):
+    if context not in CONTEXTS:
+        raise ValueError(f"context: expected one of {', '.join(CONTEXTS)}, got {context!r}")
+
+
 def drop_labels(labels, no_class, probability, generator):
-    """Replace each label by `no_class` with the given probability: what teaches the network to draw unguided."""
-    dropped = torch.rand(labels.shape, generator=generator, device=labels.device) < probability
-    return labels.masked_fill(dropped, no_class)
+    """Replace each label (B, ...) by `no_class` with the given probability: what teaches the network to draw unguided.
+
+    The labels of one sample, such as the actions of its frames, are kept or dropped together.
+    """
+    dropped = torch.rand(len(labels), generator=generator, device=labels.device) < probability
+    return labels.masked_fill(dropped.view(-1, *[1] * (labels.dim() - 1)), no_class)
 
 
 def guided_prediction(model, images, time, labels, guidance):

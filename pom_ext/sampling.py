@@ -1,41 +1,11 @@
-"""Drawing images: from noise to image along the path that the network has learned."""
-
-import itertools
-import math
+"""Drawing images, and videos frame by frame."""
 
 import torch
 from tqdm.auto import tqdm
 
-from .diffusion import TIME_SCALE, FlowMatching, guided_prediction, seeded_generator, shift_time
-
-SOLVERS = ("euler", "heun")
-
-
-def integrate(velocity, x, times, solver="euler"):
-    """Follow dx/dt = velocity(x, t) through `times`, a sequence of numbers, and return x at the last of them.
-
-    "euler" evaluates the velocity once a step and is of order 1, "heun" twice and of order 2. All arithmetic is in
-    the dtype of x (the flow-matching schedulers of diffusers, otherwise the same, go through float32).
-    """
-    for now, after in itertools.pairwise(times):
-        slope = velocity(x, now)
-        if solver == "heun":
-            slope = (slope + velocity(x + (after - now) * slope, after)) / 2
-        x = x + (after - now) * slope
-    return x
-
-
-def flow_times(steps, shift=1.0):
-    """The steps + 1 times 1 = t_0 > ... > t_steps = 0 that a sampler visits, shifted towards noise."""
-    return [shift_time(1 - i / steps, shift) for i in range(steps + 1)]
-
-
-def denoise_ddim(predict, x, scheduler, steps):
-    """Deterministic DDIM, with the schedule of `NoisePrediction.scheduler`; predict(x, time) is the noise in x."""
-    scheduler.set_timesteps(steps, device=x.device)
-    for time in scheduler.timesteps:
-        x = scheduler.step(predict(x, time), time, x).prev_sample
-    return x
+from .diffusion import FlowMatching, guided_prediction, seeded_generator
+from .solvers import check_solver, denoise
+from .streaming import VideoStream
 
 
 @torch.no_grad()
@@ -73,9 +43,9 @@ def sample(
         ValueError: an argument out of the ranges above.
     """
     objective = FlowMatching() if objective is None else objective
-    flow = isinstance(objective, FlowMatching)
     labels = torch.as_tensor(labels)
-    _check(model, labels, shape, steps, guidance, solver, flow)
+    _check(model, labels, shape)
+    check_solver(objective, steps, guidance, solver)
     parameter = next(model.parameters())
     options = {"device": parameter.device, "dtype": parameter.dtype}
 
@@ -86,11 +56,7 @@ def sample(
         def predict(x, time):
             return guided_prediction(model, x, torch.full((len(x),), float(time), **options), chosen, guidance)
 
-        noise = noise.to(**options)
-        if flow:
-            times = flow_times(steps, objective.shift)
-            return integrate(lambda x, t: predict(x, TIME_SCALE * t), noise, times, solver)
-        return denoise_ddim(predict, noise, objective.scheduler, steps)
+        return denoise(predict, noise.to(**options), objective, steps, solver)
 
     batches = [range(i, min(i + batch_size, len(labels))) for i in range(0, len(labels), batch_size)]
     bar = tqdm(batches, desc="sample", unit="batch", disable=not progress)
@@ -98,7 +64,7 @@ def sample(
     return torch.cat(drawn) if drawn else torch.empty(0, *shape, **options)
 
 
-def _check(model, labels, shape, steps, guidance, solver, flow):
+def _check(model, labels, shape):
     n_classes = model.config["n_classes"]
     if labels.dim() != 1 or labels.is_floating_point():
         raise ValueError(f"labels: expected integers (B,), got {labels.dtype} {tuple(labels.shape)}")
@@ -108,11 +74,43 @@ def _check(model, labels, shape, steps, guidance, solver, flow):
         )
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"shape: expected (C, H, W), got {tuple(shape)}")
-    if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}")
-    if not 0 <= guidance < math.inf:
-        raise ValueError(f"guidance: expected a number of at least 0, got {guidance}")
-    if solver not in SOLVERS:
-        raise ValueError(f"solver: expected one of {list(SOLVERS)}, got {solver!r}")
-    if solver == "heun" and not flow:
-        raise ValueError("solver: 'heun' is for flow matching; use 'euler' with noise prediction")
+
+
+def sample_frames(model, frames=None, labels=None, *, given=None, **options):
+    """Draw a video with a `VideoDiT`, and yield each frame as soon as it is finished.
+
+    Args:
+        model: see `VideoStream`, which also explains the `options`.
+        frames: how many to draw, counted as frames of tokens; None never ends.
+        labels: (B,) classes; or (B, frames), one for each, such as actions.
+        given: (B, C, T, H, W) first frames, to be continued. With labels for each frame these come first, so that there
+            are T / patch[0] more of them.
+        options: of `VideoStream`.
+
+    Yields:
+        (B, C, patch[0], H, W), trained range [-1, 1] but not clamped to it.
+
+    Raises:
+        ValueError, TypeError: as `VideoStream`, when the first frame is asked for.
+    """
+    each = labels is not None and torch.as_tensor(labels).dim() == 2
+    constant = None if each else labels
+    if each:
+        labels = torch.as_tensor(labels)
+        if frames is None:
+            frames = labels.shape[1] - (0 if given is None else given.shape[2] // model.patch[0])
+        options = {"batch": len(labels), **options}
+    elif given is not None:
+        options = {"batch": len(given), **options}
+    stream = VideoStream(model, constant, **options)
+    if given is not None:
+        stream.watch(given, labels[:, : given.shape[2] // model.patch[0]] if each else None)
+    if each and labels.shape[1] != stream.frame + frames:
+        raise ValueError(
+            f"labels: expected {stream.frame + frames} for each video, {stream.frame} given frames and {frames} to draw, "
+            f"got {labels.shape[1]}"
+        )
+    drawn = 0
+    while frames is None or drawn < frames:
+        yield stream.next(labels[:, stream.frame] if each else None)
+        drawn += 1

@@ -13,12 +13,14 @@ from tqdm.auto import tqdm
 
 from . import _library
 from .checkpoint import read_checkpoint, save_checkpoint
-from .diffusion import build_objective, diffusion_loss, drop_labels, seeded_generator
+from .diffusion import build_objective, check_context, diffusion_loss, drop_labels, seeded_generator, video_loss
+from .models.video import VideoDiT
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. `shift` is explained at `diffusion.noise_shift`; `warmup` counts steps."""
+    """How to train. `shift` is explained at `diffusion.noise_shift`, `context` and `given`, which are for video, at
+    `diffusion.video_loss`; `warmup` counts steps."""
 
     objective: str = "flow"
     shift: float = 1.0
@@ -29,6 +31,8 @@ class TrainConfig:
     ema_decay: float = 0.999
     grad_clip: float = 1.0
     label_dropout: float = 0.1
+    context: str = "clean"
+    given: int = 0
     bf16: bool = False
     seed: int = 0
 
@@ -36,7 +40,8 @@ class TrainConfig:
         for name in ("batch_size", "lr", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup", "seed"):
+        check_context(self.context)
+        for name in ("weight_decay", "warmup", "given", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for name in ("ema_decay", "label_dropout"):
@@ -109,7 +114,8 @@ class Trainer:
             "optimizer": {f"{index}.{name}": t for index, named in moments.items() for name, t in named.items()},
             "history": {"losses": torch.tensor(self.losses, dtype=torch.float64), "averaged": self.ema.n_averaged},
         }
-        save_checkpoint(path, parts, {**self.settings, "step": len(self.losses), "seconds": self.seconds})
+        made = {"architecture": type(self.model).__name__, "step": len(self.losses), "seconds": self.seconds}
+        save_checkpoint(path, parts, {**self.settings, **made})
 
     def resume(self, path):
         """Go on from a checkpoint.
@@ -130,15 +136,20 @@ class Trainer:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.losses, self.seconds = parts["history"]["losses"].tolist(), settings["seconds"]
 
-    def step(self, images, labels, progress):
+    def step(self, clean, labels, progress):
         """One step of gradient descent. All its randomness follows from the seed and the number of the step."""
         config, device, step = self.config, self.accelerator.device, len(self.losses)
         generator = seeded_generator(config.seed, step, self.accelerator.process_index, device=device)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step, progress)
-        labels = drop_labels(labels.to(device), self.model.config["n_classes"], config.label_dropout, generator)
+        n_classes = self.model.config["n_classes"]
+        labels = drop_labels(labels.to(device), n_classes, config.label_dropout, generator) if n_classes else None
+        given = (self.wrapped, self.objective, clean.to(device), labels, generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            loss = diffusion_loss(self.wrapped, self.objective, images.to(device), labels, generator)
+            if isinstance(self.model, VideoDiT):
+                loss = video_loss(*given, context=config.context, given=config.given)
+            else:
+                loss = diffusion_loss(*given)
         value = loss.item()
         if not math.isfinite(value):
             raise ArithmeticError(f"the loss is {value} at step {step}: try a lower learning rate than {config.lr}")
@@ -173,8 +184,8 @@ def train(
     """Train a model and leave checkpoints, the last one complete, at `path`.
 
     Args:
-        model: an `ImageDiT`, moved to the device that Accelerate chooses.
-        dataset: an `ImageDataset` with images of the size and classes the model was made for.
+        model: an `ImageDiT` or a `VideoDiT`, moved to the device that Accelerate chooses.
+        dataset: an `ImageDataset` with images of the size and classes the model was made for, or a `VideoDataset`.
         path: the checkpoint file.
         config: a `TrainConfig`.
         steps, seconds: when to stop, one or the other, counted from step 0 even after a resume. With `seconds` the
@@ -182,7 +193,7 @@ def train(
         resume: go on from the checkpoint at `path`. With `steps` the result is bit for bit that of a run that was
             never interrupted; the settings must be the same.
         save_every: steps between checkpoints.
-        workers: processes that read images.
+        workers: processes that read the data.
         progress: show a progress bar with loss and steps per second.
 
     Returns:
@@ -223,8 +234,7 @@ def train(
         desc="train", total=1.0, initial=min(1.0, done()), bar_format=layout, disable=not progress or rank > 0
     ) as bar:
         while done() < 1:
-            images, labels = next(loader)
-            trainer.step(images, labels, done())
+            trainer.step(*next(loader), done())
             trainer.seconds = time.perf_counter() - begin
             recent.append(trainer.losses[-1])
             rate = len(trainer.losses) / trainer.seconds

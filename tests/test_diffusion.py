@@ -18,7 +18,8 @@ from pom_ext.diffusion import (
     seeded_generator,
     shift_time,
 )
-from pom_ext.sampling import flow_times, integrate, sample
+from pom_ext.sampling import sample
+from pom_ext.solvers import flow_times, integrate
 
 
 class Recorder(nn.Module):

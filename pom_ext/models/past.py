@@ -86,8 +86,10 @@ class Past:
 
     @property
     def nbytes(self):
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.state_dict().values())
+        """Bytes of the memories and tails."""
+        return sum(t.nbytes for memory in self.memories for t in memory.state_dict().values()) + sum(
+            tail.nbytes for tail in self.tails
+        )
 
     def clone(self):
         """A copy that shares no memory: a fork of the stream."""
