@@ -1,11 +1,12 @@
 # Two commands for a fresh machine with Python 3.10 or later and g++:
-#   make demo   train on real images, draw new ones, report in out/demo
+#   make demo   train on real images, draw new ones, move them, stream them as video; report in out/demo
 #   make test   build and run every test
 # and one for a machine with a GPU and nvcc, whose python3 has torch and pytest; it installs nothing:
 #   make gpu-report OUT=folder   build for that GPU, test, sanitize and measure, within nine minutes
 #
 # The first two make their environment in .venv first. Where torch can be imported already, that torch is used; on a
 # machine without an NVIDIA GPU the CPU build is pinned, for a plain `torch` would bring several GB of CUDA libraries.
+# The page that games are played on is tested in a headless Chromium: the one that is there, or Debian's, or Playwright's.
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,7 +20,7 @@ SOURCES := setup.py build_objects.py build_cuda.py pyproject.toml $(shell find c
 demo: $(VENV)/built
 	$(BIN)/pom-ext demo --out out/demo
 
-test: $(VENV)/built
+test: $(VENV)/built $(VENV)/browser
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 bench: $(VENV)/built
@@ -35,7 +36,13 @@ $(VENV)/environment: pyproject.toml
 	touch $@
 
 $(VENV)/built: $(VENV)/environment $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation --editable '.[train,test]'
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[train,play,test]'
+	touch $@
+
+$(VENV)/browser: $(VENV)/built
+	for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && touch $@; done; \
+	test -e $@ || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y chromium; } || \
+	$(BIN)/playwright install chromium
 	touch $@
 
 clean:

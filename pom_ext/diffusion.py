@@ -94,8 +94,8 @@ class NoisePrediction:
         return (TIME_SCALE * uniform_time(batch, generator)).long().clamp(max=TIME_SCALE - 1)
 
     def add_noise(self, clean, noise, time):
-        """x_t for images and noise (B, ...) at integer times (B,)."""
-        return self.scheduler.add_noise(clean, noise, time)
+        """x_t for images and noise (B, ...) at times (B,), cut to integers."""
+        return self.scheduler.add_noise(clean, noise, time.long())
 
     def target(self, clean, noise):
         """What the network should answer."""
@@ -133,7 +133,7 @@ def diffusion_loss(model, objective, images, labels, generator):
     return F.mse_loss(prediction.to(images.dtype), objective.target(images, noise))
 
 
-def video_loss(model, objective, video, labels, generator, *, context="clean", given=0, **text):
+def video_loss(model, objective, video, labels, generator, *, context="clean", context_noise=0.0, given=0, **text):
     """Mean squared error of a `VideoDiT`'s prediction at random times, all frames in one pass.
 
     Args:
@@ -143,6 +143,8 @@ def video_loss(model, objective, video, labels, generator, *, context="clean", g
         context: "clean": every frame has a time of its own, and sees the frames before it as they are in `video`: what
             one by one would give (diffusion forcing, Chen et al. 2024, arXiv 2407.01392, with the context finished).
             "shared": all frames have one time, and see each other's noise (arXiv 2411.12663).
+        context_noise: up to 1; the finished frames of a video are shown at a time of their own, between 0 and this share
+            of 1000. A model that knows noisy contexts need not trust its own frames blindly (`VideoStream`).
         given: so many first frames of tokens are shown without noise and do not count.
         text: arguments `text` and `text_weight` of the model.
 
@@ -170,8 +172,17 @@ def video_loss(model, objective, video, labels, generator, *, context="clean", g
     if given:
         noisy = torch.cat([video[:, :, : given * unit], noisy[:, :, given * unit :]], dim=2)
         time = torch.cat([torch.zeros_like(time[:, :given]), time[:, given:]], dim=1)
-    finished = video if context == "clean" else None
-    prediction = model(noisy, time, labels=labels, frame_causal=True, finished=finished, **text).to(video.dtype)
+    finished = {}
+    if context == "clean":
+        finished = {"finished": video}
+        if context_noise:
+            level = context_noise * TIME_SCALE * torch.rand(batch, generator=generator, device=video.device)
+            noise_there = torch.randn(video.shape, generator=generator, device=video.device, dtype=video.dtype)
+            finished = {
+                "finished": objective.add_noise(video, noise_there, level),
+                "finished_time": level.to(video.dtype),
+            }
+    prediction = model(noisy, time, labels=labels, frame_causal=True, **finished, **text).to(video.dtype)
     return F.mse_loss(prediction[:, :, given * unit :], objective.target(video, noise)[:, :, given * unit :])
 
 

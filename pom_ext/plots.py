@@ -5,20 +5,22 @@ import numpy as np
 from .checkpoint import written_aside
 
 
-def _figure(path, width, height, draw):
-    """Let draw(axes) fill a figure of that size in inches, and write it to `path` (PNG)."""
+def _figure(path, width, height, *draw):
+    """Let each draw(axes) fill its part, side by side, of a figure of that size in inches; write it to `path` (PNG)."""
     from matplotlib.figure import Figure  # not pyplot: needs no display and leaves no global state
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    draw(figure.add_subplot())
+    for part, fill in enumerate(draw):
+        fill(figure.add_subplot(1, len(draw), part + 1))
     with written_aside(path) as aside:
         figure.savefig(aside, dpi=150, format="png")
 
 
-def save_grid(images, row_labels, path, title=None):
+def save_grid(images, row_labels, path, title=None, column_labels=()):
     """Write images as a grid, one labelled row after the other.
 
-    images: (rows * columns, C, H, W) in [-1, 1] (clamped), C 1 or 3; row_labels: one text per row.
+    images: (rows * columns, C, H, W) in [-1, 1] (clamped), C 1 or 3; row_labels: one text per row; column_labels: one per
+    column, or none.
     """
     rows, gap = len(row_labels), 2
     images = ((images.detach().float().cpu().clamp(-1, 1) + 1) / 2).unflatten(0, (rows, -1))  # (rows, columns, C, H, W)
@@ -34,8 +36,8 @@ def save_grid(images, row_labels, path, title=None):
     def draw(axes):
         axes.imshow(canvas.permute(1, 2, 0).numpy().squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_yticks([row * (height + gap) + (height - 1) / 2 for row in range(rows)], row_labels, fontsize=12)
-        axes.set_xticks([])
-        axes.tick_params(length=0)
+        axes.set_xticks([i * (width + gap) + (width - 1) / 2 for i in range(len(column_labels))], column_labels)
+        axes.tick_params(length=0, labelbottom=False, labeltop=bool(column_labels))
         axes.spines[:].set_visible(False)
         if title:
             axes.set_title(title, fontsize=11)
@@ -71,3 +73,25 @@ def save_loss_curve(losses, path, title=None):
             axes.set_title(title, fontsize=11)
 
     _figure(path, 7, 4, draw)
+
+
+def save_stream_costs(costs, path, title=None):
+    """Write time and memory of every frame of a stream as two curves beside each other.
+
+    costs: {name: {"milliseconds": [...], "bytes": [...]}}, one entry a frame.
+    """
+
+    def draw_one(axes, key, scale, label):
+        for name, of_frame in costs.items():
+            axes.plot([value / scale for value in of_frame[key]], label=name, linewidth=1.4)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("frame")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+    def times(axes):
+        draw_one(axes, "milliseconds", 1, "milliseconds a frame")
+        axes.set_title(title, fontsize=10, loc="left")
+
+    _figure(path, 9, 3.6, times, lambda axes: draw_one(axes, "bytes", 2**20, "MiB remembered"))

@@ -6,12 +6,14 @@ import hashlib
 import torch
 
 from .checkpoint import read_checkpoint, save_checkpoint
-from .diffusion import OBJECTIVES, FlowMatching, build_objective, check_context, seeded_generator
+from .diffusion import OBJECTIVES, TIME_SCALE, FlowMatching, build_objective, check_context, seeded_generator
 from .models.past import Past
 from .models.video import VideoDiT
 from .solvers import check_solver, denoise, evaluations
 
-SETTINGS = ("context", "steps", "solver", "guidance", "seed", "frame", "batch", "size")
+SETTINGS = ("context", "context_noise", "steps", "solver", "guidance", "seed", "frame", "batch", "size")
+
+DRAWN, REMEMBERED = 0, 1  # the two kinds of noise of a frame
 
 
 class VideoStream:
@@ -26,6 +28,9 @@ class VideoStream:
         context: what a frame sees of those before it. "clean": the finished frames, in one `Past`. "shared": their noise
             at the same evaluation of the model, in a `Past` for each; drawing frame after frame is then the same as
             drawing all at once, to rounding. It must be what the model was trained with.
+        context_noise: for clean context, the time at which a finished frame is remembered, as a share of 1000, with the
+            noise of that time. Above 0 its details count less, and the model corrects them by what it knows of the data:
+            a long stream drifts less. Not more than the model was trained with (`video_loss`).
         objective: what the model was trained for, `FlowMatching()` by default.
         steps, solver: of the solver; "heun" asks the model twice a step, "euler" once, and for noise prediction is DDIM.
         guidance: classifier-free guidance as in `guided_prediction`; 1 is none, others draw each video twice, with the
@@ -40,15 +45,20 @@ class VideoStream:
     """
 
     def __init__(self, model, labels=None, *, text=None, text_weight=None, batch=None, size=None, context="clean",
-                 objective=None, steps=8, solver="euler", guidance=1.0, seed=0, window=0, decay=1.0):  # fmt: skip
+                 context_noise=0.0, objective=None, steps=8, solver="euler", guidance=1.0, seed=0, window=0, decay=1.0):  # fmt: skip
         if not isinstance(model, VideoDiT):
             raise TypeError(f"model: expected a VideoDiT, got {type(model).__name__}")
         self.objective = FlowMatching() if objective is None else objective
         check_context(context)
         check_solver(self.objective, steps, guidance, solver)
+        if not 0 <= context_noise < 1 or (context_noise and context != "clean"):
+            raise ValueError(
+                f"context_noise: expected at least 0 and less than 1, with context='clean', got {context_noise}"
+            )
         if guidance != 1 and not (model.n_classes or model.text_dim):
             raise ValueError(f"guidance: a model without classes and text draws with guidance=1 only, got {guidance}")
-        self.model, self.context, self.steps, self.solver, self.guidance = model, context, steps, solver, guidance
+        self.model, self.context, self.context_noise = model, context, context_noise
+        self.steps, self.solver, self.guidance = steps, solver, guidance
         self.seed, self.frame, self.size = seed, 0, tuple(model.size if size is None else size)
         conditions = [given for given in (labels, text) if given is not None]
         self.batch = (len(conditions[0]) if conditions else 1) if batch is None else batch
@@ -90,9 +100,9 @@ class VideoStream:
                 return conditional
             return unconditional[0] + self.guidance * (conditional - unconditional[0])
 
-        drawn = denoise(predict, self._noise(frames), self.objective, self.steps, self.solver)
+        drawn = denoise(predict, self._noise(frames, DRAWN), self.objective, self.steps, self.solver)
         if not shared:
-            after = [self._evaluate(drawn, 0, self.pasts[0], arguments, return_past=True)[1]]
+            after = [self._remember(drawn, self.pasts[0], arguments)]
         self.pasts, self.frame = tuple(after), self.frame + frames
         return drawn
 
@@ -112,7 +122,7 @@ class VideoStream:
             )
         arguments, video = self._arguments(labels), video.to(weight)
         distinct = {id(past): past for past in self.pasts}  # of shared noise all are one at the start
-        after = {i: self._evaluate(video, 0, past, arguments, return_past=True)[1] for i, past in distinct.items()}
+        after = {i: self._remember(video, past, arguments) for i, past in distinct.items()}
         self.pasts = tuple(after[id(past)] for past in self.pasts)
         self.frame += video.shape[2] // self.model.patch[0]
 
@@ -204,7 +214,15 @@ class VideoStream:
         out = self.model(x, time, **arguments, frame_causal=True, past=past, return_past=return_past)
         return out if return_past else (out, None)
 
-    def _noise(self, frames):
+    def _remember(self, video, past, arguments):
+        """The past after finished frames."""
+        time = TIME_SCALE * self.context_noise
+        if time:
+            noise = self._noise(video.shape[2] // self.model.patch[0], REMEMBERED)
+            video = self.objective.add_noise(video, noise, torch.full((self.batch,), time, device=video.device))
+        return self._evaluate(video, time, past, arguments, return_past=True)[1]
+
+    def _noise(self, frames, purpose):
         weight, unit = self.model.patch_in.weight, self.model.patch[0]
         shape = (self.model.in_channels, unit, *self.size)
         videos = [

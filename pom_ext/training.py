@@ -19,8 +19,8 @@ from .models.video import VideoDiT
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. `shift` is explained at `diffusion.noise_shift`, `context` and `given`, which are for video, at
-    `diffusion.video_loss`; `warmup` counts steps."""
+    """How to train. `shift` is explained at `diffusion.noise_shift`, `context`, `context_noise` and `given`, which are for
+    video, at `diffusion.video_loss`; `warmup` counts steps."""
 
     objective: str = "flow"
     shift: float = 1.0
@@ -32,6 +32,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     label_dropout: float = 0.1
     context: str = "clean"
+    context_noise: float = 0.0
     given: int = 0
     bf16: bool = False
     seed: int = 0
@@ -44,6 +45,8 @@ class TrainConfig:
         for name in ("weight_decay", "warmup", "given", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if not 0 <= self.context_noise <= 1:
+            raise ValueError(f"context_noise: expected 0 to 1, got {self.context_noise}")
         for name in ("ema_decay", "label_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 0 and less than 1, got {getattr(self, name)}")
@@ -147,7 +150,9 @@ class Trainer:
         given = (self.wrapped, self.objective, clean.to(device), labels, generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             if isinstance(self.model, VideoDiT):
-                loss = video_loss(*given, context=config.context, given=config.given)
+                loss = video_loss(
+                    *given, context=config.context, context_noise=config.context_noise, given=config.given
+                )
             else:
                 loss = diffusion_loss(*given)
         value = loss.item()

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))  # the build is no part of the installed package
 
 import build_cuda
 from build_objects import Job, compile_stale, workers
-from pom_ext.cli import _describe_kernels
+from pom_ext.doctor import _describe_kernels
 
 KNOWN = {"8.0", "8.6", "8.9", "9.0", "10.0", "12.0"}
 

@@ -157,24 +157,35 @@ def test_an_interrupted_train_says_how_to_go_on(pictures, tmp_path, monkeypatch)
 
 def test_demo_writes_all_its_files(tmp_path, monkeypatch):
     """The whole demo with hardly any training: the report must tell the truth about unreadable samples, too."""
-    from pom_ext import demo
+    from pom_ext.demo import images, run_demo, video
 
-    monkeypatch.setattr(demo, "SAMPLING", {"steps": 2, "guidance": 1.0, "solver": "euler"})
-    report = demo.run_demo(tmp_path, seconds=0.5, per_class=10)
-    expected = {"samples.png", "loss.png", "model.safetensors", "report.md", "report.json"}
+    monkeypatch.setattr(images, "SAMPLING", {"steps": 2, "guidance": 1.0, "solver": "euler"})
+    monkeypatch.setattr(video, "SAMPLING", {**video.SAMPLING, "steps": 1})
+    monkeypatch.setattr(video, "COSTS", 6)
+    report = run_demo(tmp_path, image_seconds=0.5, video_seconds=0.5, per_class=10, streams=1)
+    expected = {"samples.png", "loss.png", "model.safetensors", "report.md", "report.json", "video.safetensors"}
+    expected |= {"video_loss.png", "video.png", "video.gif", "video.mp4", "stream.png"}
     assert {path.name for path in tmp_path.iterdir()} == expected
     assert json.loads((tmp_path / "report.json").read_text()) == report
-    assert report["classifier_accuracy_on_real_images"] >= 0.97
-    assert report["samples_read_as_requested"] < 0.9, "half a second of training draws no digits"
-    assert f"{report['samples_read_as_requested']:.1%}" in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    pictures, clips = report["images"], report["video"]
+    assert pictures["classifier_accuracy_on_real_images"] >= 0.97
+    assert pictures["samples_read_as_requested"] < 0.9, "half a second of training draws no digits"
+    assert clips["classifier_accuracy_on_real_frames"] >= 0.9
+    assert clips["read_at_twice_the_trained_length"] < 0.9
+    for share in (pictures["samples_read_as_requested"], clips["read_within_the_trained_length"]):
+        assert f"{share:.1%}" in text
+    costs = clips["costs"]
+    assert len(set(costs["PoM"]["bytes"])) == 1 and len(set(costs["attention"]["bytes"])) == 6
     assert Image.open(tmp_path / "samples.png").size[0] > 600
+    with Image.open(tmp_path / "video.gif") as gif:
+        assert gif.n_frames == clips["stream"]["frames"] == 24
 
 
 def test_bench_runs_the_source_trees_benchmarks(monkeypatch, tmp_path):
-    from pom_ext import cli
+    from pom_ext.cli import tools
 
-    package = tmp_path / "pom_ext"
-    monkeypatch.setattr(cli, "__file__", str(package / "cli.py"))
+    monkeypatch.setattr(tools, "__file__", str(tmp_path / "pom_ext" / "cli" / "tools.py"))
     assert_fails(call("bench"), "no ", "benchmarks/run.py")
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "run.py").write_text("import sys; sys.exit(len(sys.argv))")
@@ -200,12 +211,12 @@ def test_doctor_prints_why_the_library_does_not_load(monkeypatch):
 def test_help_and_import_are_light():
     """Neither importing the package nor asking for help loads what only training needs."""
     code = (
-        "import sys, pom_ext, pom_ext.cli; heavy = {'diffusers', 'accelerate', 'matplotlib', 'mlxtend', 'PIL', 'sklearn'};"
+        "import sys, pom_ext, pom_ext.cli; heavy = {'diffusers', 'accelerate', 'matplotlib', 'mlxtend', 'PIL', 'sklearn', 'av', 'ale_py', 'pygame', 'starlette'};"
         "print(heavy & set(sys.modules) or 'light')"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed == "light\n"
     result = call("--help")
     assert result.exit_code == 0
-    for name in ("demo", "train", "sample", "bench", "doctor"):
+    for name in ("demo", "train", "sample", "stream", "play", "bench", "doctor"):
         assert name in result.output

@@ -10,7 +10,7 @@ from video_cases import CONDITION, CONDITIONS, HYBRID, MIXER, small
 from pom_ext.diffusion import FlowMatching, NoisePrediction, video_loss
 from pom_ext.sampling import sample_frames
 from pom_ext.solvers import denoise
-from pom_ext.streaming import VideoStream
+from pom_ext.streaming import DRAWN, VideoStream
 
 SOLVER = pytest.mark.parametrize("solver", ["euler", "heun"])
 GUIDANCE = pytest.mark.parametrize("guidance", [1.0, 2.5])
@@ -66,7 +66,7 @@ def test_all_at_once_is_plain_denoising_of_the_clip():
     model = small(n_classes=4)
     labels, guidance = torch.tensor([2, 0]), 1.7
     stream = VideoStream(model, labels, context="shared", steps=4, guidance=guidance, objective=FlowMatching(3.0))
-    noise = stream._noise(5)
+    noise = stream._noise(5, DRAWN)
 
     def predict(x, time):
         time = torch.full((2,), time, dtype=torch.float64)
@@ -88,7 +88,7 @@ def test_clean_context_draws_each_frame_among_the_finished_ones(mixer, condition
     model = small(mixer=mixer, **CONDITIONS[condition])
     given = conditions(model)
     stream = VideoStream(model, steps=3, solver="heun", guidance=guidance, **given)
-    noise, drawn = VideoStream(model, context="shared", batch=2)._noise(4), draw(stream, 4)
+    noise, drawn = VideoStream(model, context="shared", batch=2)._noise(4, DRAWN), draw(stream, 4)
     del given["batch"]
     free = {name: torch.full_like(t, model.n_classes) for name, t in given.items() if name == "labels"}
     if model.text_dim:

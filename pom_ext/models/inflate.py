@@ -36,7 +36,11 @@ def inflate(model, *, length, size=None, frames=1):
     for name in ("n_registers", "window"):
         del config[name]
     video = VideoDiT(
-        size=(side, side) if size is None else size, length=length, patch=(frames, patch, patch), positions="space", **config
+        size=(side, side) if size is None else size,
+        length=length,
+        patch=(frames, patch, patch),
+        positions="space",
+        **config,
     )
     tensors = {}
     for name, tensor in model.state_dict().items():

@@ -153,7 +153,7 @@ class VideoDiT(nn.Module):
         return Past(frames, grid.height, grid.width, memories, tails, forgetting)
 
     def forward(self, video, time, text=None, labels=None, *, text_weight=None, frame_causal=False, finished=None,
-                past=None, return_past=False):  # fmt: skip
+                finished_time=None, past=None, return_past=False):  # fmt: skip
         """Predict noise, velocity or whatever the model is trained for.
 
         With T' = T / patch[0] frames of tokens. Frames given one after the other, in chunks of any length and each with
@@ -168,8 +168,9 @@ class VideoDiT(nn.Module):
             text_weight: (B, L) weight of every text token, at least 0; all 0 is an empty text. None sees all.
             frame_causal: a token sees the frames up to and with its own, instead of all.
             finished: (B, C, T, H, W), the same frames without noise, for frame_causal=True. A token of `video` then sees
-                the finished frames before its own, at time 0, and its own frame in `video`: all frames at once come out
-                as one by one with the past of the finished ones. Twice the cost, linear in frames (attention aside).
+                the finished frames before its own, and its own frame in `video`: all frames at once come out as one by
+                one with the past of the finished ones. Twice the cost, linear in frames (attention aside).
+            finished_time: (B,) or (B, T'), the time of the finished frames; None: 0.
             past: `Past` of the frames before, for frame_causal=True.
             return_past: also return the `Past` after these frames, the finished ones if given; for frame_causal=True.
 
@@ -180,14 +181,21 @@ class VideoDiT(nn.Module):
             TypeError, ValueError: an argument of another type, shape, device or range.
         """
         self._check_inputs(video, time, text, labels, text_weight)
+        paired = finished is not None
+        if finished_time is not None and not paired:
+            raise ValueError("finished_time: expected None where no finished frames are given")
         t, h, w = self.patch
         grid, frames = Grid(video.shape[3] // h, video.shape[4] // w), video.shape[2] // t
         self._check_past(past, frame_causal, return_past, len(video), grid)
         first = 0 if past is None else past.frames
-        paired = finished is not None
         if paired:
-            self._check_finished(finished, video, frame_causal)
-            video, time = torch.cat([finished, video]), torch.cat([torch.zeros_like(time), time])
+            finished_time = torch.zeros_like(time) if finished_time is None else finished_time
+            self._check_finished(finished, finished_time, video, frame_causal)
+            if finished_time.dim() != time.dim():
+                time, finished_time = (
+                    t if t.dim() == 2 else t[:, None].expand(-1, frames) for t in (time, finished_time)
+                )
+            video, time = torch.cat([finished, video]), torch.cat([finished_time, time])
             text, labels, text_weight = (
                 None if given is None else torch.cat([given, given]) for given in (text, labels, text_weight)
             )
@@ -256,13 +264,7 @@ class VideoDiT(nn.Module):
                 f"video: expected frames, height and width to be multiples of the patch {self.patch}, "
                 f"got {' x '.join(map(str, video.shape[2:]))}; pad or resize them"
             )
-        one, many = (len(video),), (len(video), video.shape[2] // self.patch[0])
-        for name, tensor in (("time", time), ("labels", labels)):
-            if tensor is not None and tensor.shape not in (one, many):
-                raise ValueError(
-                    f"{name}: expected shape {one}, one per video, or {many}, one per frame of tokens, "
-                    f"got {tuple(tensor.shape)}"
-                )
+        self._check_marks(video, time=time, labels=labels)
         if text is not None and (text.dim() != 3 or text.shape[::2] != (len(video), self.text_dim)):
             raise ValueError(f"text: expected shape ({len(video)}, L, {self.text_dim}), got {tuple(text.shape)}")
         if text_weight is not None and text_weight.shape != text.shape[:2]:
@@ -270,10 +272,20 @@ class VideoDiT(nn.Module):
         if labels is not None:
             blocks.check_labels(labels, self.n_classes)
 
-    def _check_finished(self, finished, video, frame_causal):
+    def _check_marks(self, video, **marks):
+        one, many = (len(video),), (len(video), video.shape[2] // self.patch[0])
+        for name, tensor in marks.items():
+            if tensor is not None and tensor.shape not in (one, many):
+                raise ValueError(
+                    f"{name}: expected shape {one}, one per video, or {many}, one per frame of tokens, "
+                    f"got {tuple(tensor.shape)}"
+                )
+
+    def _check_finished(self, finished, finished_time, video, frame_causal):
         if not frame_causal:
             raise ValueError("frame_causal: expected True with finished frames, which later ones must not change")
-        blocks.check_placed(self.patch_in.weight, finished=finished)
+        blocks.check_placed(self.patch_in.weight, finished=finished, finished_time=finished_time)
+        self._check_marks(video, finished_time=finished_time)
         if finished.shape != video.shape or finished.dtype != video.dtype:
             raise ValueError(
                 f"finished: expected {tuple(video.shape)} in {video.dtype} as the video, got {tuple(finished.shape)} in "

@@ -137,13 +137,17 @@ class FrameAttention(Attention):
         weight = self.out_proj.weight
         return KeyValues(*weight.new_zeros(2, batch, tokens, len(weight), device=device))
 
+    def extend(self, memory, keys, values):
+        """Keys and values of the memory and, behind them, these."""
+        if memory is None:
+            return keys, values
+        return torch.cat([memory.keys, keys], dim=1), torch.cat([memory.values, values], dim=1)
+
     def forward(self, x, layout, memory=None):
         frames, size = x.shape[1:3]
         window = layout.forgetting.window
         q, k, v = self.qkv(x.flatten(1, 2)).chunk(3, dim=-1)  # (B, T * S, D)
-        keys, values = layout.finished(k), layout.finished(v)
-        if memory is not None:
-            keys, values = torch.cat([memory.keys, keys], dim=1), torch.cat([memory.values, values], dim=1)  # (B, N, D)
+        keys, values = self.extend(memory, layout.finished(k), layout.finished(v))  # (B, N, D)
         mask = None
         if layout.causal and (frames > 1 or layout.paired):
             frame = torch.arange(keys.shape[1], device=x.device) // size  # (N,)

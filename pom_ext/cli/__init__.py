@@ -1,0 +1,23 @@
+"""The command `pom-ext`."""
+
+import typer
+
+from .common import one_line_errors
+from .draw import sample
+from .tools import bench, demo, doctor
+from .train import train
+from .video import play, stream
+
+app = typer.Typer(
+    help="PoM: train and sample diffusion transformers whose cost is linear in tokens.", no_args_is_help=True
+)
+for command in (demo, train, sample, stream, play):
+    app.command()(one_line_errors(command))
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+app.command(context_settings=PASS_ON)(one_line_errors(bench))
+app.command()(doctor)
+
+
+def main():
+    """Entry point of the command."""
+    app()

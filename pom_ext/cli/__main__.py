@@ -1,0 +1,5 @@
+"""python -m pom_ext.cli"""
+
+from . import main
+
+main()

@@ -1,0 +1,54 @@
+"""The report of the demo, for people."""
+
+
+def markdown(report):
+    """report.md"""
+    images, video = report["images"], report["video"]
+    sampling, digits, stream = images["sampling"], images["samples_read_as_requested_by_digit"], video["stream"]
+    costs, clip = video["costs"], video["clip_frames"]
+    last = len(costs["PoM"]["bytes"])
+    return f"""# Demo: digits drawn, moved and streamed by PoM
+
+{report["machine"]}, on {images["device"]}; everything in {report["total_seconds"]} s
+
+## Images
+
+| | |
+|---|---|
+| model | ImageDiT, {images["parameters"]:,} parameters, mixer {images["model"]["mixer"]} |
+| training | {images["steps"]:,} steps in {images["training_seconds"]} s ({images["milliseconds_per_step"]} ms a step) |
+| final loss | {images["final_loss"]} |
+| sampling | {sampling["images"]} images in {sampling["seconds"]} s, {sampling["steps"]} {sampling["solver"]} steps, guidance {sampling["guidance"]} |
+| requested digit read in | **{images["samples_read_as_requested"]:.1%}** of the samples |
+| the classifier itself | {images["classifier_accuracy_on_real_images"]:.1%} on 1,000 real images it was not trained on |
+
+| digit | {" | ".join(digits)} |
+|---|{"---|" * len(digits)}
+| read | {" | ".join(f"{share:.0%}" for share in digits.values())} |
+
+![samples](samples.png)
+
+![loss](loss.png)
+
+## Video
+
+The image model goes on as a video model: it learns moving digits in clips of {clip} frames, then streams {stream["frames"]}.
+
+| | |
+|---|---|
+| training | {video["steps"]:,} steps in {video["training_seconds"]} s ({video["milliseconds_per_step"]} ms a step) |
+| final loss | {video["final_loss"]} |
+| streaming | {stream["videos"]} videos of {stream["frames"]} frames in {stream["seconds"]} s, {stream["steps"]} {stream["solver"]} steps a frame, guidance {stream["guidance"]} |
+| what a video remembers | {video["state_bytes_per_video"]:,} bytes, however long it is |
+| requested digit read within {clip} frames | **{video["read_within_the_trained_length"]:.1%}** |
+| in the last frames of twice that | **{video["read_at_twice_the_trained_length"]:.1%}** |
+| by frame | {", ".join(f"{share:.0%}" for share in video["frames_read_as_requested"])} |
+| the classifier itself | {video["classifier_accuracy_on_real_frames"]:.1%} on real frames it was not trained on |
+| frame {last} | {costs["PoM"]["milliseconds"][-1]:.1f} ms and {costs["PoM"]["bytes"][-1]:,} bytes; with attention {costs["attention"]["milliseconds"][-1]:.1f} ms and {costs["attention"]["bytes"][-1]:,} bytes |
+
+![video](video.gif)
+
+![frames](video.png)
+
+![time and memory of a frame](stream.png)
+"""

@@ -1,0 +1,70 @@
+"""What is installed, what was built and what runs here."""
+
+import importlib.util
+import platform
+import re
+from pathlib import Path
+
+TRAINING = ("accelerate", "ale_py", "av", "diffusers", "matplotlib", "mlxtend", "PIL", "tqdm")
+PLAYING = ("pygame", "starlette", "uvicorn", "websockets")
+
+
+def diagnose():
+    """Yield a line for each thing there is to know; at the end, raise what `_library.load` raises."""
+    import torch
+
+    from . import __version__
+    from ._library import load
+
+    yield f"pom_ext    {__version__}, {Path(__file__).resolve().parent}"
+    yield f"python     {platform.python_version()}, {platform.system()} {platform.machine()}"
+    yield f"torch      {torch.__version__}, {torch.get_num_threads()} threads, CPU {torch.backends.cpu.get_cpu_capability()}"
+    yield f"cuda       {_describe_cuda(torch)}"
+    for purpose, extra, wanted in (("training", "train", TRAINING), ("playing", "play", PLAYING)):
+        missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+        yield f"{purpose:10} {'ready' if not missing else f'missing {missing}: pip install pom_ext[{extra}]'}"
+    load()
+    yield f"library    loaded, {importlib.util.find_spec('pom_ext._C').origin}"
+    yield f"kernels    {_describe_kernels(torch)}"
+
+
+def _describe_cuda(torch):
+    if not torch.cuda.is_available():
+        return "no GPU here" if torch.version.cuda else "none: this torch is built for the CPU"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{torch.version.cuda}, {', '.join(names)}"
+
+
+def _describe_kernels(torch):
+    """What the library was built for, and whether that serves the GPUs that are here."""
+    built = torch.ops.pom_ext.cuda_architectures()
+    if not built:
+        return "CPU only; for CUDA, build again with nvcc on the path"
+    text = f"CPU, CUDA {built.replace(';', ', ')}"
+    if not torch.cuda.is_available():
+        return text
+    here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    lacking = ["{}.{}".format(*capability) for capability in sorted(here) if not _serves(built, capability)]
+    if not lacking:
+        return f"{text}, which serves every GPU here"
+    return f"{text}, NOT the GPU here: build again with TORCH_CUDA_ARCH_LIST='{';'.join(lacking)}'"
+
+
+def _serves(built, capability):
+    """Whether code for the architectures "8.0;9.0a;12.0+PTX" runs on a GPU of this (major, minor).
+
+    Machine code runs on later minor versions too, PTX on everything later; an "a" binds both to the one GPU, an "f" to
+    its family.
+    """
+    for name in built.split(";"):
+        number, suffix, ptx = re.fullmatch(r"(\d+\.\d)([af]?)(\+PTX)?", name).groups()
+        major, minor = map(int, number.split("."))
+        if suffix == "a":
+            serves = capability == (major, minor)
+        elif ptx and not suffix:
+            serves = capability >= (major, minor)
+        else:
+            serves = capability[0] == major and capability[1] >= minor
+        if serves:
+            return True
+    return False

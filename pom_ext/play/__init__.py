@@ -1,0 +1,8 @@
+"""Interactive video: a stream of frames that answers to the keys of a player, in a browser page or a window."""
+
+from .browser import Browser
+from .keys import Keys, script
+from .loop import Picture, Statistics, Terminal, Turn, play
+from .window import Window
+
+__all__ = ["Browser", "Keys", "Picture", "Statistics", "Terminal", "Turn", "Window", "play", "script"]

@@ -1,0 +1,169 @@
+"""The loop of interactive video: read the keys, draw a frame, show it, again."""
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .keys import Keys
+
+
+class Turn(NamedTuple):
+    """What the player wants of the next frame."""
+
+    keys: frozenset = frozenset()
+    reset: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A frame to show."""
+
+    pixels: np.ndarray  # (H, W, 3) uint8
+    frame: int  # 1 is the first of the stream
+    milliseconds: float  # from reading the keys to the pixels
+    fps: float  # frames a second of late, without the time that the player paused; 0 at the first
+    nbytes: int  # that the stream remembers
+    action: str  # name of the class drawn; "" if there are none
+
+    def __str__(self):
+        action = f"   {self.action}" if self.action else ""
+        return f"frame {self.frame}   {self.milliseconds:.1f} ms   {self.fps:.1f} fps{action}"
+
+
+class Terminal:
+    """A screen that only writes a line for each frame; nobody plays. `Browser` and `Window` have the same methods."""
+
+    def __init__(self, write=print):
+        self.write = write
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def turn(self):
+        """The `Turn` of the player, None to end. Waits as long as the player pauses."""
+        return Turn()
+
+    def show(self, picture):
+        """Show a `Picture`. Returns at once."""
+        self.write(str(picture))
+
+
+@dataclass
+class Statistics:
+    """Of all frames that a loop has drawn; of the times the latest 10,000 are kept, so that it can run for ever."""
+
+    frames: int = 0
+    seconds: float = 0.0  # with pacing, without the pauses of the player
+    milliseconds: deque = field(default_factory=lambda: deque(maxlen=10_000), repr=False)
+
+    @property
+    def median(self):
+        """Milliseconds a frame."""
+        return float(np.median(self.milliseconds))
+
+    @property
+    def p99(self):
+        """Milliseconds a frame; 99 % of them took no longer."""
+        return float(np.percentile(self.milliseconds, 99))
+
+    @property
+    def fps(self):
+        """Frames a second."""
+        return self.frames / self.seconds if self.seconds else 0.0
+
+    def __str__(self):
+        if not self.frames:
+            return "no frames"
+        return (
+            f"{self.frames} frames, {self.median:.1f} ms each (median), {self.p99:.1f} ms (99th percentile), "
+            f"{self.fps:.1f} frames a second"
+        )
+
+
+class Pacer:
+    """Keeps the rhythm of at most `fps` frames a second (None: as fast as they come).
+
+    Waits until fixed points in time, so that the error of one wait is not carried to the next. A late frame moves the
+    points: those after it do not hurry.
+    """
+
+    def __init__(self, fps=None, clock=time.perf_counter, sleep=time.sleep):
+        if fps is not None and not fps > 0:
+            raise ValueError(f"fps: expected more than 0 frames a second, or None for no limit, got {fps}")
+        self.interval = 0 if fps is None else 1 / fps
+        self.clock, self.sleep = clock, sleep
+        self.due = clock()
+
+    def wait(self):
+        """Until the next frame may begin."""
+        now = self.clock()
+        self.due = max(self.due + self.interval, now)
+        if self.due > now:
+            self.sleep(self.due - now)
+
+
+def play(stream, screen, classes=(), *, script=None, fps=None, frames=None, clock=time.perf_counter, sleep=time.sleep):
+    """Draw frame after frame for a player, until the player ends it or presses Ctrl-C.
+
+    Args:
+        stream: a `VideoStream` of one video. Reset takes it back to where it is now.
+        screen: a `Browser`, a `Window` or a `Terminal`, entered.
+        classes: names of the model's labels, such as the actions of a game.
+        script: labels, one for each frame, instead of the keys; after the last the loop ends.
+        fps: at most so many frames a second; None draws as fast as it can. The keys are read after the wait.
+        frames: end after so many frames of the stream.
+        clock, sleep: as of the module time, in seconds.
+
+    Returns:
+        The `Statistics` of the frames.
+
+    Raises:
+        ValueError: an argument out of range.
+        Anything that the stream raises; it is then still at its last good frame.
+    """
+    if frames is not None and frames < 1:
+        raise ValueError(f"frames: expected at least 1, or None for no end, got {frames}")
+    keys, pacer, statistics = Keys(classes), Pacer(fps, clock, sleep), Statistics()
+    start, recent, steps = stream.fork(), deque(maxlen=30), 0  # recent: seconds from frame to frame
+    try:
+        while (frames is None or steps < frames) and (script is None or stream.frame - start.frame < len(script)):
+            turn = screen.turn()
+            if turn is None:
+                break
+            if turn.reset:
+                stream.rewind(start)
+            begun = clock()
+            label = keys.label(turn.keys) if script is None else script[stream.frame - start.frame]
+            pictures = to_pixels(stream.next(None if label is None else torch.tensor([label])))
+            milliseconds = 1000 * (clock() - begun) / len(pictures)
+            steps += 1
+            for i, pixels in enumerate(pictures):
+                number = (stream.frame - 1) * len(pictures) + i + 1
+                rate = len(recent) / sum(recent) if sum(recent) else 0.0
+                action = "" if label is None else keys.classes[label]
+                screen.show(Picture(pixels, number, milliseconds, rate, stream.nbytes, action))
+                pacer.wait()
+                shown = clock()
+                statistics.frames += 1
+                statistics.seconds += shown - begun
+                statistics.milliseconds.append(milliseconds)
+                recent.append(shown - begun)
+                begun = shown
+    except KeyboardInterrupt:
+        pass
+    return statistics
+
+
+def to_pixels(video):
+    """The pictures (t, H, W, 3) uint8 of one video (1, C, t, H, W) in [-1, 1] (clamped), C 1 or 3."""
+    if video.dim() != 5 or video.shape[0] != 1 or video.shape[1] not in (1, 3):
+        raise ValueError(f"stream: expected one video (1, 1 or 3, t, H, W) to show, got {tuple(video.shape)}")
+    pixels = ((video[0].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)
+    return pixels.expand(-1, -1, -1, 3).contiguous().cpu().numpy()
