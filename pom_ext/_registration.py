@@ -6,7 +6,7 @@ features are computed again.
 
 import torch
 
-from .checks import accumulator
+from .checks import FORMS, accumulator
 
 
 def _new_state(u, groups):
@@ -16,7 +16,7 @@ def _new_state(u, groups):
 
 
 def _new_coeff_grad(u, form, degree):
-    return u.new_empty(*((u.shape[2], degree) if form == "power" else (0, 0)), dtype=accumulator(u.dtype))
+    return u.new_empty(*((u.shape[2], degree) if form == FORMS.index("power") else (0, 0)), dtype=accumulator(u.dtype))
 
 
 def _contiguous_like(t):

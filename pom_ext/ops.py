@@ -6,6 +6,7 @@ from torch.autograd.graph import increment_version
 
 from . import _library
 from .checks import (
+    FORMS,
     accumulator,
     check_features,
     check_gate,
@@ -113,7 +114,7 @@ def polynomial_state(
     weight, mask, offsets, cumulative = _context(u, weight, mask, 1 if causal else frames, cu_seqlens)
     new = State(
         *torch.ops.pom_ext.state(
-            u, _coefficients(coeff, u), weight, mask, offsets, cumulative, *_angles(rotary), form, degree
+            u, _coefficients(coeff, u), weight, mask, offsets, cumulative, *_angles(rotary), FORMS.index(form), degree
         )
     )
     return new if state is None else state + new
@@ -156,7 +157,7 @@ def polynomial_readout(gate, state, *, form, n_sel_heads=1, frames=None, cu_seql
     if offsets is not None and offsets.shape[0] != groups + 1:
         raise ValueError(f"state: {groups} groups do not match offsets of {offsets.shape[0] - 1} groups")
     return torch.ops.pom_ext.readout(
-        gate, state.total, state.residual, state.count, offsets, *_angles(rotary), form, n_sel_heads
+        gate, state.total, state.residual, state.count, offsets, *_angles(rotary), FORMS.index(form), n_sel_heads
     )
 
 
@@ -217,7 +218,9 @@ def _mix_arguments(u, coeff, form, weight, rotary, gate_rotary, state):
 
 def _whole_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary, state, return_state):
     coeff, weight, prior, angles, gate_angles = _mix_arguments(u, coeff, form, weight, rotary, gate_rotary, state)
-    y, *new = torch.ops.pom_ext.mix(u, gate, coeff, weight, *prior, *angles, *gate_angles, form, degree, n_sel_heads)
+    y, *new = torch.ops.pom_ext.mix(
+        u, gate, coeff, weight, *prior, *angles, *gate_angles, FORMS.index(form), degree, n_sel_heads
+    )
     return (y, State(*new)) if return_state else y
 
 
@@ -227,7 +230,7 @@ def _causal_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_
         raise ValueError("rotary and gate_rotary: with causal=True give both or neither")
     cos, sin, axes = angles
     y, *new = torch.ops.pom_ext.causal_mix(
-        u, gate, coeff, weight, *prior, cos, sin, *gate_angles[:2], axes, form, degree, n_sel_heads
+        u, gate, coeff, weight, *prior, cos, sin, *gate_angles[:2], axes, FORMS.index(form), degree, n_sel_heads
     )
     return (y, State(*new)) if return_state else y
 
@@ -275,7 +278,7 @@ def polynomial_update(
                 f"state.{name}: expected a contiguous tensor, since it is written in place; give state.clone()"
             )
     y = torch.ops.pom_ext.update(
-        u, gate, coeff, weight, *prior, state.ticket, *angles, *gate_angles, form, degree, n_sel_heads
+        u, gate, coeff, weight, *prior, state.ticket, *angles, *gate_angles, FORMS.index(form), degree, n_sel_heads
     )
     increment_version(prior)  # a backward pass that needs the old values raises instead of using the new ones
     return y

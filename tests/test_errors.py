@@ -279,7 +279,7 @@ def registered_update(device, **changes):
     arguments = {
         "u": U, "gate": GATE, "coeff": None, "weight": None, "total": shape(2, 1, 8), "residual": shape(2, 1, 8),
         "count": shape(2, 1).double(), "ticket": shape(2).int(), "cos": None, "sin": None, "axes": 0, "gate_cos": None,
-        "gate_sin": None, "gate_axes": 0, "form": "product", "degree": 2, "heads": 1,
+        "gate_sin": None, "gate_axes": 0, "form": 0, "degree": 2, "heads": 1,
     } | changes  # fmt: skip
     given = [value.to(device) if isinstance(value, torch.Tensor) else value for value in arguments.values()]
     return torch.ops.pom_ext.update(*given), given[4:8]

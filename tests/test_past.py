@@ -207,18 +207,25 @@ def test_key_values_grow():
 @CONV
 @CONDITION
 @pytest.mark.parametrize("marks", ["shared", "per-frame"])
-def test_among_finished_frames_all_at_once_equals_one_by_one(mixer, local_conv, condition, marks):
+@pytest.mark.parametrize("finished_time", [None, "shared", "per-frame"])
+def test_among_finished_frames_all_at_once_equals_one_by_one(mixer, local_conv, condition, marks, finished_time):
     """Outputs, the past, and the gradients of the summed loss: what training in parallel rests on."""
     model = small(mixer=mixer, local_conv=local_conv, **CONDITIONS[condition])
     given = inputs(model, per_frame=marks == "per-frame")
     finished = torch.randn_like(given["video"])
-    clean = given | {"video": finished, "time": torch.zeros_like(given["time"])}
+    times = {
+        None: torch.zeros(3),
+        "shared": torch.tensor([0.0, 300, 7]),
+        "per-frame": 50 * torch.arange(18.0).view(3, 6),
+    }
+    clean = given | {"video": finished, "time": times[finished_time].double()}
     past, outs = None, []
     for frame in range(FRAMES):
         outs.append(model(**cut(model, given, frame, frame + 1), frame_causal=True, past=past))
         _, past = model(**cut(model, clean, frame, frame + 1), frame_causal=True, past=past, return_past=True)
     expected = torch.cat(outs, dim=2)
-    out, after = model(**given, frame_causal=True, finished=finished, return_past=True)
+    options = {} if finished_time is None else {"finished_time": clean["time"]}
+    out, after = model(**given, frame_causal=True, finished=finished, return_past=True, **options)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(list(tensors(after)), list(tensors(past)), rtol=1e-10, atol=1e-10)
     one_by_one, at_once = (
@@ -451,6 +458,11 @@ def test_past_needs_frame_causal(option):
             r"finished: expected \(2, 3, 4, 4, 6\) .* as the video, got \(2, 3, 2, 4, 6\)",
         ),
         ({"finished": ZEROS["video"].double(), "frame_causal": True}, "finished: expected .*float32.* got .*float64"),
+        ({"finished_time": torch.zeros(2)}, "finished_time: expected None where no finished frames are given"),
+        (
+            {"finished": ZEROS["video"], "finished_time": torch.zeros(3), "frame_causal": True},
+            r"finished_time: expected shape \(2,\), one per video, or \(2, 2\), one per frame .* got \(3,\)",
+        ),
         ({"finished": ZEROS["video"].to("meta"), "frame_causal": True}, "finished: expected on cpu .* got meta"),
     ],
 )

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -465,6 +466,13 @@ def test_frames_arrive_with_their_numbers():
         assert message["milliseconds"] >= 2 and message["fps"] > 0
         pixels = np.asarray(Image.open(io.BytesIO(message["png"])))
         assert pixels.shape == (6, 8, 3) and (pixels == Scene.colour(message["frame"], 0)).all()
+
+
+def test_frames_are_not_held_back_to_be_sent_together():
+    with playing(Scene()) as browser, Client(browser) as client:
+        client.message("frame")
+        (connection,) = browser._server.server_state.connections
+        assert connection.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_keys_change_the_label_that_the_stream_is_given():

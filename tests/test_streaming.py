@@ -1,16 +1,19 @@
 """Streams: frame after frame equals all at once, files and forks are exact, errors leave the stream as it was."""
 
 import json
+import os
 import struct
+from pathlib import Path
 
 import pytest
 import torch
 from video_cases import CONDITION, CONDITIONS, HYBRID, MIXER, small
 
+from pom_ext import State, polynomial_state, polynomial_update
 from pom_ext.diffusion import FlowMatching, NoisePrediction, video_loss
 from pom_ext.sampling import sample_frames
 from pom_ext.solvers import denoise
-from pom_ext.streaming import DRAWN, VideoStream
+from pom_ext.streaming import DRAWN, REMEMBERED, VideoStream
 
 SOLVER = pytest.mark.parametrize("solver", ["euler", "heun"])
 GUIDANCE = pytest.mark.parametrize("guidance", [1.0, 2.5])
@@ -120,6 +123,27 @@ def test_noise_prediction_streams_too(context):
         torch.testing.assert_close(VideoStream(model, **options).next(frames=3), drawn, rtol=1e-6, atol=1e-6)
 
 
+@torch.no_grad()
+def test_context_noise_remembers_frames_as_the_training_showed_them():
+    """Each finished frame enters the past at that time, with noise of its own, the same in every run."""
+    model = small(n_classes=4, positions="space")
+    stream = VideoStream(model, [1, 2], steps=2, context_noise=0.4, seed=7)
+    drawn = draw(stream, 3)
+    noise, past = VideoStream(model, batch=2, context="shared", seed=7)._noise(3, REMEMBERED), None
+    shown = 0.6 * drawn + 0.4 * noise
+    time = torch.full((2,), 400.0, dtype=torch.float64)
+    _, past = model(shown, time, labels=torch.tensor([1, 2]), frame_causal=True, return_past=True)
+    for held, expected in zip(stream.pasts[0].state_dict().values(), past.state_dict().values(), strict=True):
+        torch.testing.assert_close(held, expected, rtol=1e-9, atol=1e-9)
+    again = VideoStream(model, [1, 2], steps=2, context_noise=0.4, seed=7)
+    assert torch.equal(draw(again, 3), drawn)
+    plain = draw(VideoStream(model, [1, 2], steps=2, seed=7), 3)
+    assert torch.equal(plain[:, :, :2], drawn[:, :, :2]) and not torch.isclose(plain[:, :, 2:], drawn[:, :, 2:]).all()
+    watching = VideoStream(model, [1, 2], steps=2, context_noise=0.4, seed=7)
+    watching.watch(drawn)
+    torch.testing.assert_close(watching.next(), stream.next(), rtol=1e-9, atol=1e-9)
+
+
 # What a stream is
 
 
@@ -145,6 +169,7 @@ def test_a_saved_stream_goes_on_bit_for_bit(mixer, context, tmp_path):
     model = small(mixer=mixer, positions="space", **CONDITIONS["text"] | CONDITIONS["class"])
     given = conditions(model)
     options = {"context": context, "steps": 2, "solver": "heun", "guidance": 1.5, "seed": 9, "window": 3}
+    options |= {"context_noise": 0.3} if context == "clean" else {}
     stream = VideoStream(model, objective=FlowMatching(2.0), **options, **given)
     draw(stream, 4)
     stream.save(tmp_path / "stream.safetensors")
@@ -234,6 +259,46 @@ def test_forgetting_and_resolution_reach_the_model():
     assert VideoStream(model, steps=1, size=(8, 4)).next().shape == (1, 3, 2, 8, 4)
 
 
+def resident_bytes():
+    """Memory that the process holds (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("form", ["product", "power"])
+@torch.no_grad()
+def test_100_000_frames_take_the_memory_of_a_few_and_lose_nothing(form):
+    """Updates of one layer in float32: resident memory stays, and the mean is that of float64 to 1e-6."""
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randn(50, 1, 4, 64, generator=generator)
+    gate, coeff = torch.zeros(1, 1, 64), torch.tensor([[0.5, -0.25]]).expand(64, 2).contiguous()
+    coeff, state = coeff if form == "power" else None, State.empty(1, 64)
+    for number in range(100_000):
+        polynomial_update(frames[number % 50], gate, state, coeff, form=form, degree=2)
+        if number == 10_000:
+            before = resident_bytes()
+    assert resident_bytes() - before < 2**20
+    exact = polynomial_state(
+        frames.double().flatten(0, 2)[None], None if coeff is None else coeff.double(), form=form, degree=2
+    )
+    assert state.count.item() == 400_000
+    torch.testing.assert_close(
+        state.mean().double(), exact.mean(), rtol=1e-6, atol=1e-6 * exact.mean().abs().max().item()
+    )
+
+
+@pytest.mark.parametrize("context", ["clean", "shared"])
+def test_a_long_stream_takes_the_memory_of_a_short_one(context):
+    model = small(n_layers=1, positions="space", patch=(1, 2, 2)).float()
+    stream = VideoStream(model, steps=1, context=context)
+    sizes = {}
+    for number in range(1, 1201):
+        stream.next()
+        if number in (200, 1200):
+            sizes[number] = resident_bytes(), stream.nbytes
+    assert sizes[1200][1] == sizes[200][1]
+    assert sizes[1200][0] - sizes[200][0] < 2**20
+
+
 # Errors
 
 
@@ -247,6 +312,8 @@ def test_forgetting_and_resolution_reach_the_model():
         ({"labels": [0.5]}, ValueError, "labels: expected one integer for each of 1 videos, got torch.float32"),
         ({"labels": [0, 1], "batch": 3}, ValueError, r"each of 3 videos, got torch.int64 \(2,\)"),
         ({"size": (4, 5)}, ValueError, "size: expected multiples of the patch"),
+        ({"context_noise": 1.0}, ValueError, "context_noise: expected at least 0 and less than 1, .* got 1.0"),
+        ({"context_noise": 0.1, "context": "shared"}, ValueError, "context_noise: .* with context='clean', got 0.1"),
         ({"window": -1}, ValueError, "window: expected an integer of at least 0"),
     ],
 )
@@ -395,6 +462,26 @@ def test_training_in_parallel_is_frame_by_frame_loss_for_loss(mixer, condition, 
         finished = video[:, :, part], torch.zeros(3, dtype=torch.float64)
         _, past = model(*finished, labels=labels, **text, frame_causal=True, past=past, return_past=True)
     torch.testing.assert_close(loss, torch.stack(losses).mean(), rtol=1e-8, atol=1e-8)
+
+
+def test_context_noise_gives_the_finished_frames_a_time_of_their_own():
+    recorded = []
+
+    class Recorder(torch.nn.Module):
+        config = small().config
+
+        def forward(self, noisy, time, **arguments):
+            recorded.append(arguments)
+            return noisy
+
+    video = torch.randn(64, 3, 12, 4, 6, dtype=torch.float64)
+    video_loss(Recorder(), FlowMatching(), video, None, torch.Generator().manual_seed(0), context_noise=0.5)
+    finished, time = recorded[0]["finished"], recorded[0]["finished_time"]
+    assert time.shape == (64,) and 0 <= time.min() < 30 and 470 < time.max() < 500
+    share = (time / 1000).view(-1, 1, 1, 1, 1)
+    noise = (finished - (1 - share) * video) / share
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    assert not torch.isclose(noise[:, :, 0], noise[:, :, 1]).any()
 
 
 def test_shared_noise_has_one_time_for_a_video():

@@ -1,5 +1,7 @@
 """What torch expects of an operation: opcheck, compile, fake tensors, subclasses, and an import that does nothing else."""
 
+import ctypes
+import gc
 import subprocess
 import sys
 
@@ -254,3 +256,43 @@ except ImportError as error:
     assert result.returncode == 0, result.stderr
     imported, message = result.stdout.strip().split("\n", 1)
     assert imported == "imported" and "pip install" in message
+
+
+class MallocInfo(ctypes.Structure):
+    """struct mallinfo2 of glibc."""
+
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+
+def bytes_in_use():
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = MallocInfo
+    info = libc.mallinfo2()
+    return info.uordblks + info.hblkhd
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc for the bytes in use")
+@pytest.mark.parametrize("form", ["product", "power"])
+def test_calls_leave_nothing_behind(form):
+    """A string argument of an operation was copied by torch at every call and never freed: no operation takes one."""
+    u, gate = torch.randn(1, 8, 16, requires_grad=True), torch.randn(1, 8, 16, requires_grad=True)
+    coeff = torch.randn(16, 2) if form == "power" else None
+    state = State.empty(1, 16)
+
+    def calls():
+        mixed = [
+            polynomial_mix(u, gate, coeff, form=form, degree=2, **mode)
+            for mode in ({}, {"causal": True}, {"frames": 4})
+        ]
+        sum(y.sum() for y in mixed).backward()
+        with torch.no_grad():
+            polynomial_update(u, gate, state, coeff, form=form, degree=2)
+
+    for _ in range(200):
+        calls()
+    before = bytes_in_use()
+    for _ in range(1000):
+        calls()
+    assert (bytes_in_use() - before) / 1000 < 16

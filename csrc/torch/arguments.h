@@ -35,9 +35,11 @@ inline ScalarType acc_of(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline pom::Form form_of(const std::string& form) {
-  STD_TORCH_CHECK(form == "product" || form == "power", "form: expected 'product' or 'power', got '", form, "'");
-  return form == "product" ? pom::Form::product : pom::Form::power;
+// A number, not a name: every call with a string argument would lose 48 bytes, since torch's conversion of it
+// (stableivalue_conversions.h of torch 2.13, ToImpl<std::string>) copies it to the heap and leaves it there.
+inline pom::Form form_of(int64_t form) {
+  STD_TORCH_CHECK(form == 0 || form == 1, "form: expected 0 (product) or 1 (power), got ", form);
+  return pom::Form(form);
 }
 
 inline void expect_shape(const Tensor& t, std::initializer_list<int64_t> shape, const char* name) {
@@ -103,7 +105,7 @@ struct Features {
   pom::Features args;
 
   Features(const Tensor& u_, const Optional& coeff_, const Optional& weight_, const Optional& cos, const Optional& sin,
-           int64_t axes, const std::string& form, int64_t degree)
+           int64_t axes, int64_t form, int64_t degree)
       : u((check_dim(u_), channels_together(u_))),
         coeff(coeff_, u_, acc_of(u_), {u_.size(2), degree}, "coeff"),
         weight(weight_, u_, acc_of(u_), {u_.size(0), u_.size(1)}, "weight"),
@@ -185,7 +187,7 @@ struct Gates {
   Angles angles;
   pom::Gates args;
   Gates(const Tensor& gate_, int64_t channels, const Optional& cos, const Optional& sin, int64_t axes,
-        const std::string& form, int64_t heads)
+        int64_t form, int64_t heads)
       : gate((check_dim(gate_), channels_together(gate_))), angles(cos, sin, axes, gate_.size(1), gate_) {
     STD_TORCH_CHECK(heads >= 1 && channels % heads == 0, "heads: expected a divisor of ", channels, ", got ", heads);
     expect_shape(gate, {gate.size(0), gate.size(1), heads > 1 ? heads : channels}, "gate");
@@ -231,7 +233,7 @@ struct Mixed {
   State prior;
   Mixed(const Tensor& u, const Tensor& gate, const Optional& coeff, const Optional& weight, const Optional& total,
         const Optional& residual, const Optional& count, const Optional& cos, const Optional& sin, int64_t axes,
-        const Optional& gate_cos, const Optional& gate_sin, int64_t gate_axes, const std::string& form, int64_t degree,
+        const Optional& gate_cos, const Optional& gate_sin, int64_t gate_axes, int64_t form, int64_t degree,
         int64_t heads)
       : features(u, coeff, weight, cos, sin, axes, form, degree),
         gates(gate, u.size(2), gate_cos, gate_sin, gate_axes, form, heads),

@@ -15,7 +15,7 @@ using namespace pom_torch;
 
 std::tuple<Tensor, Tensor, Tensor> state(const Tensor& u, const Optional& coeff, const Optional& weight,
                                          const Optional& mask, const Optional& offsets, bool cumulative,
-                                         const Optional& cos, const Optional& sin, int64_t axes, std::string form,
+                                         const Optional& cos, const Optional& sin, int64_t axes, int64_t form,
                                          int64_t degree) {
   const Features features(u, coeff, weight, cos, sin, axes, form, degree);
   const Groups groups(features, mask, offsets, cumulative);
@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> state(const Tensor& u, const Optional& coeff,
 std::tuple<Tensor, Tensor> state_backward(const Tensor& grad_total, const Tensor& u, const Optional& coeff,
                                           const Optional& weight, const Optional& mask, const Optional& offsets,
                                           bool cumulative, const Optional& cos, const Optional& sin, int64_t axes,
-                                          std::string form, int64_t degree) {
+                                          int64_t form, int64_t degree) {
   const Features features(u, coeff, weight, cos, sin, axes, form, degree);
   const Groups groups(features, mask, offsets, cumulative);
   const Plain grad(grad_total, u, acc_of(u), {u.size(0), groups.args.count, u.size(2)}, "grad_total");
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> state_backward(const Tensor& grad_total, const Tensor
 }
 
 Tensor readout(const Tensor& gate, const Tensor& total, const Tensor& residual, const Tensor& count,
-               const Optional& offsets_, const Optional& cos, const Optional& sin, int64_t axes, std::string form,
+               const Optional& offsets_, const Optional& cos, const Optional& sin, int64_t axes, int64_t form,
                int64_t heads) {
   const int64_t groups = total.size(1), channels = total.size(2);
   const Gates gates(gate, channels, cos, sin, axes, form, heads);
@@ -53,7 +53,7 @@ Tensor readout(const Tensor& gate, const Tensor& total, const Tensor& residual, 
 
 std::tuple<Tensor, Tensor> readout_backward(const Tensor& grad_y, const Tensor& gate, const Tensor& total,
                                             const Tensor& residual, const Tensor& count, const Optional& offsets_,
-                                            const Optional& cos, const Optional& sin, int64_t axes, std::string form,
+                                            const Optional& cos, const Optional& sin, int64_t axes, int64_t form,
                                             int64_t heads) {
   const int64_t groups = total.size(1), channels = total.size(2);
   const Gates gates(gate, channels, cos, sin, axes, form, heads);
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_mix(const Tensor& u, const Ten
                                                       const Optional& residual, const Optional& count,
                                                       const Optional& cos, const Optional& sin,
                                                       const Optional& gate_cos, const Optional& gate_sin, int64_t axes,
-                                                      std::string form, int64_t degree, int64_t heads) {
+                                                      int64_t form, int64_t degree, int64_t heads) {
   const Mixed in(u, gate, coeff, weight, total, residual, count, cos, sin, axes, gate_cos, gate_sin, axes, form, degree,
                  heads);
   NewState out(u, u.size(0), 1, u.size(2));
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_mix(const Tensor& u, const Ten
 std::tuple<Tensor, Tensor, Tensor, Tensor> causal_mix_backward(
     const Tensor& grad_y, const Optional& grad_total, const Tensor& u, const Tensor& gate, const Optional& coeff,
     const Optional& weight, const Optional& total, const Optional& residual, const Optional& count, const Optional& cos,
-    const Optional& sin, const Optional& gate_cos, const Optional& gate_sin, int64_t axes, std::string form,
+    const Optional& sin, const Optional& gate_cos, const Optional& gate_sin, int64_t axes, int64_t form,
     int64_t degree, int64_t heads) {
   const Mixed in(u, gate, coeff, weight, total, residual, count, cos, sin, axes, gate_cos, gate_sin, axes, form, degree,
                  heads);
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mix(const Tensor& u, const Tensor& ga
                                                const Optional& weight, const Optional& total, const Optional& residual,
                                                const Optional& count, const Optional& cos, const Optional& sin,
                                                int64_t axes, const Optional& gate_cos, const Optional& gate_sin,
-                                               int64_t gate_axes, std::string form, int64_t degree, int64_t heads) {
+                                               int64_t gate_axes, int64_t form, int64_t degree, int64_t heads) {
   const Mixed in(u, gate, coeff, weight, total, residual, count, cos, sin, axes, gate_cos, gate_sin, gate_axes, form,
                  degree, heads);
   NewState out(u, u.size(0), 1, u.size(2));
@@ -123,7 +123,7 @@ void expect_contiguous(const Tensor& t, const char* name) {
 
 Tensor update(const Tensor& u, const Tensor& gate, const Optional& coeff, const Optional& weight, Tensor total,
               Tensor residual, Tensor count, Tensor ticket, const Optional& cos, const Optional& sin, int64_t axes,
-              const Optional& gate_cos, const Optional& gate_sin, int64_t gate_axes, std::string form, int64_t degree,
+              const Optional& gate_cos, const Optional& gate_sin, int64_t gate_axes, int64_t form, int64_t degree,
               int64_t heads) {
   const Mixed in(u, gate, coeff, weight, total, residual, count, cos, sin, axes, gate_cos, gate_sin, gate_axes, form,
                  degree, heads);
@@ -157,34 +157,34 @@ std::string cuda_architectures() {
 STABLE_TORCH_LIBRARY(pom_ext, m) {
   m.def(
       "state(Tensor u, Tensor? coeff, Tensor? weight, Tensor? mask, Tensor? offsets, bool cumulative, Tensor? cos, "
-      "Tensor? sin, int axes, str form, int degree) -> (Tensor total, Tensor residual, Tensor count)");
+      "Tensor? sin, int axes, int form, int degree) -> (Tensor total, Tensor residual, Tensor count)");
   m.def(
       "state_backward(Tensor grad_total, Tensor u, Tensor? coeff, Tensor? weight, Tensor? mask, Tensor? offsets, "
-      "bool cumulative, Tensor? cos, Tensor? sin, int axes, str form, int degree) "
+      "bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, int degree) "
       "-> (Tensor grad_u, Tensor grad_coeff)");
   m.def(
       "readout(Tensor gate, Tensor total, Tensor residual, Tensor count, Tensor? offsets, Tensor? cos, Tensor? sin, "
-      "int axes, str form, int heads) -> Tensor");
+      "int axes, int form, int heads) -> Tensor");
   m.def(
       "readout_backward(Tensor grad_y, Tensor gate, Tensor total, Tensor residual, Tensor count, Tensor? offsets, "
-      "Tensor? cos, Tensor? sin, int axes, str form, int heads) -> (Tensor grad_gate, Tensor grad_total)");
+      "Tensor? cos, Tensor? sin, int axes, int form, int heads) -> (Tensor grad_gate, Tensor grad_total)");
   m.def(
       "causal_mix(Tensor u, Tensor gate, Tensor? coeff, Tensor? weight, Tensor? total, Tensor? residual, "
-      "Tensor? count, Tensor? cos, Tensor? sin, Tensor? gate_cos, Tensor? gate_sin, int axes, str form, int degree, "
+      "Tensor? count, Tensor? cos, Tensor? sin, Tensor? gate_cos, Tensor? gate_sin, int axes, int form, int degree, "
       "int heads) -> (Tensor y, Tensor total, Tensor residual, Tensor count)");
   m.def(
       "causal_mix_backward(Tensor grad_y, Tensor? grad_total, Tensor u, Tensor gate, Tensor? coeff, Tensor? weight, "
       "Tensor? total, Tensor? residual, Tensor? count, Tensor? cos, Tensor? sin, Tensor? gate_cos, Tensor? gate_sin, "
-      "int axes, str form, int degree, int heads) "
+      "int axes, int form, int degree, int heads) "
       "-> (Tensor grad_u, Tensor grad_gate, Tensor grad_coeff, Tensor grad_total)");
   m.def(
       "mix(Tensor u, Tensor gate, Tensor? coeff, Tensor? weight, Tensor? total, Tensor? residual, Tensor? count, "
-      "Tensor? cos, Tensor? sin, int axes, Tensor? gate_cos, Tensor? gate_sin, int gate_axes, str form, int degree, "
+      "Tensor? cos, Tensor? sin, int axes, Tensor? gate_cos, Tensor? gate_sin, int gate_axes, int form, int degree, "
       "int heads) -> (Tensor y, Tensor total, Tensor residual, Tensor count)");
   m.def(
       "update(Tensor u, Tensor gate, Tensor? coeff, Tensor? weight, Tensor(a!) total, Tensor(b!) residual, "
       "Tensor(c!) count, Tensor(d!) ticket, Tensor? cos, Tensor? sin, int axes, Tensor? gate_cos, Tensor? gate_sin, "
-      "int gate_axes, str form, int degree, int heads) -> Tensor");
+      "int gate_axes, int form, int degree, int heads) -> Tensor");
   m.def("instruction_set() -> str");
   m.def("cuda_architectures() -> str");
 }

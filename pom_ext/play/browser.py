@@ -80,6 +80,7 @@ class Browser:
             raise OSError(
                 f"port: cannot listen on {self.host} port {self.port} ({error}); 0 takes a free one"
             ) from error
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a frame can wait 40 ms for an answer
         name = f"[{self.host}]" if family == socket.AF_INET6 else self.host
         self.url = f"http://{name}:{listener.getsockname()[1]}/"
         config = uvicorn.Config(
