@@ -179,6 +179,11 @@ def test_what_is_wrong_with_a_script_is_said(text, message):
         script(text, PONG)
 
 
+def test_a_model_without_classes_takes_no_script():
+    with pytest.raises(ValueError, match="actions: the model has no classes to choose from, got 'UP'"):
+        script("UP", ())
+
+
 # The loop
 
 

@@ -70,9 +70,11 @@ def script(text, classes):
     """The labels of a script such as "NOOP*10,RIGHT*5,2": names or numbers of classes, each so many times.
 
     Raises:
-        ValueError: an item that is no class, or is repeated less than once; the message names it.
+        ValueError: no classes; or an item that is no class, or is repeated less than once; the message names it.
     """
     classes, labels = list(classes), []
+    if not classes:
+        raise ValueError(f"actions: the model has no classes to choose from, got {text!r}")
     for item in text.split(","):
         name, star, times = (part.strip() for part in item.partition("*"))
         if name in classes:  # names first, since the names of classes can be numbers too
