@@ -82,9 +82,14 @@ def save_stream_costs(costs, path, title=None):
     """
 
     def draw_one(axes, key, scale, label):
+        smooth = {}
         for name, of_frame in costs.items():
-            axes.plot([value / scale for value in of_frame[key]], label=name, linewidth=1.4)
-        axes.set_ylim(bottom=0)
+            values = np.array(of_frame[key]) / scale
+            half = min(5, (len(values) - 1) // 2)  # a median: other programs disturb single frames
+            smooth[name] = [np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+            (line,) = axes.plot(smooth[name], label=name, linewidth=1.6)
+            axes.plot(values, ".", color=line.get_color(), alpha=0.3, markersize=2)
+        axes.set_ylim(0, 1.15 * max(max(values) for values in smooth.values()))
         axes.set_xlabel("frame")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)

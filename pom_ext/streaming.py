@@ -219,7 +219,9 @@ class VideoStream:
         time = TIME_SCALE * self.context_noise
         if time:
             noise = self._noise(video.shape[2] // self.model.patch[0], REMEMBERED)
-            video = self.objective.add_noise(video, noise, torch.full((self.batch,), time, dtype=video.dtype, device=video.device))
+            video = self.objective.add_noise(
+                video, noise, torch.full((self.batch,), time, dtype=video.dtype, device=video.device)
+            )
         return self._evaluate(video, time, past, arguments, return_past=True)[1]
 
     def _noise(self, frames, purpose):

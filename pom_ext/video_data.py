@@ -105,8 +105,10 @@ class GamePlay(VideoDataset):
     skip, shortest, longest = 4, 2, 12  # frames of the game for one of ours; ours for which an action is held
 
     def __init__(self, game="pong", frames=8, size=64, recorded=6000, seed=0):
-        if frames < 1 or size < 8:
-            raise ValueError(f"frames, size: expected at least 1 and 8, got {frames} and {size}")
+        if min(frames, recorded) < 1 or size < 8:
+            raise ValueError(
+                f"frames, size, recorded: expected at least 1, 8 and 1, got {frames}, {size} and {recorded}"
+            )
         self.shape = (3, frames, size, size)
         self.pictures, self.labels, self.classes, games = self._play(game, recorded, seed)
         starts = [start for first, last in games for start in range(first, last - frames + 1)]
@@ -130,7 +132,7 @@ class GamePlay(VideoDataset):
         names = tuple(action.name for action in choices)
         fire = names.index("FIRE") if "FIRE" in names else 0
         draw = seeded_generator(seed)
-        pictures, labels, games, first, held, action = [], [], [], 0, 0, fire
+        pictures, labels, games, first, held, action = [], [], [], 0, 2, fire
         lives = machine.lives()
         for number in range(recorded):
             if machine.game_over():
@@ -198,12 +200,12 @@ class VideoFolder(VideoDataset):
         folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
         self.classes, self.shape, self.stride = tuple(f.name for f in folders), (3, frames, size, size), stride
         span, longest = (frames - 1) * stride + 1, 0
-        self.clips = []  # (file, the times at which its frames are shown, first frame, label)
+        self.clips = []  # (film, first frame, label)
         for label, folder in enumerate(folders or [root]):
-            for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
-                times, rate = _frame_times(path)
-                self.fps, longest = rate / stride, max(longest, len(times))
-                self.clips += [(path, times, first, label) for first in range(0, len(times) - span + 1, span)]
+            for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
+                film = Film(path)
+                self.fps, longest = film.rate / stride, max(longest, len(film.times))
+                self.clips += [(film, first, label) for first in range(0, len(film.times) - span + 1, span)]
         if not longest:
             raise ValueError(f"data: no videos ({', '.join(SUFFIXES)}) in {root}")
         if not self.clips:
@@ -215,9 +217,9 @@ class VideoFolder(VideoDataset):
         return len(self.clips)
 
     def __getitem__(self, index):
-        path, times, first, label = self.clips[index]
-        wanted = times[first : first + (self.shape[1] - 1) * self.stride + 1 : self.stride]
-        pictures = [self._fit(frame) for frame in _decoded(path, wanted)]
+        film, first, label = self.clips[index]
+        frames = film.read(range(first, first + (self.shape[1] - 1) * self.stride + 1, self.stride))
+        pictures = [self._fit(frame) for frame in frames]
         return torch.stack(pictures, dim=1), torch.tensor(label)
 
     def _fit(self, frame):
@@ -227,45 +229,70 @@ class VideoFolder(VideoDataset):
         return torch.from_numpy(picture).permute(2, 0, 1) / 127.5 - 1
 
 
-@contextmanager
-def _opened(path):
-    """The opened file and its video, with errors that name the file."""
-    import av
+class Film:
+    """A video file, any frames of which can be read by number; it is open only while they are read.
 
-    try:
-        with av.open(str(path)) as file:
-            if not file.streams.video:
-                raise ValueError(f"data: {path} holds no video")
-            yield file, file.streams.video[0]
-    except av.FFmpegError as error:
-        raise ValueError(f"data: cannot read the video {path} ({error})") from error
+    Attributes:
+        times: of all frames in the order in which they are shown, in units of the file.
+        in_order: whether these times tell all frames apart; where they do not, frames are counted from the start.
+        rate: frames a second.
+    """
 
+    # Containers that say of every packet when it is shown. Elsewhere only the decoder knows, so the file is decoded once.
+    timed = frozenset({"gif", "matroska", "mov"})
 
-def _frame_times(path):
-    """The times of all frames, in order and in units of the file, and how many frames a second there are."""
-    with _opened(path) as (file, video):
-        times = sorted(packet.pts for packet in file.demux(video) if packet.pts is not None)
-        return times, float(video.average_rate or VideoDataset.fps)
+    def __init__(self, path):
+        self.path = path
+        with self._opened() as (file, video):
+            self.rate = float(video.average_rate or VideoDataset.fps)
+            if self.timed & set(file.format.name.split(",")):
+                packets = (packet for packet in file.demux(video) if not packet.is_discard)
+                self.times = sorted(packet.pts for packet in packets if packet.pts is not None)
+            else:
+                self.times = [frame.pts for frame in file.decode(video)]
+        self.in_order = None not in self.times and all(a < b for a, b in itertools.pairwise(self.times))
 
+    def read(self, numbers):
+        """The frames of those numbers, a range.
 
-def _decoded(path, times):
-    """The frames of those times. Decoding begins at the key frame before them, as seeking finds it."""
-    with _opened(path) as (file, video):
-        file.seek(times[0], stream=video)
-        wanted = set(times)
-        frames = [
-            frame
-            for frame in itertools.takewhile(lambda f: f.pts <= times[-1], file.decode(video))
-            if frame.pts in wanted
-        ]
-    if len(frames) != len(times):
-        raise ValueError(f"data: {path} gave {len(frames)} of {len(times)} frames asked for; it is damaged")
-    return frames
+        Decoding begins at the key frame that seeking finds before the first. That can be too late, since frames shown
+        before a key frame may depend on older ones: then it begins earlier, at last with the file.
+        """
+        start, step = (numbers[0], 16) if self.in_order else (0, 0)
+        while len(frames := self._decoded(start, numbers)) != len(numbers) and start:
+            start, step = max(0, start - step), 4 * step
+        if len(frames) != len(numbers):
+            raise ValueError(f"data: {self.path} gave {len(frames)} of {len(numbers)} frames asked for; it is damaged")
+        return frames
+
+    def _decoded(self, start, numbers):
+        """Those of the frames that are found when decoding begins at frame `start`."""
+        with self._opened() as (file, video):
+            if start:
+                file.seek(self.times[start], stream=video)
+            shown = file.decode(video)
+            if not self.in_order:  # then they are counted
+                return list(itertools.islice(shown, numbers.start, numbers.stop, numbers.step))
+            wanted, last = {self.times[number] for number in numbers}, self.times[numbers[-1]]
+            return [f for f in itertools.takewhile(lambda f: f.pts is None or f.pts <= last, shown) if f.pts in wanted]
+
+    @contextmanager
+    def _opened(self):
+        """The opened file and its video, with errors that name the file."""
+        import av
+
+        try:
+            with av.open(str(self.path)) as file:
+                if not file.streams.video:
+                    raise ValueError(f"data: {self.path} holds no video")
+                yield file, file.streams.video[0]
+        except av.FFmpegError as error:
+            raise ValueError(f"data: cannot read the video {self.path} ({error})") from error
 
 
 def is_video(data):
     """Whether the command line's `data` names a source of video. A folder can be either, and is not."""
-    return data == "moving-digits" or data.startswith("game:")
+    return str(data) == "moving-digits" or str(data).startswith("game:")
 
 
 def open_video_dataset(data, frames=None, size=None):
@@ -274,8 +301,8 @@ def open_video_dataset(data, frames=None, size=None):
     frames, size: of a clip; None takes what the source takes by itself. Raises what the sources raise.
     """
     given = {name: value for name, value in (("frames", frames), ("size", size)) if value is not None}
-    if data == "moving-digits":
+    if str(data) == "moving-digits":
         return MovingDigits(**given)
-    if data.startswith("game:"):
-        return GamePlay(data.removeprefix("game:"), **given)
+    if str(data).startswith("game:"):
+        return GamePlay(str(data).removeprefix("game:"), **given)
     return VideoFolder(data, **given)

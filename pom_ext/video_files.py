@@ -4,6 +4,7 @@ A frame is (C, H, W) in [-1, 1] (clamped), C 1 or 3.
 """
 
 import fractions
+import math
 import sys
 
 import torch
@@ -16,8 +17,8 @@ SMALLEST = 256  # players and browsers show less than this many pixels as a stam
 
 def to_pixels(frame):
     """(C, H, W) in [-1, 1] -> (H, W, 3) uint8, contiguous."""
-    if frame.dim() != 3 or frame.shape[0] not in (1, 3):
-        raise ValueError(f"frame: expected (C, H, W) with 1 or 3 channels, got {tuple(frame.shape)}")
+    if frame.dim() != 3 or frame.shape[0] not in (1, 3) or not frame.numel():
+        raise ValueError(f"frame: expected (C, H, W) with 1 or 3 channels and some pixels, got {tuple(frame.shape)}")
     pixels = ((frame.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous()
 
@@ -39,7 +40,7 @@ class Writer:
     fails, nothing does, and a file that was there is what it was."""
 
     def __init__(self, target, fps):
-        if not fps > 0:
+        if not 0 < fps < math.inf:
             raise ValueError(f"fps: expected a positive number, got {fps}")
         self.target, self.fps, self.size = target, fps, None
 
@@ -89,6 +90,8 @@ class Writer:
 class MP4(Writer):
     """H.264 by PyAV; frames leave memory as they come."""
 
+    file = None
+
     def begin(self, pixels):
         import av
 
@@ -113,7 +116,7 @@ class MP4(Writer):
         self.file.close()
 
     def abandon(self):
-        if self.size is not None:
+        if self.file is not None:
             self.file.close()
 
 
@@ -137,7 +140,7 @@ class GIF(Writer):
             format="GIF",
             save_all=True,
             append_images=rest,
-            duration=round(1000 / self.fps),
+            duration=10 * max(1, round(100 / self.fps)),  # the format counts in hundredths of a second
             loop=0,
             disposal=1,
         )
@@ -191,6 +194,11 @@ def open_writer(target, fps=8.0):
     raise ValueError(f"out: expected a name that ends in {', '.join(WRITERS)}, or -, got {target}")
 
 
+def ffplay_command(height, width, fps):
+    """What shows the frames that `open_writer("-")` writes, as they come: ... | ffplay ..."""
+    return f"ffplay -f rawvideo -pixel_format rgb24 -video_size {width}x{height} -framerate {fps:g} -"
+
+
 def write_video(path, video, fps=8.0):
     """Write (C, T, H, W) as `open_writer` does."""
     with open_writer(path, fps) as writer:
@@ -198,8 +206,19 @@ def write_video(path, video, fps=8.0):
             writer.add(frame)
 
 
-def contact_sheet(videos, path, row_labels, columns=12, title=None):
-    """Write a PNG with a labelled row for each of (B, C, T, H, W), of at most so many frames evenly spread over it."""
+def contact_sheet(videos, path, row_labels=None, columns=12, title=None):
+    """Write a PNG with a row, labelled or not, for each of (B, C, T, H, W), of at most so many frames evenly spread over it.
+
+    Raises:
+        ValueError: no video or no frames, fewer than one column, or not one label per row.
+    """
+    row_labels = [""] * len(videos) if row_labels is None else row_labels
+    if videos.dim() != 5 or not videos.numel():
+        raise ValueError(f"videos: expected (B, C, T, H, W) with at least one frame, got {tuple(videos.shape)}")
+    if columns < 1 or len(row_labels) != len(videos):
+        raise ValueError(
+            f"columns, row_labels: expected at least 1 and {len(videos)}, got {columns} and {len(row_labels)}"
+        )
     frames = videos.shape[2]
     chosen = torch.linspace(0, frames - 1, min(columns, frames)).round().long()
     pictures = videos[:, :, chosen].transpose(1, 2).flatten(0, 1)  # (B * columns, C, H, W)

@@ -6,8 +6,8 @@ import time
 from contextlib import contextmanager
 
 import pytest
+from play_cases import BREAKOUT, DIGITS, PATIENCE, Scene, playing, until
 from playwright.sync_api import Error, expect, sync_playwright
-from test_play import BREAKOUT, DIGITS, PATIENCE, Scene, playing, until
 
 ARGUMENTS = [
     "--no-sandbox",

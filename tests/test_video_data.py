@@ -2,11 +2,13 @@
 
 import itertools
 
+import av
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pom_ext.video_data import GamePlay, MovingDigits, VideoFolder, is_video, open_video_dataset
+from pom_ext.video_data import Film, GamePlay, MovingDigits, VideoFolder, _insert, is_video, open_video_dataset
 from pom_ext.video_files import write_video
 
 
@@ -85,6 +87,34 @@ def test_pong_answers_to_the_action_of_the_same_frame(pong):
     assert up.mean() < -3 and down.mean() > 3
 
 
+def test_playing_the_labels_again_gives_the_same_frames():
+    """Each label is that of its own frame, and fire is pressed twice when a game begins or a life is lost."""
+    games = GamePlay("breakout", frames=2, size=16, recorded=800, seed=0)
+    recorded = {}  # by number: the frame and its label, as the clips give them
+    for index, start in enumerate(games.starts):
+        clip, labels = games[index]
+        recorded |= {start + f: (clip[:, f], labels[f].item()) for f in range(2)}
+    assert len(recorded) == 800
+    machine, lives, fires = _insert("breakout"), 0, 0
+    choices = machine.getMinimalActionSet()
+    for number in range(800):
+        if machine.game_over():
+            machine.reset_game()
+        picture, label = recorded[number]
+        if machine.lives() != lives:  # 5 where a game begins
+            fires += 1
+            assert [recorded[n][1] for n in (number, number + 1)] == [games.classes.index("FIRE")] * 2
+        lives = machine.lives()
+        screens = []
+        for _ in range(4):
+            machine.act(choices[label])
+            screens.append(torch.from_numpy(machine.getScreenRGB()))
+        shown = torch.maximum(*screens[-2:]).permute(2, 0, 1)[None].float()
+        shown = torch.nn.functional.interpolate(shown, size=(16, 16), mode="area")[0]
+        torch.testing.assert_close(picture, shown / 127.5 - 1, atol=0.005, rtol=0)
+    assert fires > 6, "more than one game"
+
+
 def test_recordings_follow_from_the_seed(pong):
     again, other = (GamePlay("pong", frames=6, size=64, recorded=100, seed=seed) for seed in (1, 2))
     assert torch.equal(again.pictures, pong.pictures[:100]) and torch.equal(again.labels, pong.labels[:100])
@@ -122,16 +152,83 @@ def test_folders_give_clips_frame_by_frame(films):
     data = VideoFolder(films, frames=4, size=16, stride=3)  # a clip is ten frames long
     assert data.classes == ("cats", "dogs") and data.shape == (3, 4, 16, 16)
     counts = {"a.mp4": 60, "b.gif": 25, "c.mp4": 33}
-    assert [(clip[0].name, clip[2]) for clip in data.clips] == [
+    assert [(film.path.name, first) for film, first, _ in data.clips] == [
         (name, first) for name, count in counts.items() for first in range(0, count - 9, 10)
     ]
     for index in (5, 0, len(data) - 1, 7):
-        path, _, first, label = data.clips[index]
-        clip, found = data[index]
+        film, first, label = data.clips[index]
+        path, (clip, found) = film.path, data[index]
         assert clip.shape == (3, 4, 16, 16) and found == label == (path.parent.name == "dogs")
         wanted = torch.linspace(-1, 1, counts[path.name])[first : first + 10 : 3]
         torch.testing.assert_close(clip.mean((0, 2, 3)), wanted, atol=0.02, rtol=0)
     assert data.fps == pytest.approx(10 / 3)
+
+
+FILMS = {  # encoders that show frames in another order than they are stored, in containers that differ in what they say of it
+    "closed.mkv": ("libx264", {"x264-params": "keyint=12:bframes=3:b-adapt=0:scenecut=0"}, {}),
+    "open.mp4": ("libx264", {"x264-params": "open-gop=1:keyint=12:bframes=3:b-adapt=0:scenecut=0"}, {}),
+    "fragments.mov": ("libx264", {"x264-params": "keyint=12:bframes=3"}, {"movflags": "frag_keyframe+empty_moov"}),
+    "h264.avi": ("libx264", {"g": "12", "bf": "3"}, {}),
+    "mpeg4.avi": ("mpeg4", {"bf": "2", "g": "12"}, {}),
+    "program.mpg": ("mpeg2video", {"bf": "2", "g": "12"}, {}),
+    "vp9.webm": ("libvpx-vp9", {"g": "12", "cpu-used": "8"}, {}),
+}
+
+
+def encode(path, codec, options, container):
+    """70 frames that are each brighter than the one before."""
+    with av.open(str(path), "w", options=container) as file:
+        stream = file.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 2_000_000
+        for number in range(70):
+            pixels = np.full((48, 64, 3), 20 + 3 * number, np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize("name", FILMS)
+def test_frames_are_the_same_from_the_middle_as_from_the_start(name, tmp_path):
+    encode(tmp_path / name, *FILMS[name])
+    with av.open(str(tmp_path / name)) as file:
+        shown = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    film = Film(tmp_path / name)
+    assert len(film.times) == len(shown) == 70
+    for first in (66, *range(8, 32)):  # of every place between two key frames
+        read = film.read(range(first, first + 4, 3))
+        assert len(read) == 2
+        for frame, number in zip(read, (first, first + 3), strict=True):
+            assert np.array_equal(frame.to_ndarray(format="rgb24"), shown[number])
+
+
+def test_what_was_trimmed_from_the_start_is_not_counted(tmp_path):
+    """Cutting without encoding keeps the frames from the key frame on, and says that some are not shown."""
+    encode(tmp_path / "whole.mp4", *FILMS["closed.mkv"])
+    with av.open(str(tmp_path / "whole.mp4")) as whole:
+        stream = whole.streams.video[0]
+        packets = [packet for packet in whole.demux(stream) if packet.dts is not None]
+        options = {"avoid_negative_ts": "disabled"}
+        with av.open(str(tmp_path / "part.mp4"), "w", container_options=options) as part:
+            copy = part.add_stream_from_template(stream)
+            assert packets[12].is_keyframe
+            cut = packets[17].pts
+            for packet in packets[12:]:
+                packet.pts, packet.dts = packet.pts - cut, packet.dts - cut
+                packet.stream = copy
+                part.mux(packet)
+    with av.open(str(tmp_path / "part.mp4")) as file:
+        shown = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    film = Film(tmp_path / "part.mp4")
+    assert len(film.times) == len(shown) < 58
+    for first in (0, 1, 30):
+        assert np.array_equal(film.read(range(first, first + 1))[0].to_ndarray(format="rgb24"), shown[first])
+
+
+def test_a_film_that_ends_early_is_named(tmp_path):
+    encode(tmp_path / "film.mp4", *FILMS["open.mp4"])
+    film = Film(tmp_path / "film.mp4")
+    film.times.append(film.times[-1] + 512)
+    with pytest.raises(ValueError, match="data: .*film.mp4 gave 3 of 4 frames asked for; it is damaged"):
+        film.read(range(67, 71))
 
 
 def test_folders_without_folders_have_no_classes(films):
@@ -158,6 +255,15 @@ def test_folders_that_hold_no_clips_are_named(films, tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video at all")
     with pytest.raises(ValueError, match="data: cannot read the video .*broken.mp4"):
         VideoFolder(tmp_path)
+    (tmp_path / "broken.mp4").unlink()
+    (tmp_path / "folder.mp4").mkdir()
+    with av.open(str(tmp_path / "folder.mp4" / "sound.mkv"), "w") as file:
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.int16), format="s16", layout="mono")
+        sound.sample_rate = 8000
+        stream = file.add_stream("pcm_s16le", rate=8000, layout="mono")
+        file.mux(stream.encode(sound))
+    with pytest.raises(ValueError, match="data: .*sound.mkv holds no video"):
+        VideoFolder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +273,8 @@ def test_folders_that_hold_no_clips_are_named(films, tmp_path):
         (lambda: MovingDigits(size=27), "frames, size: expected at least 1 and 28, got 8 and 27"),
         (lambda: GamePlay("pongg"), "game: expected one of .*, such as .*pong.*, got 'pongg'"),
         (lambda: GamePlay(frames=8, recorded=7), "recorded: no game of 'pong' in 7 frames is as long as a clip of 8"),
-        (lambda: GamePlay(size=4), "frames, size: expected at least 1 and 8"),
+        (lambda: GamePlay(size=4), "frames, size, recorded: expected at least 1, 8 and 1, got 8, 4 and 6000"),
+        (lambda: GamePlay(recorded=0), "frames, size, recorded: expected at least 1, 8 and 1, got 8, 64 and 0"),
         (lambda: VideoFolder(".", stride=0), "frames, size, stride: expected at least 1"),
     ],
 )
@@ -181,6 +288,6 @@ def test_names_of_the_command_line(films):
     data = open_video_dataset("moving-digits", frames=3)
     assert data.shape == (1, 3, 28, 28)
     assert data.describe() == {"shape": [1, 3, 28, 28], "classes": list("0123456789"), "actions": False, "fps": 8.0}
-    assert open_video_dataset(str(films), frames=5, size=8).shape == (3, 5, 8, 8)
+    assert open_video_dataset(films, frames=5, size=8).shape == (3, 5, 8, 8) and not is_video(films)
     with pytest.raises(ValueError, match="game: expected one of"):
         open_video_dataset("game:chess960")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from pom_ext.video_files import contact_sheet, open_writer, tile, to_pixels, write_video
+from pom_ext.video_files import contact_sheet, ffplay_command, open_writer, tile, to_pixels, write_video
 
 
 def clip(channels=1, frames=5, height=12, width=20):
@@ -43,6 +43,12 @@ def test_gif_frames_come_back_exactly(tmp_path):
     assert np.array_equal(frames, expected(video, 13))  # 20 pixels become 260
 
 
+@pytest.mark.parametrize("fps, milliseconds", [(8, 120), (15, 70), (500, 10)])
+def test_gif_pace_is_the_nearest_that_the_format_has(fps, milliseconds, tmp_path):
+    write_video(tmp_path / "clip.gif", clip(), fps=fps)
+    assert Image.open(tmp_path / "clip.gif").info["duration"] == milliseconds
+
+
 def test_gif_in_colour_stays_close(tmp_path):
     video = clip(channels=3)
     write_video(tmp_path / "clip.gif", video)
@@ -73,6 +79,8 @@ def test_contact_sheets_show_every_frame(tmp_path):
         assert np.array_equal(sheet[top : top + 12, left : left + 20], pixels)
     contact_sheet(torch.stack([video, -video]), tmp_path / "rows.png", ["one", "two"], columns=4, title="a title")
     assert Image.open(tmp_path / "rows.png").width > 500
+    contact_sheet(video[None], tmp_path / "plain.png")
+    assert Image.open(tmp_path / "plain.png").width > 500
 
 
 def test_tiles_lie_row_by_row():
@@ -92,6 +100,49 @@ def test_raw_frames_go_to_standard_output_as_they_come():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
     assert out == bytes([0] * 30 + [255] * 30)
+
+
+def test_raw_frames_are_what_the_player_is_told(tmp_path):
+    """The options of `ffplay_command`, given to the demuxer that ffplay uses, find the frames in the bytes."""
+    words = ffplay_command(12, 20, 12.5).split()
+    assert words[0] == "ffplay" and words[-1] == "-"
+    options = dict(zip(words[1:-1:2], words[2:-1:2], strict=True))
+    kind, options = options.pop("-f"), {name.removeprefix("-"): value for name, value in options.items()}
+    (tmp_path / "frames").write_bytes(expected(clip(3)).tobytes())
+    with av.open(str(tmp_path / "frames"), format=kind, options=options) as file:
+        assert file.streams.video[0].base_rate == 12.5
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+    assert np.array_equal(frames, expected(clip(3)))
+
+
+def test_a_closed_pipe_is_a_broken_pipe_error():
+    code = (
+        "import os, sys, torch; from pom_ext.video_files import open_writer\n"
+        "with open_writer('-') as writer:\n"
+        "    writer.add(torch.zeros(3, 2, 5))\n"
+        "    sys.stdin.readline()\n"  # the reader has gone
+        "    try:\n"
+        "        writer.add(torch.zeros(3, 2, 5))\n"
+        "    except BrokenPipeError:\n"
+        "        os._exit(7)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.read(30) == bytes([128] * 30)
+    process.stdout.close()
+    process.communicate(b"go on\n")
+    assert process.returncode == 7
+
+
+def test_an_encoder_that_fails_is_what_is_reported(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError("no space left")
+
+    (tmp_path / "clip.mp4").write_text("the old file")
+    monkeypatch.setattr(av, "open", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_video(tmp_path / "clip.mp4", clip())
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+    assert (tmp_path / "clip.mp4").read_text() == "the old file"
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png"])
@@ -121,8 +172,9 @@ def test_no_frames_are_no_video(suffix, tmp_path):
 @pytest.mark.parametrize(
     "frame, message",
     [
-        (torch.zeros(2, 4, 4), r"frame: expected \(C, H, W\) with 1 or 3 channels, got \(2, 4, 4\)"),
+        (torch.zeros(2, 4, 4), r"frame: expected \(C, H, W\) with 1 or 3 channels .* got \(2, 4, 4\)"),
         (torch.zeros(1, 1, 4, 4), "frame: expected"),
+        (torch.zeros(1, 0, 4), r"frame: expected .* some pixels, got \(1, 0, 4\)"),
         (torch.zeros(1, 4, 5), "frame: the frames before are 4 x 4, this one 4 x 5"),
     ],
 )
@@ -138,3 +190,20 @@ def test_other_names_and_rates_are_named(tmp_path):
         open_writer(Path("clip.webm"))
     with pytest.raises(ValueError, match="fps: expected a positive number, got 0"):
         open_writer(tmp_path / "clip.mp4", fps=0)
+    with pytest.raises(ValueError, match="fps: expected a positive number, got inf"):
+        open_writer(tmp_path / "clip.mp4", fps=float("inf"))
+
+
+@pytest.mark.parametrize(
+    "shape, options, message",
+    [
+        ((3, 4, 8, 8), {}, r"videos: expected \(B, C, T, H, W\) with at least one frame, got \(3, 4, 8, 8\)"),
+        ((1, 3, 0, 8, 8), {}, "videos: expected .* at least one frame"),
+        ((2, 3, 4, 8, 8), {"row_labels": ["a"]}, "row_labels: expected at least 1 and 2, got 12 and 1"),
+        ((2, 3, 4, 8, 8), {"columns": 0}, "columns, row_labels: expected at least 1 and 2, got 0 and 2"),
+    ],
+)
+def test_contact_sheets_of_nothing_are_named(shape, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        contact_sheet(torch.zeros(shape), tmp_path / "rows.png", **options)
+    assert not list(tmp_path.iterdir())

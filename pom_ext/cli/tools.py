@@ -11,7 +11,7 @@ import typer
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results of this demo.")] = Path("out/demo"),
     image_seconds: Annotated[float, typer.Option(help="Training time of the image model.")] = 150.0,
-    video_seconds: Annotated[float, typer.Option(help="Training time of the video model.")] = 230.0,
+    video_seconds: Annotated[float, typer.Option(help="Training time of the video model.")] = 300.0,
     seed: Annotated[int, typer.Option(help="Seed of weights, training and samples.")] = 0,
 ):
     """Learn the MNIST digits, draw them, move them, stream them as video; a classifier reads what comes out."""

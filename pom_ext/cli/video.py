@@ -49,7 +49,7 @@ def stream(
     """Draw a video frame after frame, each shown or written as soon as it is finished."""
     from ..play import script
     from ..streaming import VideoStream
-    from ..video_files import open_writer, tile
+    from ..video_files import ffplay_command, open_writer, tile
 
     network, settings = load_video_model(checkpoint, device)
     data, endless = settings["data"], out in ("-", "window")
@@ -71,14 +71,18 @@ def stream(
     wanted = [] if actions is None else script(actions, data["classes"])
     typer.echo(f"the stream remembers {video.nbytes:,} bytes, and will after every frame", err=True)
     if out == "window":
-        return _show(video, fps or data.get("fps"), frames, checkpoint)
+        return _show(video, fps or data["fps"], frames, checkpoint)
     left = frames if frames is not None or endless else 64
-    with open_writer(out, fps or data.get("fps", 8)) as writer:
+    fps = fps or data["fps"]
+    with open_writer(out, fps) as writer:
         number = 0
         while number != left:
             drawn = video.next(None if not wanted else [wanted[min(number, len(wanted) - 1)]] * video.batch)
             for frame in drawn.float().cpu().unbind(2):
-                writer.add(tile(frame))
+                picture = tile(frame)
+                if out == "-" and number == 0:
+                    typer.echo(f"to watch, pipe into: {ffplay_command(*picture.shape[1:], fps)}", err=True)
+                writer.add(picture)
             number += 1
     if save is not None:
         video.save(save)
@@ -146,6 +150,7 @@ def play(
         shown = Browser(classes, title=title, port=port)
     else:
         shown = PlayWindow(title) if screen == Screen.window else Terminal()
+    video.fork().next([0] if network.n_classes else None)  # the first evaluation is slow, and nobody should wait for it
     with shown:
         if screen == Screen.browser:
             typer.echo(f"open {shown.url} to play; Ctrl-C ends")
