@@ -145,7 +145,8 @@ class VideoStream:
         settings |= {"objective": names[type(self.objective)], "shift": self.objective.shift}
         given = {"labels": self.labels, "text": self.text, "text_weight": self.text_weight}
         parts = {"conditions": {name: tensor for name, tensor in given.items() if tensor is not None}}
-        parts |= {f"past{i}": past.state_dict() for i, past in enumerate(self.pasts)}
+        # Cloned, since at the start they share tensors, which safetensors refuses.
+        parts |= {f"past{i}": past.clone().state_dict() for i, past in enumerate(self.pasts)}
         identity = {"model": self.model.config, "weights": fingerprint(self.model)}
         save_checkpoint(path, parts, {"stream": settings, **identity})
 

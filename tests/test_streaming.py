@@ -180,6 +180,18 @@ def test_a_saved_stream_goes_on_bit_for_bit(mixer, context, tmp_path):
 
 
 @CONTEXT
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_stream_can_be_saved_before_its_first_frame(context, watched, tmp_path):
+    model = small(n_classes=4)
+    stream = VideoStream(model, [0, 1], context=context, steps=2)
+    if watched:
+        stream.watch(torch.zeros(2, 3, 4, 4, 6))
+    stream.save(tmp_path / "stream")
+    restored = VideoStream.load(tmp_path / "stream", model)
+    assert same(stream, restored) and torch.equal(stream.next(), restored.next())
+
+
+@CONTEXT
 def test_forks_part_and_rewinding_goes_back(context):
     model = small(n_classes=4, positions="space")
     stream = VideoStream(model, [0, 1], context=context, steps=2)

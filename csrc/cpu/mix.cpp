@@ -6,8 +6,6 @@
 namespace pom::cpu {
 namespace {
 
-StateView view(const StateOut& state) { return {state.total, state.residual, state.count}; }
-
 template <class Acc>
 struct MixPlan {
   Arena arena;
@@ -22,7 +20,7 @@ struct MixPlan {
         bytes(std::max(cpu::workspace(StateArgs{f, {}, state}), cpu::workspace(readout(g, nullptr)))),
         memory(arena.take<char>(bytes)) {}
 
-  ReadoutArgs readout(const Gates& g, void* y) const { return {g, 1, nullptr, view(state), y}; }
+  ReadoutArgs readout(const Gates& g, void* y) const { return {g, 1, nullptr, state.view(), y}; }
 };
 
 template <class Acc>
@@ -69,7 +67,7 @@ Status mix(const MixArgs& args, void* workspace, size_t bytes, const Executor& e
 
 Status update(const UpdateArgs& args, void* workspace, size_t bytes, const Executor& executor) {
   return checked_run(args, args.features.dtype, workspace, bytes, [&](auto acc, void* memory) {
-    return run<decltype(acc)>(args.features, args.gates, view(args.state), args.state, args.y, memory, executor);
+    return run<decltype(acc)>(args.features, args.gates, args.state.view(), args.state, args.y, memory, executor);
   });
 }
 

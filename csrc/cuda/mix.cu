@@ -125,8 +125,6 @@ bool in_one_launch(const Features& f, const Gates& g) {
   return f.tokens <= kShort && g.tokens <= kShort && together;
 }
 
-StateView view(const StateOut& state) { return {state.total, state.residual, state.count}; }
-
 template <class Acc>
 Status run_in_one_launch(const Mix& given, void* stream) {
   const Features& f = given.features;
@@ -164,7 +162,7 @@ struct LongPlan {
         sums(f, pieces, nullptr, false, arena),
         state{arena.take<Acc>(f.batch * f.channels()), arena.take<Acc>(f.batch * f.channels()),
               arena.take<double>(f.batch)},
-        readout_bytes(cuda::workspace(ReadoutArgs{g, 1, nullptr, view(state)})) {
+        readout_bytes(cuda::workspace(ReadoutArgs{g, 1, nullptr, state.view()})) {
     readout_memory = arena.take<char>(readout_bytes);
   }
 };
@@ -179,10 +177,10 @@ Status run(const Mix& args, void* workspace, void* stream) {
   Join<Acc> joined = {plan.pieces, f.batch, f.channels(), plan.sums.rows, plan.sums.weight_rows, args.prior};
   joined.out = plan.state;
   if (const Status s = join(joined, stream); s != Status::ok) return s;
-  const ReadoutArgs readout_args = {args.gates, 1, nullptr, view(plan.state), args.y};
+  const ReadoutArgs readout_args = {args.gates, 1, nullptr, plan.state.view(), args.y};
   if (const Status s = readout(readout_args, plan.readout_memory, plan.readout_bytes, stream); s != Status::ok)
     return s;
-  return launch(copy_state<Acc>, ceil_div(f.batch * f.channels(), kThreads), kThreads, 0, stream, view(plan.state),
+  return launch(copy_state<Acc>, ceil_div(f.batch * f.channels(), kThreads), kThreads, 0, stream, plan.state.view(),
                 args.out, f.channels(), f.batch);
 }
 
@@ -206,7 +204,7 @@ Status mix(const MixArgs& args, void* workspace, size_t bytes, void* stream) {
 Status update(const UpdateArgs& args, void* workspace, size_t bytes, void* stream) {
   if (args.features.batch > 0 && !args.ticket) return Status::null_pointer;
   return checked_run(args, args.features.dtype, workspace, bytes, [&](auto acc, void* memory) {
-    const Mix kernel = {args.features, args.gates, {}, view(args.state), args.state, args.ticket, args.y};
+    const Mix kernel = {args.features, args.gates, {}, args.state.view(), args.state, args.ticket, args.y};
     return run<decltype(acc)>(kernel, memory, stream);
   });
 }

@@ -76,6 +76,7 @@ struct StateOut {
   void* total = nullptr;
   void* residual = nullptr;
   double* count = nullptr;
+  StateView view() const { return {total, residual, count}; }
 };
 
 struct StateArgs {
