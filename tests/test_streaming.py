@@ -510,7 +510,7 @@ def test_shared_noise_has_one_time_for_a_video():
     generator = torch.Generator().manual_seed(0)
     loss = video_loss(Recorder(), FlowMatching(), video, None, generator, context="shared", given=1)
     noisy, time, arguments = recorded[0]
-    assert arguments["finished"] is None and arguments["frame_causal"]
+    assert arguments == {"labels": None, "frame_causal": True}
     assert (time[:, 0] == 0).all() and (time[:, 1:] == time[:, 1:2]).all() and len(time[:, 1].unique()) == 4
     assert torch.equal(noisy[:, :, :2], video[:, :, :2])
     assert loss > 1

@@ -17,7 +17,7 @@ from .classifier import train_classifier
 CLIP, STREAM = 8, 24  # frames: of a clip in training, and of the videos drawn
 TRAIN = TrainConfig(lr=7e-3, shift=2.0, batch_size=4, warmup=50, ema_decay=0.995, context_noise=1.0)
 # Without context noise a digit's strokes grow or fade from frame to frame: after 16 frames half of the digits were read.
-SAMPLING = {"steps": 6, "guidance": 3.0, "solver": "euler", "context_noise": 0.75}
+SAMPLING = {"steps": 6, "guidance": 4.0, "solver": "euler", "context_noise": 0.8}
 COSTS = 192  # frames over which time and memory are compared with attention
 
 
