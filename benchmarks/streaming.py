@@ -138,7 +138,7 @@ def far_over_near(far, near, rounds):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", nargs="+", choices=tuple(MODELS), default=list(MODELS))
+    parser.add_argument("--model", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
     parser.add_argument("--steps", type=int, default=4, help="solver steps of a frame")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", metavar="FILE", help="write the results there")

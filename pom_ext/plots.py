@@ -76,24 +76,27 @@ def save_loss_curve(losses, path, title=None):
 
 
 def save_stream_costs(costs, path, title=None):
-    """Write time and memory of every frame of a stream as two curves beside each other.
+    """Write time (the median of eleven neighbouring frames) and memory of a stream as two curves beside each other.
 
     costs: {name: {"milliseconds": [...], "bytes": [...]}}, one entry a frame.
     """
 
     def draw_one(axes, key, scale, label):
-        smooth = {}
         for name, of_frame in costs.items():
-            values = np.array(of_frame[key]) / scale
-            half = min(5, (len(values) - 1) // 2)  # a median: other programs disturb single frames
-            smooth[name] = [np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-            (line,) = axes.plot(smooth[name], label=name, linewidth=1.6)
-            axes.plot(values, ".", color=line.get_color(), alpha=0.3, markersize=2)
-        axes.set_ylim(0, 1.15 * max(max(values) for values in smooth.values()))
+            axes.plot(np.array(of_frame[key]) / scale, label=name, linewidth=1.6)
+        axes.set_ylim(bottom=0)
         axes.set_xlabel("frame")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.legend()
+
+    def median_of_neighbours(values, half=5):  # other programs disturb single frames
+        return [float(np.median(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
+
+    costs = {
+        name: {**of_frame, "milliseconds": median_of_neighbours(of_frame["milliseconds"])}
+        for name, of_frame in costs.items()
+    }
 
     def times(axes):
         draw_one(axes, "milliseconds", 1, "milliseconds a frame")
