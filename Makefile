@@ -32,7 +32,7 @@ gpu-report:
 $(VENV)/environment: pyproject.toml
 	$(PYTHON) -c "import torch" 2>/dev/null && $(PYTHON) -m venv --system-site-packages $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet '$(TORCH)'
-	$(BIN)/pip install --quiet setuptools wheel ninja
+	$(BIN)/pip install --quiet cmake ninja pybind11 setuptools wheel
 	touch $@
 
 $(VENV)/built: $(VENV)/environment $(SOURCES)

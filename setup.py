@@ -5,7 +5,8 @@ import platform
 import sys
 from pathlib import Path
 
-from setuptools import setup
+import pybind11
+from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # pip runs this file from a path of its own
@@ -26,34 +27,45 @@ INSTRUCTION_SETS = {
 }
 
 
-def cpu_jobs(folder):
-    """The torch-free library for the CPU: the inner loops once per instruction set, everything else once."""
+def job(source, folder, name, flags=()):
+    """A compilation of one source of the torch-free library."""
+    patterns = ("*.h", "include/**/*.h", "cpu/*.h", "cuda/memory.h", "engine/*.h")
+    headers = tuple(path for pattern in patterns for path in Path("csrc").glob(pattern))
     command = [os.environ.get("CXX", "g++"), *COMMON, *(["-DPOM_X86"] if X86 else []), *(f"-I{i}" for i in INCLUDE)]
-    headers = tuple(path for pattern in ("*.h", "include/**/*.h", "cpu/*.h") for path in Path("csrc").glob(pattern))
+    return Job((*command, *flags), Path(source), folder / f"{name}.o", headers)
 
-    def job(source, name, flags=()):
-        return Job((*command, *flags), Path(source), folder / f"{name}.o", headers)
 
+def cpu_jobs(folder):
+    """The operations on a CPU: the inner loops once per instruction set, everything else once."""
     sets = INSTRUCTION_SETS if X86 else {"generic": []}
-    jobs = [job("csrc/cpu/kernels.cpp", f"kernels_{name}", KERNELS + flags) for name, flags in sets.items()]
+    jobs = [job("csrc/cpu/kernels.cpp", folder, f"kernels_{name}", KERNELS + flags) for name, flags in sets.items()]
     sources = [Path("csrc/status.cpp"), *sorted(Path("csrc/cpu").glob("*.cpp"))]
-    return jobs + [job(source, source.stem) for source in sources if source.stem != "kernels"]
+    return jobs + [job(source, folder, source.stem) for source in sources if source.stem != "kernels"]
+
+
+def engine_jobs(folder, flags):
+    """What the streaming engine has beside the operations."""
+    return [job(source, folder / "engine", source.stem, flags) for source in sorted(Path("csrc/engine").glob("*.cpp"))]
 
 
 class Build(BuildExtension):
     def build_extensions(self):
-        (extension,) = self.extensions
+        operations, engine = self.extensions
         folder = Path("build/pom")  # not pip's temporary folder: what has not changed is not compiled again
-        jobs = cpu_jobs(folder)
+        jobs, engine_flags = cpu_jobs(folder), []
         toolkit = build_cuda.wanted_toolkit()
         if toolkit:
             names = build_cuda.architectures(toolkit.architectures())
             print(f"CUDA kernels for {', '.join(names)} by {toolkit.nvcc}", flush=True)
-            jobs = build_cuda.jobs(toolkit, names, folder / "cuda") + jobs
-            extension.define_macros += [("POM_CUDA", None), ("POM_CUDA_ARCHITECTURES", f'"{";".join(names)}"')]
-            extension.library_dirs += [str(toolkit.libraries)]
-            extension.libraries += build_cuda.LIBRARIES
-        extension.extra_objects += map(str, compile_stale(jobs))
+            jobs, engine_flags = build_cuda.jobs(toolkit, names, folder / "cuda") + jobs, ["-DPOM_CUDA"]
+            operations.define_macros += [("POM_CUDA_ARCHITECTURES", f'"{";".join(names)}"')]
+            for extension in self.extensions:
+                extension.define_macros += [("POM_CUDA", None)]
+                extension.library_dirs += [str(toolkit.libraries)]
+                extension.libraries += build_cuda.LIBRARIES
+        objects = [str(path) for path in compile_stale(jobs + engine_jobs(folder, engine_flags))]
+        operations.extra_objects += objects[: len(jobs)]
+        engine.extra_objects += objects
         super().build_extensions()
 
 
@@ -66,7 +78,14 @@ setup(
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", "0x030A0000")],
             extra_compile_args={"cxx": ["-O2", "-fvisibility=hidden"]},
             py_limited_api=True,
-        )
+        ),
+        Extension(
+            "pom_ext._engine",
+            ["csrc/python/engine.cpp"],
+            include_dirs=[*(os.path.abspath(path) for path in INCLUDE), pybind11.get_include()],
+            extra_compile_args=["-std=c++17", "-O2", "-fvisibility=hidden"],
+            language="c++",
+        ),
     ],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -22,6 +22,20 @@ const char* message(Status status) {
       return "the library holds no code for this GPU: build it with TORCH_CUDA_ARCH_LIST set to its compute capability";
     case Status::device_error:
       return "CUDA refused the call";
+    case Status::no_cuda:
+      return "the library was built without CUDA";
+    case Status::bad_index:
+      return "the stream has no such layer or evaluation";
+    case Status::overlap:
+      return "an output, the workspace or the memory of a stream overlaps something else";
+    case Status::memory_too_small:
+      return "the memory is smaller than the stream or its file needs";
+    case Status::bad_file:
+      return "not a saved stream, or one that is truncated or damaged";
+    case Status::later_version:
+      return "the stream was saved by a later version of the library";
+    case Status::other_shape:
+      return "the other stream, or the saved one, has other layers, another batch or other evaluations";
   }
   return "unknown status";
 }

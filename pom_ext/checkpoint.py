@@ -4,30 +4,14 @@ Tensors are named "part.name", with the parts of `Checkpoint.parts`; one metadat
 """
 
 import json
-import os
-from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .files import written_aside
+
 METADATA_KEY = "pom_ext"
-
-
-@contextmanager
-def written_aside(path):
-    """Yield a path beside `path` to write to. It takes the place of `path` when the block ends, whole and on disk; if
-    the block fails it is removed, and `path` is what it was."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, parts, settings):

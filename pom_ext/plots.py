@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .checkpoint import written_aside
+from .files import written_aside
 
 
 def _figure(path, width, height, *draw):

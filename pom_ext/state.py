@@ -124,7 +124,7 @@ class State:
         """Writes a safetensors file, whole or not at all."""
         from safetensors.torch import save_file
 
-        from .checkpoint import written_aside
+        from .files import written_aside
 
         with written_aside(path) as aside:
             save_file({name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}, aside)

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from .checkpoint import written_aside
+from .files import written_aside
 from .plots import save_grid
 
 SMALLEST = 256  # players and browsers show less than this many pixels as a stamp: smaller frames are enlarged

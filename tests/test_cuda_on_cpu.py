@@ -25,7 +25,9 @@ WITH_SANITIZER += [word for kind in ("reads", "writes") for word in ("--param", 
 PLAIN = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-pthread"]
 # The longest first.
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"), key=lambda file: -file.stat().st_size)
-PROGRAMS = ("test_api", "test_mix", "test_status")
+PROGRAMS = ("test_api", "test_mix", "test_status", "test_engine", "test_engine_refusals")
+# The engine serves both devices; its tests here use the one that this is about.
+OTHERS = [source for folder in (".", "cpu", "engine") for source in (ROOT / "csrc" / folder).glob("*.cpp")]
 
 # Tests of the operations, the longest first.
 OPERATIONS = [f"test_{name}" for name in ["mix", "state", "determinism", "update", "readout", "layouts", "rotary"]]
@@ -46,7 +48,7 @@ def objects(tmp_path_factory):
     jobs |= {"test_cuda_on_cpu": (CPP / "test_cuda_on_cpu.cpp", SANITIZED), "stand_in": (STAND_IN, WITH_SANITIZER)}
     jobs |= {"test_ucontext": (CPP / "test_cuda_on_cpu.cpp", ["-std=c++17"])}
     jobs |= {"stand_in_ucontext": (STAND_IN, ["-std=c++17", "-DFIBER_UCONTEXT"])}
-    jobs |= {"status": (ROOT / "csrc/status.cpp", PLAIN)}
+    jobs |= {f"other_{source.stem}": (source, [*PLAIN, "-DPOM_CUDA"]) for source in OTHERS}
     return compile_all(tmp_path_factory.mktemp("cuda_on_cpu"), jobs)
 
 
@@ -62,7 +64,8 @@ def test_the_stand_in_on_other_processors(objects):
 @pytest.fixture(scope="module")
 def programs(objects):
     """Futures of the programs, linked and run."""
-    library = [objects[name] for name in (*(source.stem for source in KERNELS), "stand_in", "status")]
+    names = (*(source.stem for source in KERNELS), "stand_in", *(f"other_{source.stem}" for source in OTHERS))
+    library = [objects[name] for name in names]
 
     def run(name):
         link_and_run(objects[name], *library, flags=SANITIZED)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import written_aside
+from ..files import written_aside
 from .images import run_images
 from .report import markdown
 from .video import run_video

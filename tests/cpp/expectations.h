@@ -33,3 +33,11 @@ inline void expect_state(const Case& c, const std::string& name, const StateBuff
     check::expect(sum[0] == total, "%stotal %.9g with residual %g is not rounded", name.c_str(), total, residual);
   }
 }
+
+// The numbers of a state and what the tokens of a problem add to it.
+inline naive::State added(const naive::State& before, const naive::Problem& p) {
+  naive::State state = naive::state(p);
+  for (size_t i = 0; i < state.total.size(); ++i) state.total[i] += before.total[i];
+  for (size_t i = 0; i < state.count.size(); ++i) state.count[i] += before.count[i];
+  return state;
+}

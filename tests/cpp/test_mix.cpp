@@ -6,14 +6,6 @@
 using check::expect;
 using check::section;
 
-// The numbers of a state and what the tokens of a problem add to it.
-naive::State added(const naive::State& before, const naive::Problem& p) {
-  naive::State state = naive::state(p);
-  for (size_t i = 0; i < state.total.size(); ++i) state.total[i] += before.total[i];
-  for (size_t i = 0; i < state.count.size(); ++i) state.count[i] += before.count[i];
-  return state;
-}
-
 void test_mix(const Case& c) {
   const Inputs in(c);
   const int64_t batch = c.shape.batch, channels = c.channels();

@@ -11,6 +11,10 @@
 
 #include "pom/types.h"
 
+#ifdef POM_EXPORTS  // what a shared library shows
+#pragma GCC visibility push(default)
+#endif
+
 namespace pom {
 
 enum class Form : int { product, power };
@@ -24,7 +28,15 @@ enum class Status : int {
   rotary_needs_power,
   workspace_too_small,
   no_device_code,  // this GPU is none of those that the library was built for
-  device_error     // see cuda::error()
+  device_error,    // see cuda::error()
+  // of the engine
+  no_cuda,
+  bad_index,
+  overlap,
+  memory_too_small,
+  bad_file,
+  later_version,
+  other_shape
 };
 const char* message(Status status);
 
@@ -215,3 +227,7 @@ const char* error();
 
 }  // namespace cuda
 }  // namespace pom
+
+#ifdef POM_EXPORTS
+#pragma GCC visibility pop
+#endif

@@ -1,0 +1,135 @@
+"""The library as a stranger gets it: built and installed by CMake, found by another project, linked from C and C++."""
+
+import os
+import re
+import subprocess
+
+import pytest
+from cpp_programs import ROOT, call, setup_constant
+
+MEGABYTE = 1 << 20
+CONSUMER = """
+cmake_minimum_required(VERSION 3.20)
+project(app LANGUAGES C CXX)
+find_package(pom 0.1 REQUIRED)
+foreach(library pom pom_static)
+  add_executable(from_c_${library} app.c)
+  add_executable(from_cpp_${library} app.cpp)
+  target_link_libraries(from_c_${library} pom::${library})
+  target_link_libraries(from_cpp_${library} pom::${library})
+  set_target_properties(from_c_${library} PROPERTIES C_STANDARD 99 LINKER_LANGUAGE CXX)
+endforeach()
+"""
+FROM_C = """
+#include <pom/engine.h>
+#include <stdio.h>
+static char memory[1 << 16], workspace[1 << 16];
+static float u[2 * 4], gate[2 * 4], y[2 * 4];
+int main(void) {
+  pom_layer layer = {POM_PRODUCT, 1, POM_F32, 1, 4, 0};
+  pom_shape shape = {&layer, 1, 1, 1};
+  pom_place place = {0};
+  pom_stream stream;
+  pom_frame frame = {0};
+  pom_status status;
+  int i;
+  for (i = 0; i < 8; ++i) u[i] = 30;  /* GELU(30) is 30, sigmoid(30) is 1 */
+  for (i = 0; i < 8; ++i) gate[i] = 30;
+  status = pom_stream_open(&stream, &shape, &place, memory, sizeof memory);
+  frame.tokens = frame.queries = 2;
+  frame.u = u, frame.u_token_stride = 4, frame.gate = gate, frame.gate_token_stride = 4, frame.y = y;
+  if (!status) status = pom_stream_commit(&stream, 0, 0, &frame, workspace, sizeof workspace);
+  printf("%s %g %g\\n", pom_status_message(status), y[0], y[7]);
+  return status;
+}
+"""
+FROM_CPP = """
+#include <pom/engine.hpp>
+#include <cstdio>
+#include <vector>
+int main() {
+  const pom_layer layer = {POM_POWER, 2, POM_F64, 1, 4, 0};
+  const pom_shape shape = {&layer, 1, 1, 1};
+  std::vector<char> memory(pom::Stream::bytes(shape));
+  pom::Stream stream;
+  const pom::Status status = stream.open(shape, {}, memory.data(), memory.size());
+  const size_t bytes = pom::cpu::workspace(pom::ReadoutArgs{});  // the operations are there too
+  std::printf("%s %d\\n", pom::message(status), bytes > 0);
+  return int(status);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folders of the build and of the installation, of the CPU library."""
+    folder = tmp_path_factory.mktemp("cmake")
+    build, prefix = folder / "build", folder / "prefix"
+    call("cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DPOM_CUDA=OFF", "-DCMAKE_INSTALL_LIBDIR=lib",
+         "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")  # fmt: skip
+    call("cmake", "--build", build)
+    call("cmake", "--install", build, "--prefix", prefix)
+    return build, prefix
+
+
+def test_a_stranger_finds_and_links_it(built, tmp_path):
+    for name, text in (("CMakeLists.txt", CONSUMER), ("app.c", FROM_C), ("app.cpp", FROM_CPP)):
+        (tmp_path / name).write_text(text)
+    call("cmake", "-S", tmp_path, "-B", tmp_path / "build", "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={built[1]}")
+    call("cmake", "--build", tmp_path / "build")
+    for library in ("pom", "pom_static"):
+        for name, said in (("from_c", "ok 30 30\n"), ("from_cpp", "ok 1\n")):
+            program = tmp_path / "build" / f"{name}_{library}"
+            assert subprocess.run([program], check=True, capture_output=True, text=True).stdout == said
+
+
+def shown(library):
+    """What a shared library defines for others: demangled names with their versions."""
+    listed = subprocess.run(
+        ["nm", "--dynamic", "--defined-only", "--demangle", "--with-symbol-versions", library],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return [line.split(" ", 2)[2] for line in listed.stdout.splitlines()]
+
+
+def test_only_the_api_is_exported_and_versioned(built):
+    header = (ROOT / "csrc/include/pom/engine.h").read_text()
+    functions = set(re.findall(r"^[a-z_0-9 *]*?\b(pom_\w+)\(", header, re.MULTILINE))
+    assert {"pom_stream_open", "pom_status_message", "pom_cpu_linear"} <= functions
+    names = set()
+    for name in shown(built[1] / "lib/libpom.so"):
+        if name == "POM_1":  # the version itself
+            continue
+        assert name.endswith("@@POM_1"), name
+        names.add(name.removesuffix("@@POM_1").split("(")[0])
+    assert {name for name in names if name.startswith("pom_")} == functions
+    rest = {name for name in names if not name.startswith("pom_")}
+    operations = {"state", "readout", "mix", "update", "causal_mix", "workspace"}
+    operations |= {f"{name}_backward" for name in ("state", "readout", "causal_mix")}
+    assert rest == {"pom::message"} | {f"pom::cpu::{name}" for name in operations}
+
+
+def test_it_is_small_and_needs_little(built):
+    libraries = built[1] / "lib"
+    assert (libraries / "libpom.so").stat().st_size < 5 * MEGABYTE
+    assert (libraries / "libpom.a").stat().st_size < 5 * MEGABYTE
+    needed = subprocess.run(["readelf", "-d", libraries / "libpom.so"], check=True, capture_output=True, text=True).stdout
+    libraries = re.findall(r"NEEDED.*\[(.+?)\.so", needed)
+    assert set(libraries) <= {"libstdc++", "libm", "libgcc_s", "libc", "ld-linux-x86-64"}
+
+
+def test_cmake_and_setup_compile_alike(built):
+    """Every source, and the inner loops with the same flags."""
+    commands = (built[0] / "compile_commands.json").read_text()
+    sources = {path for folder in (".", "cpu", "engine") for path in (ROOT / "csrc" / folder).glob("*.cpp")}
+    for source in sources:
+        assert f'"{source.resolve()}"' in commands, source
+    lines = [line for line in commands.splitlines() if '"command"' in line and "kernels.cpp" in line]
+    for flags in setup_constant("INSTRUCTION_SETS").values():
+        wanted = {*flags, *setup_constant("KERNELS")}
+        assert any(wanted <= set(line.split()) and line.count(" -m") == len(flags) for line in lines), flags
+
+
+def test_the_header_is_c():
+    call(os.environ.get("CC", "gcc"), "-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-x", "c",
+         ROOT / "csrc/include/pom/engine.h")  # fmt: skip
