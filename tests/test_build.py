@@ -1,6 +1,5 @@
 """What setup.py builds with: toolkit, architectures, flags, and which objects it compiles again."""
 
-import fnmatch
 import os
 import stat
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from setuptools._distutils.filelist import FileList
 from setuptools.errors import CompileError, OptionError, PlatformError
 
 ROOT = Path(__file__).parents[1]
@@ -243,10 +243,12 @@ def test_doctor_knows_which_gpus_a_build_serves(built, capability, serves):
     assert _describe_kernels(torch_with("")) == "CPU only; for CUDA, build again with nvcc on the path"
 
 
-def test_a_source_distribution_holds_all_that_is_compiled():
-    included, *rest = (line.split() for line in (ROOT / "MANIFEST.in").read_text().splitlines())
-    assert {"include", "build_cuda.py", "build_objects.py"} <= set(included)
-    ((command, folder, *patterns),) = rest
-    assert (command, folder) == ("recursive-include", "csrc")
-    sources = [path.name for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    assert not [name for name in sources if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+def test_a_source_distribution_holds_all_that_is_compiled(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    files = FileList()
+    files.findall()
+    for line in Path("MANIFEST.in").read_text().splitlines():
+        files.process_template_line(line)
+    folders = [path for folder in ("csrc", "cmake", "examples") for path in Path(folder).rglob("*") if path.is_file()]
+    wanted = {str(path) for path in folders} | {"build_cuda.py", "build_objects.py", "CMakeLists.txt"}
+    assert wanted <= set(files.files)

@@ -5,7 +5,7 @@ import re
 import subprocess
 
 import pytest
-from cpp_programs import ROOT, call, setup_constant
+from cpp_programs import CPP, CXX, INCLUDE, ROOT, call, compile_all, setup_constant
 
 MEGABYTE = 1 << 20
 CONSUMER = """
@@ -113,7 +113,9 @@ def test_it_is_small_and_needs_little(built):
     libraries = built[1] / "lib"
     assert (libraries / "libpom.so").stat().st_size < 5 * MEGABYTE
     assert (libraries / "libpom.a").stat().st_size < 5 * MEGABYTE
-    needed = subprocess.run(["readelf", "-d", libraries / "libpom.so"], check=True, capture_output=True, text=True).stdout
+    needed = subprocess.run(
+        ["readelf", "-d", libraries / "libpom.so"], check=True, capture_output=True, text=True
+    ).stdout
     libraries = re.findall(r"NEEDED.*\[(.+?)\.so", needed)
     assert set(libraries) <= {"libstdc++", "libm", "libgcc_s", "libc", "ld-linux-x86-64"}
 
@@ -133,3 +135,20 @@ def test_cmake_and_setup_compile_alike(built):
 def test_the_header_is_c():
     call(os.environ.get("CC", "gcc"), "-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-x", "c",
          ROOT / "csrc/include/pom/engine.h")  # fmt: skip
+
+
+def test_a_stream_allocates_nothing(built, tmp_path):
+    program = tmp_path / "program"
+    call(CXX, "-std=c++17", "-O1", *INCLUDE, CPP / "test_engine_memory.cpp", built[1] / "lib/libpom.a", "-o", program)
+    call(program)
+
+
+def test_streams_of_two_threads(built, tmp_path):
+    """Under the thread sanitizer, all but the inner loops: those are arithmetic on their arguments."""
+    sources = [ROOT / "csrc/status.cpp", *(ROOT / "csrc/engine").glob("*.cpp"), *(ROOT / "csrc/cpu").glob("*.cpp")]
+    sources = [source for source in sources if source.stem != "kernels"] + [CPP / "test_engine_threads.cpp"]
+    flags = ["-std=c++17", "-O1", "-g1", "-pthread", "-fsanitize=thread"]
+    objects = compile_all(tmp_path, {source.stem: (source, flags) for source in sources})
+    program = tmp_path / "program"
+    call(CXX, *flags, *(future.result() for future in objects.values()), built[1] / "lib/libpom.a", "-o", program)
+    call(program)

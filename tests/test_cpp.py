@@ -17,9 +17,6 @@ LIBRARY = sorted(
     key=lambda file: file.stem != "kernels",
 )
 PROGRAMS = ("test_api", "test_mix", "test_status", "test_engine", "test_engine_refusals")
-# Programs that need the library as it is, or with the thread sanitizer: memory is the address sanitizer's own.
-PLAIN = ["-std=c++17", "-O2", "-pthread"]
-THREADS = ["-std=c++17", "-O1", "-g1", "-pthread", "-fsanitize=thread"]
 
 
 def supported_instruction_sets():
@@ -42,10 +39,6 @@ def objects(tmp_path_factory):
     jobs |= {name: (CPP / f"{name}.cpp", SANITIZED) for name in PROGRAMS}
     jobs |= {f"simd_{name}": (CPP / "test_simd.cpp", release + flags) for name, flags in INSTRUCTION_SETS.items()}
     jobs |= {"test_math": (CPP / "test_math.cpp", release)}
-    jobs |= {f"plain_{source.stem}": (source, PLAIN) for source in LIBRARY}
-    jobs |= {f"threads_{source.stem}": (source, THREADS) for source in LIBRARY}
-    jobs |= {"test_engine_memory": (CPP / "test_engine_memory.cpp", PLAIN)}
-    jobs |= {"test_engine_threads": (CPP / "test_engine_threads.cpp", THREADS)}
     return compile_all(tmp_path_factory.mktemp("cpp"), jobs)
 
 
@@ -61,12 +54,3 @@ def test_math(objects):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_library(name, objects):
     link_and_run(objects[name], *(objects[source.stem] for source in LIBRARY), flags=SANITIZED)
-
-
-def test_a_stream_allocates_nothing(objects):
-    link_and_run(objects["test_engine_memory"], *(objects[f"plain_{source.stem}"] for source in LIBRARY), flags=PLAIN)
-
-
-def test_streams_of_two_threads(objects):
-    library = (objects[f"threads_{source.stem}"] for source in LIBRARY)
-    link_and_run(objects["test_engine_threads"], *library, flags=THREADS)

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cases import FLOOR, Case, draw_inputs, norm_error, state_dtype
+from cases import FLOOR, Case, draw_inputs, move, norm_error, state_dtype
 
 from pom_ext import State, polynomial_update, reference
 from pom_ext.engine import Layer, Stream
@@ -35,20 +35,38 @@ def frame_of(case):
     return {**given, **inputs.rotaries}
 
 
-def empty(case):
-    return torch.empty(case.batch, case.queries or case.tokens, case.channels, dtype=case.dtype)
+def empty(case, device):
+    return torch.empty(case.batch, case.queries or case.tokens, case.channels, dtype=case.dtype, device=device)
+
+
+def stream_on(device, layers, batch, evaluations=1):
+    """A stream in torch's memory, on torch's CUDA stream where it is on a GPU."""
+    stream = Stream(
+        layers, batch, evaluations, allocate=lambda size: torch.empty(size, dtype=torch.uint8, device=device)
+    )
+    if device.type == "cuda":
+        stream.cuda_stream = torch.cuda.current_stream(device).cuda_stream
+    return stream
+
+
+def on_the_cpu(stream, path):
+    """The same stream on the CPU, by its file."""
+    stream.save(path)
+    copy = Stream(stream.layers, stream.batch, stream.evaluations)
+    copy.load(path)
+    return copy
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_frames_are_those_of_the_reference(case):
-    stream = Stream([Layer(3), layer_of(case)], case.batch, 2)
+def test_frames_are_those_of_the_reference(case, device, tmp_path):
+    stream = stream_on(device, [Layer(3), layer_of(case)], case.batch, 2)
     total, count, coeff = 0.0, 0.0, {}
     for _ in range(3):
         frame = {**frame_of(case), **coeff}
         coeff = {"coeff": frame["coeff"]} if "coeff" in frame else {}
-        peeked, y = empty(case), empty(case)
-        assert stream.peek(1, **frame, evaluation=1, out=peeked) is peeked
-        stream.commit(1, **frame, evaluation=1, out=y)
+        peeked, y, given = empty(case, device), empty(case, device), move(frame, device)
+        assert stream.peek(1, **given, evaluation=1, out=peeked) is peeked
+        stream.commit(1, **given, evaluation=1, out=y)
         assert torch.equal(peeked, y)
 
         exact = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in frame.items()}
@@ -64,12 +82,53 @@ def test_frames_are_those_of_the_reference(case):
         wanted = reference.readout(
             exact["gate"], total, count, form=case.form, n_sel_heads=case.heads, rotary=turn.get("gate_rotary")
         )
-        assert norm_error(y, wanted) <= 4 * FLOOR[case.dtype]
-    sums, residual, counts = stream.state(1, 1)
+        assert norm_error(y.cpu(), wanted) <= 4 * FLOOR[case.dtype]
+    seen = on_the_cpu(stream, tmp_path / "stream.pom")
+    sums, residual, counts = seen.state(1, 1)
     assert np.array_equal(counts, count[:, 0].numpy())
     error = np.abs(sums.astype(float) + residual - total[:, 0].numpy()).max() / total.abs().max().item()
     assert error <= 4 * (1e-13 if case.dtype == torch.float64 else 1e-6)
-    assert not any(array.any() for array in stream.state(1, 0))
+    assert not any(array.any() for array in seen.state(1, 0))
+
+
+def recorded(call, device):
+    """A function that does again what `call` does: on a GPU the replay of a CUDA graph."""
+    if device.type == "cpu":
+        return call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def test_a_whole_frame_is_recorded_once_and_replayed(device, tmp_path):
+    """Two evaluations of two layers and their commit: what changes from frame to frame is in the arrays."""
+    cases = [Case("power", 3, tokens=70, width=64, heads=4), Case("product", 2, tokens=70, width=16)]
+    layers = [layer_of(case) for case in cases]
+    stream, eager = stream_on(device, layers, 2), stream_on(device, layers, 2)
+    frames = [move(frame_of(case), device) for case in cases]
+    results = [[empty(case, device) for case in cases] for _ in range(2)]
+
+    def whole_frame(stream, out):
+        if device.type == "cuda":
+            stream.cuda_stream = torch.cuda.current_stream(device).cuda_stream
+        for act in (stream.peek, stream.peek, stream.commit):
+            for layer, frame in enumerate(frames):
+                act(layer, **frame, out=out[layer])
+
+    whole_frame(stream, results[0])  # takes its workspace
+    stream.reset()
+    replay = recorded(lambda: whole_frame(stream, results[0]), device)
+    stream.reset()
+    for _ in range(4):
+        for frame in frames:
+            frame["u"].normal_()
+        replay()
+        whole_frame(eager, results[1])
+        assert all(map(torch.equal, *results))
+    ours, theirs = on_the_cpu(stream, tmp_path / "one.pom"), on_the_cpu(eager, tmp_path / "other.pom")
+    assert (tmp_path / "one.pom").read_bytes() == (tmp_path / "other.pom").read_bytes()
+    assert ours.state(1)[2].tolist() == theirs.state(1)[2].tolist() == [280, 280]
 
 
 def test_the_engine_and_the_operation_of_torch_are_the_same_bits():
@@ -250,6 +309,10 @@ assert stream.commit(0, ones, ones).shape == (1, 4, 16) and stream.state(0)[2] =
 """
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     done = subprocess.run(
-        (sys.executable, "-c", program), check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root}
+        (sys.executable, "-c", program),
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root},
     )
     assert done.returncode == 0 and done.stdout + done.stderr == "", done.stderr

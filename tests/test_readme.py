@@ -1,6 +1,7 @@
 """The Python of the README and the docs runs as it stands, and what they link to is there."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -9,24 +10,30 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def run_blocks(page):
-    """The names that the Python blocks of a page define, run one after the other."""
-    namespace = {}
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        exec(compile(block, page.name, "exec"), namespace)
-    return namespace
+@pytest.fixture
+def run_blocks(tmp_path, monkeypatch):
+    """A function of a page: the names that its Python blocks define, run one after the other in an empty folder."""
+
+    def run(page):
+        blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        program = tmp_path / "program.py"
+        program.write_text("\n".join(blocks), encoding="utf-8")
+        (tmp_path / "folder").mkdir()
+        monkeypatch.chdir(tmp_path / "folder")
+        return runpy.run_path(str(program))
+
+    return run
 
 
-def test_the_readme_runs():
+def test_the_readme_runs(run_blocks):
     names = run_blocks(ROOT / "README.md")
     assert names["y"].shape == names["x"].shape and names["noise"].shape == names["images"].shape
     assert names["frame"].shape == names["other"].shape and names["stream"].frame == 1
 
 
-def test_the_page_on_streaming_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_page_on_streaming_runs(run_blocks):
     names = run_blocks(ROOT / "docs" / "streaming.md")
-    assert names["stream"].frame == 2 and [path.name for path in tmp_path.iterdir()] == ["stream.safetensors"]
+    assert names["stream"].frame == 2 and [path.name for path in Path().iterdir()] == ["stream.safetensors"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -68,9 +68,9 @@ inline Status check(const pom_shape* shape) {
 }
 
 inline Status check(const pom_place& place) {
-  if (place.device == POM_CPU) return Status::ok;
+  if (place.device == POM_DEVICE_CPU) return Status::ok;
 #ifdef POM_CUDA
-  if (place.device == POM_CUDA) return Status::ok;
+  if (place.device == POM_DEVICE_CUDA) return Status::ok;
 #endif
   return Status::no_cuda;
 }

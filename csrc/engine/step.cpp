@@ -41,7 +41,7 @@ Status check_step(const pom_stream* stream, int64_t evaluation, int64_t layer, c
   const pom_layer& shape = stream->shape.layers[layer];
   const int64_t tokens = stream->shape.batch * step->tokens, row = step->dim * size_of(dtype(shape));
   if (!step->in_weight || !step->out_weight || (tokens && !(step->x && step->y))) return Status::null_pointer;
-  if (!step->linear && stream->place.device != POM_CPU) return Status::null_pointer;
+  if (!step->linear && stream->place.device != POM_DEVICE_CPU) return Status::null_pointer;
   if (!workspace || bytes < pom_stream_step_workspace(stream, layer, step)) return Status::workspace_too_small;
   const Range y(step->y, tokens * row), x(step->x, tokens * row), scratch(workspace, int64_t(bytes)),
       memory(stream->memory, int64_t(pom_stream_bytes(&stream->shape)));

@@ -108,7 +108,13 @@ using namespace pom::engine;
 
 const char* pom_status_message(pom_status status) { return message(Status(status)); }
 
-const char* pom_cuda_error(void) { return POM_ON_DEVICE(pom_place{POM_CUDA}, cuda::error(), "no error"); }
+const char* pom_cuda_error(void) {
+#ifdef POM_CUDA
+  return cuda::error();
+#else
+  return "no error";
+#endif
+}
 
 size_t pom_stream_bytes(const pom_shape* shape) {
   if (check(shape) != Status::ok) return 0;

@@ -64,7 +64,7 @@ class Stream {
     const pom_shape shape = {layers_.data(), int64_t(layers_.size()), batch, evaluations};
     batch_ = batch;
     memory_ = bytes_of(std::max<size_t>(1, pom::Stream::bytes(shape)));
-    place_.device = memory_->device() == kDLCuda ? POM_CUDA : POM_CPU;
+    place_.device = memory_->device() == kDLCuda ? POM_DEVICE_CUDA : POM_DEVICE_CPU;
     check(stream_.open(shape, place_, memory_->data(), size_t(memory_->shape[0])));
   }
 
@@ -101,7 +101,7 @@ class Stream {
                   const py::object& rotary, const py::object& gate_rotary, int64_t evaluation, py::object out,
                   bool commit) {
     const pom_layer& l = layer_of(layer);
-    if (place_.device == POM_CUDA)
+    if (place_.device == POM_DEVICE_CUDA)
       throw std::runtime_error("step: on a GPU the projections are the caller's; use peek and commit");
     Arrays arrays(memory_->device());
     const Dtype dtype = Dtype(l.dtype);
@@ -146,7 +146,7 @@ class Stream {
     const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
     return py::make_tuple(address(state.total), address(state.residual), address(state.count), address(state.kept));
   }
-  bool on_gpu() const { return place_.device == POM_CUDA; }
+  bool on_gpu() const { return place_.device == POM_DEVICE_CUDA; }
 
   uintptr_t cuda_stream() const { return reinterpret_cast<uintptr_t>(place_.cuda_stream); }
   void set_cuda_stream(uintptr_t stream) {

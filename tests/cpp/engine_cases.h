@@ -39,9 +39,9 @@ inline pom_layer layer_of(const Case& c, size_t kept = 0) {
 inline pom_place place(bool ascending = true) {
   const Order order = in_order(ascending);
 #ifdef POM_TEST_CUDA
-  return {POM_CUDA, {}, order};
+  return {POM_DEVICE_CUDA, {}, order};
 #else
-  return {POM_CPU, {order.parallel_for, order.context}, nullptr};
+  return {POM_DEVICE_CPU, {order.parallel_for, order.context}, nullptr};
 #endif
 }
 

@@ -67,7 +67,7 @@ void test_frames() {
   REFUSE("u in the workspace", overlap, f.u = workspace);
   REFUSE("a device that is none", no_cuda, s.stream.place().device = 7);
 #ifndef POM_CUDA
-  REFUSE("a GPU, without CUDA", no_cuda, s.stream.place().device = POM_CUDA);
+  REFUSE("a GPU, without CUDA", no_cuda, s.stream.place().device = POM_DEVICE_CUDA);
 #endif
 }
 

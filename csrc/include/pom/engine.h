@@ -47,7 +47,7 @@ enum {
 };
 enum { POM_PRODUCT, POM_POWER };              /* forms */
 enum { POM_F32, POM_F64, POM_BF16, POM_F16 }; /* dtypes */
-enum { POM_CPU, POM_CUDA };                   /* devices */
+enum { POM_DEVICE_CPU, POM_DEVICE_CUDA };     /* devices */
 
 const char* pom_status_message(pom_status status);
 const char* pom_cuda_error(void); /* what CUDA said of this thread's last POM_DEVICE_ERROR */
@@ -79,8 +79,8 @@ typedef struct pom_executor {
 /* Where a stream lives, and what runs its kernels. */
 typedef struct pom_place {
   int32_t device;
-  pom_executor executor; /* of POM_CPU */
-  void* cuda_stream;     /* of POM_CUDA, a cudaStream_t of the current device */
+  pom_executor executor; /* of POM_DEVICE_CPU */
+  void* cuda_stream;     /* of POM_DEVICE_CUDA, a cudaStream_t of the current device */
 } pom_place;
 
 /* Plain data: a copy is another name for the same stream. The place may be changed between calls. */
@@ -125,11 +125,11 @@ size_t pom_stream_workspace(const pom_stream* stream, int64_t layer, const pom_f
 
 /* Reads the state with the frame added, and leaves it as it was. */
 pom_status pom_stream_peek(const pom_stream* stream, int64_t evaluation, int64_t layer, const pom_frame* frame,
-                                   void* workspace, size_t bytes);
+                           void* workspace, size_t bytes);
 
 /* Adds the frame to the state and reads it. With no queries it is added only. */
 pom_status pom_stream_commit(pom_stream* stream, int64_t evaluation, int64_t layer, const pom_frame* frame,
-                                     void* workspace, size_t bytes);
+                             void* workspace, size_t bytes);
 
 /* A linear map, y (rows, outputs) = x (rows, inputs) times the transpose of weight (outputs, inputs), plus bias
  * (outputs) or null. All dense and of one dtype. */
@@ -159,8 +159,8 @@ typedef struct pom_step {
 
 /* `commit` 0: the state stays as it was. A status other than POM_OK of `linear` is passed on. */
 size_t pom_stream_step_workspace(const pom_stream* stream, int64_t layer, const pom_step* step);
-pom_status pom_stream_step(pom_stream* stream, int64_t evaluation, int64_t layer, const pom_step* step,
-                                   int32_t commit, void* workspace, size_t bytes);
+pom_status pom_stream_step(pom_stream* stream, int64_t evaluation, int64_t layer, const pom_step* step, int32_t commit,
+                           void* workspace, size_t bytes);
 
 /* Where the state of a layer lies: the sum is total + residual, its mean that over count. */
 typedef struct pom_state {
