@@ -1,6 +1,6 @@
 # Two commands for a fresh machine with Python 3.10 or later and g++:
 #   make demo   train on real images, draw new ones, move them, stream them as video; report in out/demo
-#   make test   build and run every test
+#   make test   build and run every test; make test-cpp only those of the C and C++ library
 # and one for a machine with a GPU and nvcc, whose python3 has torch and pytest; it installs nothing:
 #   make gpu-report OUT=folder   build for that GPU, test, sanitize and measure, within nine minutes
 #
@@ -15,13 +15,16 @@ OUT ?= out/gpu-report
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.10' || echo 'torch==2.13.0')
 SOURCES := setup.py build_objects.py build_cuda.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu-report clean
+.PHONY: demo test test-cpp bench gpu-report clean
 
 demo: $(VENV)/built
 	$(BIN)/pom-ext demo --out out/demo
 
 test: $(VENV)/built $(VENV)/browser
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-cpp: $(VENV)/built
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS) $(addprefix tests/test_,$(addsuffix .py,cpp cuda_on_cpu cmake engine export))
 
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks.run

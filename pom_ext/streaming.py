@@ -13,7 +13,7 @@ from .solvers import check_solver, denoise, evaluations
 
 SETTINGS = ("context", "context_noise", "steps", "solver", "guidance", "seed", "frame", "batch", "size")
 
-DRAWN, REMEMBERED = 0, 1  # the two kinds of noise of a frame
+DRAWN, REMEMBERED = 0, 1  # the two kinds of noise of a frame, drawn apart
 
 
 class VideoStream:
@@ -228,13 +228,12 @@ class VideoStream:
     def _noise(self, frames, purpose):
         weight, unit = self.model.patch_in.weight, self.model.patch[0]
         shape = (self.model.in_channels, unit, *self.size)
-        videos = [
-            torch.cat(
-                [torch.randn(shape, generator=seeded_generator(self.seed, i, self.frame + f)) for f in range(frames)],
-                dim=1,
-            )
-            for i in range(self.batch)
-        ]
+
+        def of_frame(video, frame):
+            return torch.randn(shape, generator=seeded_generator(self.seed, video, frame, purpose))
+
+        numbers = range(self.frame, self.frame + frames)
+        videos = [torch.cat([of_frame(i, frame) for frame in numbers], dim=1) for i in range(self.batch)]
         return torch.stack(videos).to(weight)
 
 

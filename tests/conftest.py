@@ -33,3 +33,22 @@ def fixed_seed():
 @pytest.fixture(scope="session", params=DEVICES)
 def device(request):
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def cmake_library(tmp_path_factory):
+    """The torch-free library as CMake builds and installs it: (folder of the build, of the installation, flags).
+
+    Where the operations run on a GPU here, with CUDA for that one.
+    """
+    from cpp_programs import ROOT, call
+
+    folder = tmp_path_factory.mktemp("cmake")
+    build, prefix = folder / "build", folder / "prefix"
+    on_gpu = _library.default_device() == "cuda"
+    flags = ["-DPOM_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=native"] if on_gpu else ["-DPOM_CUDA=OFF"]
+    call("cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+         "-DCMAKE_INSTALL_LIBDIR=lib", *flags)  # fmt: skip
+    call("cmake", "--build", build)
+    call("cmake", "--install", build, "--prefix", prefix)
+    return build, prefix, flags

@@ -1,10 +1,13 @@
 """The library as a stranger gets it: built and installed by CMake, found by another project, linked from C and C++."""
 
+import json
 import os
 import re
 import subprocess
 
+import numpy as np
 import pytest
+import torch
 from cpp_programs import CPP, CXX, INCLUDE, ROOT, call, compile_all, setup_constant
 
 MEGABYTE = 1 << 20
@@ -61,15 +64,14 @@ int main() {
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The folders of the build and of the installation, of the CPU library."""
-    folder = tmp_path_factory.mktemp("cmake")
-    build, prefix = folder / "build", folder / "prefix"
-    call("cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DPOM_CUDA=OFF", "-DCMAKE_INSTALL_LIBDIR=lib",
-         "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")  # fmt: skip
-    call("cmake", "--build", build)
-    call("cmake", "--install", build, "--prefix", prefix)
-    return build, prefix
+def built(cmake_library):
+    """The folders of the build and of the installation."""
+    return cmake_library[:2]
+
+
+@pytest.fixture(scope="module")
+def has_cuda(cmake_library):
+    return "-DPOM_CUDA=ON" in cmake_library[2]
 
 
 def test_a_stranger_finds_and_links_it(built, tmp_path):
@@ -92,7 +94,7 @@ def shown(library):
     return [line.split(" ", 2)[2] for line in listed.stdout.splitlines()]
 
 
-def test_only_the_api_is_exported_and_versioned(built):
+def test_only_the_api_is_exported_and_versioned(built, has_cuda):
     header = (ROOT / "csrc/include/pom/engine.h").read_text()
     functions = set(re.findall(r"^[a-z_0-9 *]*?\b(pom_\w+)\(", header, re.MULTILINE))
     assert {"pom_stream_open", "pom_status_message", "pom_cpu_linear"} <= functions
@@ -106,13 +108,16 @@ def test_only_the_api_is_exported_and_versioned(built):
     rest = {name for name in names if not name.startswith("pom_")}
     operations = {"state", "readout", "mix", "update", "causal_mix", "workspace"}
     operations |= {f"{name}_backward" for name in ("state", "readout", "causal_mix")}
-    assert rest == {"pom::message"} | {f"pom::cpu::{name}" for name in operations}
+    devices = ("cpu", "cuda") if has_cuda else ("cpu",)
+    wanted = {"pom::message"} | {f"pom::{device}::{name}" for device in devices for name in operations}
+    assert rest == wanted | ({"pom::cuda::error"} if has_cuda else set())
 
 
-def test_it_is_small_and_needs_little(built):
+def test_it_is_small_and_needs_little(built, has_cuda):
     libraries = built[1] / "lib"
-    assert (libraries / "libpom.so").stat().st_size < 5 * MEGABYTE
-    assert (libraries / "libpom.a").stat().st_size < 5 * MEGABYTE
+    if not has_cuda:
+        assert (libraries / "libpom.so").stat().st_size < 5 * MEGABYTE
+        assert (libraries / "libpom.a").stat().st_size < 5 * MEGABYTE
     needed = subprocess.run(
         ["readelf", "-d", libraries / "libpom.so"], check=True, capture_output=True, text=True
     ).stdout
@@ -152,3 +157,32 @@ def test_streams_of_two_threads(built, tmp_path):
     program = tmp_path / "program"
     call(CXX, *flags, *(future.result() for future in objects.values()), built[1] / "lib/libpom.a", "-o", program)
     call(program)
+
+
+def test_the_benchmark_of_the_engine(built, tmp_path, monkeypatch, capsys):
+    program, result = tmp_path / "engine_benchmark", tmp_path / "engine.json"
+    call(CXX, "-std=c++17", *INCLUDE, ROOT / "benchmarks/engine.cpp", built[1] / "lib/libpom.a", "-o", program)
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import engine
+
+    monkeypatch.setattr(engine, "build", lambda folder: program)
+    threads = torch.get_num_threads()
+    try:
+        assert engine.main(["--shape", "S", "--frames", "30", "--json", str(result)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    (shape,) = json.loads(result.read_text())["shapes"]
+    assert shape["shape"] == "S" and shape["width"] == 768 and shape["overhead_us"] < 1e6
+    for contender in ("engine", "engine from Python", "torch"):
+        row = shape["contenders"][contender]
+        assert row["frames"] == 30 and 0 < row["median_us"] <= row["p99_us"] <= row["worst_us"], contender
+    assert "the engine's own part of a call" in capsys.readouterr().out
+    assert subprocess.run([program, "1"], check=False, capture_output=True).returncode == 2
+
+
+def test_figures_of_a_latency():
+    from benchmarks.engine import figures
+
+    row = figures(np.arange(1.0, 1001))
+    assert row["median_us"] == 500.5 and row["worst_us"] == 1000 and row["frames"] == 1000
+    assert abs(row["p99_us"] - 990) < 1 and abs(row["iqr_us"] - 500) < 1

@@ -24,7 +24,11 @@ def image_model(**changes):
 def test_of_a_still_video_it_predicts_what_the_image_model_does(frames, local_conv, mixer):
     model = image_model(mixer=mixer, local_conv=local_conv, degree=4, expand=1)
     video = inflate(model, length=8, frames=frames)
-    picture, time, labels = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([10.0, 700.0]), torch.tensor([1, 4])
+    picture, time, labels = (
+        torch.randn(2, 3, 8, 8, dtype=torch.float64),
+        torch.tensor([10.0, 700.0]),
+        torch.tensor([1, 4]),
+    )
     expected = model(picture, time, labels)[:, :, None].expand(-1, -1, frames, -1, -1)
     still = picture[:, :, None].expand(-1, -1, frames, -1, -1)
     torch.testing.assert_close(video(still, time, labels=labels), expected)
@@ -43,7 +47,11 @@ def test_another_size_and_dtype():
     [
         (lambda: torch.nn.Linear(1, 1), TypeError, "model: expected an ImageDiT, got Linear"),
         (lambda: image_model(n_registers=2), ValueError, "model: expected n_registers=0, got 2"),
-        (lambda: image_model(mixer="local"), ValueError, "model: expected mixers of product, power, attention, got local"),
+        (
+            lambda: image_model(mixer="local"),
+            ValueError,
+            "model: expected mixers of product, power, attention, got local",
+        ),
         (lambda: image_model(dim=20), ValueError, "dim: expected a multiple of 8"),
     ],
 )

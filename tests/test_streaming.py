@@ -476,6 +476,13 @@ def test_training_in_parallel_is_frame_by_frame_loss_for_loss(mixer, condition, 
     torch.testing.assert_close(loss, torch.stack(losses).mean(), rtol=1e-8, atol=1e-8)
 
 
+def test_a_frame_is_remembered_with_noise_of_its_own():
+    """Not with the noise that it was drawn from, which the training never showed."""
+    stream = VideoStream(small(), batch=2, seed=7)
+    drawn, remembered = stream._noise(3, DRAWN).flatten(), stream._noise(3, REMEMBERED).flatten()
+    assert torch.corrcoef(torch.stack([drawn, remembered]))[0, 1].abs() < 4 / len(drawn) ** 0.5
+
+
 def test_context_noise_gives_the_finished_frames_a_time_of_their_own():
     recorded = []
 

@@ -4,6 +4,7 @@ import typer
 
 from .common import one_line_errors
 from .draw import sample
+from .export import export
 from .tools import bench, demo, doctor
 from .train import train
 from .video import play, stream
@@ -11,7 +12,7 @@ from .video import play, stream
 app = typer.Typer(
     help="PoM: train and sample diffusion transformers whose cost is linear in tokens.", no_args_is_help=True
 )
-for command in (demo, train, sample, stream, play):
+for command in (demo, train, sample, stream, play, export):
     app.command()(one_line_errors(command))
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command(context_settings=PASS_ON)(one_line_errors(bench))

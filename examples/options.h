@@ -1,0 +1,23 @@
+// The command line.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "output.h"
+#include "sampler.h"
+
+namespace example {
+
+struct Options {
+  std::string model, noise, save, resume;
+  int64_t frames = -1;               // without end
+  std::vector<int64_t> labels = {};  // of the frames one by one; the last one stays
+  uint64_t seed = 0;
+  Format format = Format::ppm;
+  Sampling sampling;
+  bool cuda = false;
+};
+
+}  // namespace example
