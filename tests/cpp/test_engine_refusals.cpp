@@ -66,7 +66,7 @@ void test_frames() {
   REFUSE("the workspace in the stream", overlap, workspace = s.memory.data());
   REFUSE("u in the workspace", overlap, f.u = workspace);
   REFUSE("a device that is none", no_cuda, s.stream.place().device = 7);
-#ifndef POM_CUDA
+#ifndef POM_TEST_CUDA
   REFUSE("a GPU, without CUDA", no_cuda, s.stream.place().device = POM_DEVICE_CUDA);
 #endif
 }
