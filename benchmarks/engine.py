@@ -64,7 +64,7 @@ def in_python(width, heads):
 
     @torch.no_grad()
     def operation():
-        polynomial_update(u, gate, coeff, state=state, form="power", degree=DEGREE, n_sel_heads=heads)
+        polynomial_update(u, gate, state, coeff, form="power", degree=DEGREE, n_sel_heads=heads)
 
     return {"engine from Python": lambda: stream.commit(0, u, gate, coeff, out=out), "torch": operation}
 

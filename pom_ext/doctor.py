@@ -26,6 +26,7 @@ def diagnose():
     load()
     yield f"library    loaded, {importlib.util.find_spec('pom_ext._C').origin}"
     yield f"kernels    {_describe_kernels(torch)}"
+    yield f"engine     {_describe_engine()}"
 
 
 def _describe_cuda(torch):
@@ -33,6 +34,15 @@ def _describe_cuda(torch):
         return "no GPU here" if torch.version.cuda else "none: this torch is built for the CPU"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return f"{torch.version.cuda}, {', '.join(names)}"
+
+
+def _describe_engine():
+    """The streams without torch are a library of their own, for one version of Python."""
+    try:
+        from . import engine  # noqa: F401
+    except ImportError as error:
+        return f"not for this Python: {error}"
+    return f"loaded, {importlib.util.find_spec('pom_ext._engine').origin}"
 
 
 def _describe_kernels(torch):

@@ -195,7 +195,7 @@ def test_bench_runs_the_source_trees_benchmarks(monkeypatch, tmp_path):
 def test_doctor_tells_what_is_here():
     result = call("doctor")
     assert result.exit_code == 0, result.output
-    for text in (torch.__version__, sys.version.split()[0], "loaded", "threads"):
+    for text in (torch.__version__, sys.version.split()[0], "loaded", "threads", "engine     loaded"):
         assert text in result.output
 
 
@@ -218,5 +218,5 @@ def test_help_and_import_are_light():
     assert printed == "light\n"
     result = call("--help")
     assert result.exit_code == 0
-    for name in ("demo", "train", "sample", "stream", "play", "bench", "doctor"):
+    for name in ("demo", "train", "sample", "stream", "play", "export", "bench", "doctor"):
         assert name in result.output

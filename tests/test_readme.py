@@ -36,6 +36,11 @@ def test_the_page_on_streaming_runs(run_blocks):
     assert names["stream"].frame == 2 and [path.name for path in Path().iterdir()] == ["stream.safetensors"]
 
 
+def test_the_page_on_the_engine_runs(run_blocks):
+    run_blocks(ROOT / "docs" / "engine.md")
+    assert [path.name for path in Path().iterdir()] == ["stream.pom"]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_linked_files_exist(page):
     for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
