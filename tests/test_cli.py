@@ -188,6 +188,7 @@ def test_bench_runs_the_source_trees_benchmarks(monkeypatch, tmp_path):
     monkeypatch.setattr(tools, "__file__", str(tmp_path / "pom_ext" / "cli" / "tools.py"))
     assert_fails(call("bench"), "no ", "benchmarks/run.py")
     (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()  # before the one of a source tree on PYTHONPATH
     (tmp_path / "benchmarks" / "run.py").write_text("import sys; sys.exit(len(sys.argv))")
     assert call("bench", "--case", "forward").exit_code == 3, "arguments and exit code are passed on"
 
