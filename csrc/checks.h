@@ -17,7 +17,7 @@ inline Status check(const Features& f) {
     if (!f.rotary.cos || !f.rotary.sin) return Status::null_pointer;
   }
   if (f.batch * f.tokens > 0 && !f.u) return Status::null_pointer;
-  if (f.form == Form::power && !f.coeff) return Status::null_pointer;
+  if (f.form == Form::power && (!f.coeff || (f.u_tangent && !f.coeff_tangent))) return Status::null_pointer;
   return Status::ok;
 }
 
@@ -107,6 +107,7 @@ inline Status check_mix(const Features& f, const Gates& g) {
   if (const Status s = check(f); s != Status::ok) return s;
   if (const Status s = check(g); s != Status::ok) return s;
   if (f.batch != g.batch || f.channels() != g.channels || f.form != g.form) return Status::bad_size;
+  if (f.u_tangent || g.tangent) return Status::no_tangents;
   return f.dtype == g.dtype ? Status::ok : Status::bad_dtype;
 }
 

@@ -36,6 +36,8 @@ const char* message(Status status) {
       return "the stream was saved by a later version of the library";
     case Status::other_shape:
       return "the other stream, or the saved one, has other layers, another batch or other evaluations";
+    case Status::no_tangents:
+      return "mix and update take no tangents: their derivative is that of a state and a readout";
   }
   return "unknown status";
 }

@@ -1,4 +1,4 @@
-"""What torch knows of the compiled operations beside their kernels: shapes of the results, and gradients.
+"""What torch knows of the compiled operations beside their kernels: shapes of the results, derivatives, batches.
 
 Gradients are registered operations too, so that traced graphs contain them. They save inputs and the state alone;
 features are computed again.
@@ -6,6 +6,8 @@ features are computed again.
 
 import torch
 
+from . import _derivatives as derivatives
+from ._autograd import differentiable, refuse_tangents
 from .checks import FORMS, accumulator
 
 
@@ -23,20 +25,21 @@ def _contiguous_like(t):
     return t.new_empty(t.shape)
 
 
-def _state_fake(u, coeff, weight, mask, offsets, cumulative, cos, sin, axes, form, degree):
+def _state_fake(u, coeff, u_tangent, coeff_tangent, weight, mask, offsets, cumulative, cos, sin, axes, form, degree):
     groups = mask.shape[1] if mask is not None else offsets.shape[0] - 1 if offsets is not None else 1
     return _new_state(u, groups)
 
 
-def _state_backward_fake(grad_total, u, coeff, weight, mask, offsets, cumulative, cos, sin, axes, form, degree):
+def _state_backward_fake(grad_total, u, *rest):
+    form, degree = rest[-2:]
     return _contiguous_like(u), _new_coeff_grad(u, form, degree)
 
 
-def _readout_fake(gate, total, residual, count, offsets, cos, sin, axes, form, heads):
+def _readout_fake(gate, gate_tangent, total, *rest):
     return gate.new_empty(gate.shape[0], gate.shape[1], total.shape[2])
 
 
-def _readout_backward_fake(grad_y, gate, total, residual, count, offsets, cos, sin, axes, form, heads):
+def _readout_backward_fake(grad_y, gate, gate_tangent, total, *rest):
     return _contiguous_like(gate), _contiguous_like(total)
 
 
@@ -58,67 +61,40 @@ def _update_fake(u, gate, *rest):
     return gate.new_empty(gate.shape[0], gate.shape[1], u.shape[2])
 
 
-def _save(*positions):
-    """A setup_context that keeps all inputs: tensors at `positions` through autograd, the rest as they are."""
-
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*(inputs[i] for i in positions))
-        ctx.rest = inputs[len(positions) :]
-        if isinstance(output, tuple):
-            ctx.mark_non_differentiable(output[-1])  # the count
-
-    return setup_context
+# Arguments whose first dimension is the batch; the others belong to all samples.
+_OF_SAMPLES = {
+    "u", "gate", "u_tangent", "gate_tangent", "weight", "mask", "total", "residual", "count", "grad_y", "grad_total",
+}  # fmt: skip
 
 
-def _state_backward(ctx, grad_total, grad_residual, grad_count):
-    # The residual is rounding error of the total: as a function of the inputs its derivative is zero.
-    saved = ctx.saved_tensors
-    grad_u, grad_coeff = torch.ops.pom_ext.state_backward(grad_total, *saved, *ctx.rest)
-    return grad_u, None if saved[1] is None else grad_coeff, *[None] * 9
+def _batched(operation):
+    """The rule of torch.vmap: one call of more samples; or one call each where something of all samples differs."""
+    names = [argument.name for argument in operation._schema.arguments]
+    sums_samples = any(result.name == "grad_coeff" for result in operation._schema.returns)
+
+    def rule(info, dims, *arguments):
+        moved = {
+            name: value if dim is None else value.movedim(dim, 0) for name, value, dim in zip(names, arguments, dims)
+        }
+        given = {name for name, dim in zip(names, dims) if dim is not None}
+        tensors = {name for name in names if isinstance(moved[name], torch.Tensor)}
+        if given == tensors & _OF_SAMPLES and not (sums_samples and moved["coeff"] is not None):
+            results = operation(*(moved[name].flatten(0, 1) if name in given else moved[name] for name in names))
+            split = lambda t: t.unflatten(0, (info.batch_size, -1)) if t.shape[0] else t.new_empty(info.batch_size, *t.shape)  # noqa: E731
+            results = tuple(map(split, results)) if isinstance(results, tuple) else split(results)
+        else:
+            each = [
+                operation(*(moved[name][i] if name in given else moved[name] for name in names))
+                for i in range(info.batch_size)
+            ]
+            results = tuple(map(torch.stack, zip(*each))) if isinstance(each[0], tuple) else torch.stack(each)
+        return results, (0,) * len(results) if isinstance(results, tuple) else 0
+
+    return rule
 
 
-def _readout_backward(ctx, grad_y):
-    grad_gate, grad_total = torch.ops.pom_ext.readout_backward(grad_y, *ctx.saved_tensors, *ctx.rest)
-    return grad_gate, grad_total, grad_total, *[None] * 7
-
-
-def _causal_mix_backward(ctx, grad_y, grad_total, grad_residual, grad_count):
-    saved = ctx.saved_tensors
-    grads = torch.ops.pom_ext.causal_mix_backward(grad_y, grad_total, *saved, *ctx.rest)
-    grad_u, grad_gate, grad_coeff, grad_prior = grads
-    coeff, prior = saved[2], saved[4]
-    grad_coeff = None if coeff is None else grad_coeff
-    grad_prior = None if prior is None else grad_prior
-    return grad_u, grad_gate, grad_coeff, None, grad_prior, grad_prior, *[None] * 9
-
-
-def _save_mix(ctx, inputs, output):
-    u, gate, coeff, weight, prior = inputs[:5]
-    cos, sin, axes, gate_cos, gate_sin, gate_axes = inputs[7:13]
-    ctx.save_for_backward(u, gate, coeff, weight, *output[1:], cos, sin, gate_cos, gate_sin)
-    ctx.has_prior = prior is not None
-    ctx.rest = axes, gate_axes, *inputs[13:]
-    ctx.mark_non_differentiable(output[-1])  # the count
-
-
-def _mix_backward(ctx, grad_y, grad_total, grad_residual, grad_count):
-    u, gate, coeff, weight, total, residual, count, cos, sin, gate_cos, gate_sin = ctx.saved_tensors
-    axes, gate_axes, form, degree, heads = ctx.rest
-    grad_gate, grad_state = torch.ops.pom_ext.readout_backward(
-        grad_y, gate, total, residual, count, None, gate_cos, gate_sin, gate_axes, form, heads
-    )
-    if grad_total is not None:
-        grad_state = grad_state + grad_total
-    grad_u, grad_coeff = torch.ops.pom_ext.state_backward(
-        grad_state, u, coeff, weight, None, None, False, cos, sin, axes, form, degree
-    )
-    grad_coeff = None if coeff is None else grad_coeff
-    grad_prior = grad_state if ctx.has_prior else None
-    return grad_u, grad_gate, grad_coeff, None, grad_prior, grad_prior, *[None] * 10
-
-
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError("pom_ext: gradients of gradients are not defined yet; call backward without create_graph=True")
+# Kept as long as the module: what is registered with it goes when it goes.
+_LIBRARY = torch.library.Library("pom_ext", "FRAGMENT")
 
 
 def register():
@@ -133,11 +109,10 @@ def register():
         "update": _update_fake,
     }.items():
         torch.library.register_fake(f"pom_ext::{name}", fake)
-    for name, backward, tensors in (
-        ("state", _state_backward, 5),
-        ("readout", _readout_backward, 7),
-        ("causal_mix", _causal_mix_backward, 11),
-    ):
-        torch.library.register_autograd(f"pom_ext::{name}", backward, setup_context=_save(*range(tensors)))
-        torch.library.register_autograd(f"pom_ext::{name}_backward", _no_double_backward)
-    torch.library.register_autograd("pom_ext::mix", _mix_backward, setup_context=_save_mix)
+        operation = getattr(torch.ops.pom_ext, name).default
+        if name == "update":
+            refuse_tangents(_LIBRARY, operation, "pom_ext: an update in place has no derivative; use polynomial_mix")
+            continue
+        torch.library.register_vmap(f"pom_ext::{name}", _batched(operation))
+        vjp, jvp = getattr(derivatives, f"{name}_vjp"), getattr(derivatives, f"{name}_jvp")
+        differentiable(_LIBRARY, operation, vjp, jvp, keeps=3 if name == "mix" else 0)

@@ -1,7 +1,6 @@
 """The compiled operations as functions: polynomial state, readout, and both in one."""
 
 import torch
-from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import increment_version
 
 from . import _library
@@ -36,15 +35,6 @@ def _require(tensor, name):
         raise ValueError(
             f"{name}: this library has kernels for tensors on {served} only, got one on {tensor.device}; {remedy}"
         )
-
-
-def _no_tangents(**tensors):
-    """Forward-mode derivatives are not defined yet, and torch would silently take them for zero."""
-    if torch.compiler.is_compiling():
-        return
-    for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor) and unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(f"{name}: forward-mode derivatives (jvp) of the compiled operations are not defined yet")
 
 
 def _only_one(**modes):
@@ -104,7 +94,6 @@ def polynomial_state(
         ValueError, TypeError: an argument is wrong; the message names it. ImportError: nothing compiled.
     """
     _require(u, "u")
-    _no_tangents(u=u, coeff=coeff)
     check_features(u, coeff, form, degree)
     _only_one(mask=mask, causal=causal, frames=frames, cu_seqlens=cu_seqlens)
     if state is not None:
@@ -114,7 +103,7 @@ def polynomial_state(
     weight, mask, offsets, cumulative = _context(u, weight, mask, 1 if causal else frames, cu_seqlens)
     new = State(
         *torch.ops.pom_ext.state(
-            u, _coefficients(coeff, u), weight, mask, offsets, cumulative, *_angles(rotary), FORMS.index(form), degree
+            u, _coefficients(coeff, u), None, None, weight, mask, offsets, cumulative, *_angles(rotary), FORMS.index(form), degree
         )
     )
     return new if state is None else state + new
@@ -139,7 +128,6 @@ def polynomial_readout(gate, state, *, form, n_sel_heads=1, frames=None, cu_seql
     _require(gate, "gate")
     if not isinstance(state, State):
         raise TypeError(f"state: expected a State, got {type(state).__name__}")
-    _no_tangents(gate=gate, state=state.total)
     groups, channels = state.total.shape[1:]
     check_gate(gate, channels, n_sel_heads, form)
     check_state("state", state, gate.shape[0], channels, gate.dtype, gate, groups)
@@ -157,7 +145,7 @@ def polynomial_readout(gate, state, *, form, n_sel_heads=1, frames=None, cu_seql
     if offsets is not None and offsets.shape[0] != groups + 1:
         raise ValueError(f"state: {groups} groups do not match offsets of {offsets.shape[0] - 1} groups")
     return torch.ops.pom_ext.readout(
-        gate, state.total, state.residual, state.count, offsets, *_angles(rotary), FORMS.index(form), n_sel_heads
+        gate, None, state.total, state.residual, state.count, offsets, *_angles(rotary), FORMS.index(form), n_sel_heads
     )
 
 
@@ -180,7 +168,6 @@ def polynomial_mix(
         ValueError, TypeError: an argument is wrong; the message names it. ImportError: nothing compiled.
     """
     _require(u, "u")
-    _no_tangents(u=u, gate=gate, coeff=coeff)
     check_features(u, coeff, form, degree)
     check_gate(gate, u.shape[2], n_sel_heads, form)
     tokens = u.shape[1]
@@ -209,8 +196,7 @@ def _mix_arguments(u, coeff, form, weight, rotary, gate_rotary, state):
     """The arguments of a mix between the gates and the form, checked: coefficients, weights, what came before, angles."""
     if state is not None:
         check_state("state", state, u.shape[0], u.shape[2], u.dtype, u)
-        _no_tangents(state=state.total)
-    check_rotary("rotary", rotary, u.shape[1], u.shape[2], form, u)
+        check_rotary("rotary", rotary, u.shape[1], u.shape[2], form, u)
     weight = _context(u, weight, None, None, None)[0]
     prior = (None, None, None) if state is None else (state.total, state.residual, state.count)
     return _coefficients(coeff, u), weight, prior, _angles(rotary), _angles(gate_rotary)
@@ -230,7 +216,7 @@ def _causal_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_
         raise ValueError("rotary and gate_rotary: with causal=True give both or neither")
     cos, sin, axes = angles
     y, *new = torch.ops.pom_ext.causal_mix(
-        u, gate, coeff, weight, *prior, cos, sin, *gate_angles[:2], axes, FORMS.index(form), degree, n_sel_heads
+        u, gate, coeff, None, None, None, weight, *prior, cos, sin, *gate_angles[:2], axes, FORMS.index(form), degree, n_sel_heads
     )
     return (y, State(*new)) if return_state else y
 
@@ -260,7 +246,6 @@ def polynomial_update(
     _require(u, "u")
     if not isinstance(state, State):
         raise TypeError(f"state: expected a State, got {type(state).__name__}")
-    _no_tangents(u=u, gate=gate, coeff=coeff)
     check_features(u, coeff, form, degree)
     check_gate(gate, u.shape[2], n_sel_heads, form)
     check_tensor("gate", gate, (u.shape[0], "M", gate.shape[2]), (u.dtype,), u)

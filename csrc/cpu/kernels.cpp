@@ -12,6 +12,34 @@ POM_INLINE V load_as(const Acc* p, Lanes n) {
   return V(load(p, n));
 }
 
+// The number kinds of a loop: plain ones, or dual ones where there is a tangent.
+template <bool along, class W>
+using number = std::conditional_t<along, Dual<W>, W>;
+
+template <bool along, class W, class T, class Lanes>
+POM_INLINE number<along, W> load_number(const T* at, const T* tangent, Lanes n) {
+  if constexpr (along)
+    return {W(load(at, n)), W(load(tangent, n))};
+  else
+    return W(load(at, n));
+}
+template <bool along, class W>
+POM_INLINE number<along, W> constant(W x) {
+  if constexpr (along)
+    return {x, W(0.0)};
+  else
+    return x;
+}
+
+// Calls body with a constant that says whether there is something.
+template <class Body>
+POM_INLINE void decide(const void* something, Body body) {
+  if (something)
+    body(std::true_type{});
+  else
+    body(std::false_type{});
+}
+
 template <class Form, class T>
 struct Feature {
   using Acc = typename accumulator<T>::type;
@@ -19,86 +47,112 @@ struct Feature {
   static constexpr int kFactors = Form::capacity;
   static constexpr int kCoeffs = Form::has_coeff ? decltype(Form::degree)::capacity : 1;
 
-  template <class Lanes, class W>
-  POM_INLINE static void load_coeff(const Form& form, const Acc* coeff, int64_t stride, Lanes n, W* c) {
-    if constexpr (Form::has_coeff)
-      for (int i = 0; i < form.degree; ++i) c[i] = load_as<W>(coeff + i * stride, n);
-  }
+  // Loads tokens and coefficients at a channel, plain or dual.
+  template <bool along>
+  struct Source {
+    const Form form;
+    const Point<Acc>&at, &tangent;
+    const int64_t range_stride, coeff_stride;
 
-  template <class Lanes, class W>
-  POM_INLINE static void load_factors(const Form& form, const T* u, int64_t range_stride, Lanes n, W* x) {
-    for (int i = 0; i < form.factors(); ++i) x[i] = load(u + i * range_stride, n);
-  }
+    template <class W, class Lanes>
+    POM_INLINE void load_coeff(int64_t channel, Lanes n, number<along, W>* c) const {
+      if constexpr (Form::has_coeff)
+        for (int i = 0; i < form.degree; ++i) {
+          const int64_t offset = channel + i * coeff_stride;
+          c[i] = load_number<along, W>(at.coeff + offset, tangent.coeff + offset, n);
+        }
+    }
+    template <class W, class Lanes>
+    POM_INLINE void load_factors(int64_t row, int64_t channel, Lanes n, number<along, W>* x) const {
+      const T* u = static_cast<const T*>(at.u) + row * at.stride + channel;
+      const T* du = static_cast<const T*>(tangent.u) + row * tangent.stride + channel;
+      for (int i = 0; i < form.factors(); ++i)
+        x[i] = load_number<along, W>(u + i * range_stride, du + i * range_stride, n);
+    }
+  };
 
-  template <bool weighted>
-  POM_INLINE static void sum_rows(const Rows& rows, const Form& form, const T* u, int64_t stride, const Acc* coeff,
-                                  int64_t coeff_stride, const Acc* weight, double* total) {
-    for_stored_channels<T>(rows.width, [&](int64_t channel, auto n) {
-      using W = typename vector_at<V, decltype(n)>::type;
-      W c[kCoeffs], x[kFactors], phi[kFactors], sum[kFactors];
-      load_coeff(form, coeff + channel, coeff_stride, n, c);
-      for (int i = 0; i < form.factors(); ++i) sum[i] = W(0.0);
-      for (int64_t row = 0; row < rows.count; ++row) {
-        load_factors(form, u + channel + row * stride, rows.range_stride, n, x);
-        form.value(x, c, phi);
-        for (int i = 0; i < form.factors(); ++i)
-          sum[i] = sum[i] + (weighted ? W(double(weight[row])) * phi[i] : phi[i]);
+  template <bool along, bool weighted, class Lanes>
+  POM_INLINE static void sum_rows(const Rows& rows, const Source<along>& source, int64_t channel, Lanes n,
+                                  const Acc* weight, double* total) {
+    using W = typename vector_at<V, Lanes>::type;
+    const Form& form = source.form;
+    number<along, W> c[kCoeffs], x[kFactors], phi[kFactors];
+    W sum[kFactors];
+    source.template load_coeff<W>(channel, n, c);
+    for (int i = 0; i < form.factors(); ++i) sum[i] = W(0.0);
+    for (int64_t row = 0; row < rows.count; ++row) {
+      source.template load_factors<W>(row, channel, n, x);
+      form.value(x, c, phi);
+      for (int i = 0; i < form.factors(); ++i) {
+        const W term = outcome(phi[i]);
+        sum[i] = sum[i] + (weighted ? W(double(weight[row])) * term : term);
       }
-      for (int i = 0; i < form.factors(); ++i) accumulate(total + channel + i * rows.range_stride, sum[i], n);
-    });
+    }
+    for (int i = 0; i < form.factors(); ++i) accumulate(total + channel + i * rows.range_stride, sum[i], n);
   }
 
-  static void sum(const Rows& rows, int degree, const void* u, int64_t stride, const Acc* coeff, int64_t coeff_stride,
+  static void sum(const Rows& rows, int degree, const Point<Acc>& at, const Point<Acc>& tangent, int64_t coeff_stride,
                   const Acc* weight, double* total) {
-    const Form form(degree);
-    if (weight)
-      sum_rows<true>(rows, form, static_cast<const T*>(u), stride, coeff, coeff_stride, weight, total);
-    else
-      sum_rows<false>(rows, form, static_cast<const T*>(u), stride, coeff, coeff_stride, weight, total);
-  }
-
-  static void features(const Rows& rows, int degree, const void* u_, int64_t stride, const Acc* coeff,
-                       int64_t coeff_stride, Acc* phi_out) {
-    const Form form(degree);
-    const T* u = static_cast<const T*>(u_);
-    for_channels<V>(rows.width, [&](int64_t channel, auto n) {
-      V c[kCoeffs], x[kFactors], phi[kFactors];
-      load_coeff(form, coeff + channel, coeff_stride, n, c);
-      for (int64_t row = 0; row < rows.count; ++row) {
-        load_factors(form, u + channel + row * stride, rows.range_stride, n, x);
-        form.value(x, c, phi);
-        Acc* out = phi_out + row * rows.ranges * rows.width + channel;
-        for (int i = 0; i < form.factors(); ++i) store(out + i * rows.width, phi[i], n);
-      }
+    decide(tangent.u, [&](auto along) {
+      const Source<along> source = {Form(degree), at, tangent, rows.range_stride, coeff_stride};
+      decide(weight, [&](auto weighted) {
+        const auto body = [&](int64_t channel, auto n) {
+          sum_rows<along, weighted>(rows, source, channel, n, weight, total);
+        };
+        if constexpr (along)
+          for_channels<V>(rows.width, body);
+        else
+          for_stored_channels<T>(rows.width, body);
+      });
     });
   }
 
-  static void slopes(const Rows& rows, int degree, const void* u_, int64_t stride, const Acc* coeff,
+  static void features(const Rows& rows, int degree, const Point<Acc>& at, const Point<Acc>& tangent,
+                       int64_t coeff_stride, Acc* phi_out) {
+    decide(tangent.u, [&](auto along) {
+      const Source<along> source = {Form(degree), at, tangent, rows.range_stride, coeff_stride};
+      const Form& form = source.form;
+      for_channels<V>(rows.width, [&](int64_t channel, auto n) {
+        number<along, V> c[kCoeffs], x[kFactors], phi[kFactors];
+        source.template load_coeff<V>(channel, n, c);
+        for (int64_t row = 0; row < rows.count; ++row) {
+          source.template load_factors<V>(row, channel, n, x);
+          form.value(x, c, phi);
+          Acc* out = phi_out + row * rows.ranges * rows.width + channel;
+          for (int i = 0; i < form.factors(); ++i) store(out + i * rows.width, outcome(phi[i]), n);
+        }
+      });
+    });
+  }
+
+  static void slopes(const Rows& rows, int degree, const Point<Acc>& at, const Point<Acc>& tangent,
                      int64_t coeff_stride, const Acc* weight, const Acc* dphi_, int64_t dphi_stride,
                      int64_t dphi_range_stride, void* du_, int64_t du_stride, double* dcoeff) {
-    const Form form(degree);
-    const T* u = static_cast<const T*>(u_);
-    T* du_out = static_cast<T*>(du_);
-    for_channels<V>(rows.width, [&](int64_t channel, auto n) {
-      V c[kCoeffs], x[kFactors], dphi[kFactors], du[kFactors], dc[kCoeffs], dc_sum[kCoeffs];
-      load_coeff(form, coeff + channel, coeff_stride, n, c);
-      if constexpr (Form::has_coeff)
-        for (int i = 0; i < form.degree; ++i) dc_sum[i] = V(0.0);
-      for (int64_t row = 0; row < rows.count; ++row) {
-        load_factors(form, u + channel + row * stride, rows.range_stride, n, x);
-        const Acc* dphi_row = dphi_ + row * dphi_stride + channel;
-        for (int i = 0; i < form.factors(); ++i) {
-          dphi[i] = load_as<V>(dphi_row + i * dphi_range_stride, n);
-          if (weight) dphi[i] = V(double(weight[row])) * dphi[i];
-        }
-        form.slope(x, c, dphi, du, dc);
-        for (int i = 0; i < form.factors(); ++i)
-          store(du_out + row * du_stride + channel + i * rows.range_stride, du[i], n);
+    decide(tangent.u, [&](auto along) {
+      const Source<along> source = {Form(degree), at, tangent, rows.range_stride, coeff_stride};
+      const Form& form = source.form;
+      for_channels<V>(rows.width, [&](int64_t channel, auto n) {
+        number<along, V> c[kCoeffs], x[kFactors], dphi[kFactors], du[kFactors], dc[kCoeffs];
+        V dc_sum[kCoeffs];
+        source.template load_coeff<V>(channel, n, c);
         if constexpr (Form::has_coeff)
-          for (int i = 0; i < form.degree; ++i) dc_sum[i] = dc_sum[i] + dc[i];
-      }
-      if constexpr (Form::has_coeff)
-        for (int i = 0; i < form.degree; ++i) accumulate(dcoeff + i * coeff_stride + channel, dc_sum[i], n);
+          for (int i = 0; i < form.degree; ++i) dc_sum[i] = V(0.0);
+        for (int64_t row = 0; row < rows.count; ++row) {
+          source.template load_factors<V>(row, channel, n, x);
+          const Acc* dphi_row = dphi_ + row * dphi_stride + channel;
+          for (int i = 0; i < form.factors(); ++i) {
+            const V d = load_as<V>(dphi_row + i * dphi_range_stride, n);
+            dphi[i] = constant<along>(weight ? V(double(weight[row])) * d : d);
+          }
+          form.slope(x, c, dphi, du, dc);
+          T* out = static_cast<T*>(du_) + row * du_stride + channel;
+          for (int i = 0; i < form.factors(); ++i) store(out + i * rows.range_stride, outcome(du[i]), n);
+          if constexpr (Form::has_coeff)
+            for (int i = 0; i < form.degree; ++i) dc_sum[i] = dc_sum[i] + outcome(dc[i]);
+        }
+        if constexpr (Form::has_coeff)
+          for (int i = 0; i < form.degree; ++i) accumulate(dcoeff + i * coeff_stride + channel, dc_sum[i], n);
+      });
     });
   }
 
@@ -110,16 +164,25 @@ struct Gated {
   using Acc = typename accumulator<T>::type;
   using V = typename vector_of<T>::type;
 
-  static void value(int64_t width, const void* gate, Acc* value) {
+  // body(channel, lanes, gates), plain or dual
+  template <class Body>
+  static void each_gate(int64_t width, const void* gate, const void* tangent, Body body) {
+    const T *at = static_cast<const T*>(gate), *along = static_cast<const T*>(tangent);
     for_channels<V>(width, [&](int64_t c, auto n) {
-      store(value + c, Gate::value(load(static_cast<const T*>(gate) + c, n)), n);
+      if (along)
+        body(c, n, load_number<true, V>(at + c, along + c, n));
+      else
+        body(c, n, load_number<false, V>(at + c, at + c, n));
     });
   }
 
-  static void slope(int64_t width, const void* gate, const Acc* dvalue, void* dgate) {
-    for_channels<V>(width, [&](int64_t c, auto n) {
-      const V slope = Gate::slope(load(static_cast<const T*>(gate) + c, n));
-      store(static_cast<T*>(dgate) + c, slope * load_as<V>(dvalue + c, n), n);
+  static void value(int64_t width, const void* gate, const void* tangent, Acc* value) {
+    each_gate(width, gate, tangent, [&](int64_t c, auto n, auto x) { store(value + c, outcome(Gate::value(x)), n); });
+  }
+
+  static void slope(int64_t width, const void* gate, const void* tangent, const Acc* dvalue, void* dgate) {
+    each_gate(width, gate, tangent, [&](int64_t c, auto n, auto x) {
+      store(static_cast<T*>(dgate) + c, outcome(Gate::slope(x)) * load_as<V>(dvalue + c, n), n);
     });
   }
 

@@ -25,31 +25,41 @@ struct Rows {
   int64_t range_stride;  // elements between ranges
 };
 
-// Inner loops over projected tokens of one dtype, form and degree. `weight` may be null. u, du: elements of the
-// dtype with `stride` elements between tokens. coeff: (degree, E) rows, at the tile's first channel.
+// Projected tokens, or a direction of them: at the tile's first channel of the first token, elements of the dtype with
+// `stride` elements between tokens. coeff: (degree, E) rows, at the same channel.
+template <class Acc>
+struct Point {
+  const void* u;
+  int64_t stride;
+  const Acc* coeff;
+};
+
+// Inner loops over projected tokens of one dtype, form and degree. `weight` may be null. With a tangent whose u is not
+// null, φ stands for its derivative in that direction, and so do du and dcoeff, dphi held fixed.
 template <class Acc>
 struct FeatureKernels {
   int element_size;
   // total[channel] += Σ_rows w φ(u)
-  void (*sum)(const Rows& rows, int degree, const void* u, int64_t stride, const Acc* coeff, int64_t coeff_stride,
+  void (*sum)(const Rows& rows, int degree, const Point<Acc>& at, const Point<Acc>& tangent, int64_t coeff_stride,
               const Acc* weight, double* total);
   // phi[row][range][channel] = φ(u)
-  void (*features)(const Rows& rows, int degree, const void* u, int64_t stride, const Acc* coeff, int64_t coeff_stride,
-                   Acc* phi);
+  void (*features)(const Rows& rows, int degree, const Point<Acc>& at, const Point<Acc>& tangent,
+                   int64_t coeff_stride, Acc* phi);
   // du = w φ'(u)ᵀ dphi and dcoeff[degree][channel] += Σ_rows w a^i dphi; dphi has strides of its own, 0 to share a row
-  void (*slopes)(const Rows& rows, int degree, const void* u, int64_t stride, const Acc* coeff, int64_t coeff_stride,
+  void (*slopes)(const Rows& rows, int degree, const Point<Acc>& at, const Point<Acc>& tangent, int64_t coeff_stride,
                  const Acc* weight, const Acc* dphi, int64_t dphi_stride, int64_t dphi_range_stride, void* du,
                  int64_t du_stride, double* dcoeff);
 };
 
-// Inner loops over the gates of one token, of one dtype and form.
+// Inner loops over the gates of one token, of one dtype and form. With a tangent that is not null, γ stands for its
+// derivative in that direction, and so does dgate, dvalue held fixed.
 template <class Acc>
 struct GateKernels {
   int element_size;
   // value = γ(gate)
-  void (*value)(int64_t width, const void* gate, Acc* value);
+  void (*value)(int64_t width, const void* gate, const void* tangent, Acc* value);
   // dgate = γ'(gate) dvalue
-  void (*slope)(int64_t width, const void* gate, const Acc* dvalue, void* dgate);
+  void (*slope)(int64_t width, const void* gate, const void* tangent, const Acc* dvalue, void* dgate);
   // y = value ⊙ mean
   void (*multiply)(int64_t width, const Acc* value, const Acc* mean, void* y);
   // dmean = dy ⊙ value, and value becomes dvalue = dy ⊙ mean

@@ -30,14 +30,13 @@ class FeatureTokens {
       : f_(features),
         kernels_(feature_kernels<Acc>(features.dtype, features.form, features.degree)),
         tiles(features.form == Form::product ? features.degree : 1, features.width, features.rotary),
-        coeff_(features.form == Form::power ? arena.take<Acc>(features.degree * features.width) : nullptr) {}
+        coeff_(coeff_size() ? arena.take<Acc>(coeff_size()) : nullptr),
+        coeff_tangent_(coeff_size() && features.u_tangent ? arena.take<Acc>(coeff_size()) : nullptr) {}
 
   // Coefficients with the channel innermost, as the inner loops read them.
   void transpose_coeff() {
-    if (!coeff_) return;
-    const Acc* given = static_cast<const Acc*>(f_.coeff);
-    for (int64_t c = 0; c < f_.width; ++c)
-      for (int i = 0; i < f_.degree; ++i) coeff_[i * f_.width + c] = given[c * f_.degree + i];
+    transpose(f_.coeff, coeff_);
+    transpose(f_.coeff_tangent, coeff_tangent_);
   }
 
   int64_t channels() const { return f_.channels(); }
@@ -67,8 +66,8 @@ class FeatureTokens {
       for (int64_t i = first_tile; i < last_tile; ++i) {
         const Tile tile = tiles[i];
         if (tile.rotary_begin < 0) {
-          kernels_.sum(rows(tile, count), f_.degree, u(batch, token, tile.begin), f_.u_token_stride, coeff(tile.begin),
-                       f_.width, weight(batch, token), total + tile.begin);
+          kernels_.sum(rows(tile, count), f_.degree, point(batch, token, tile.begin),
+                       tangent(batch, token, tile.begin), f_.width, weight(batch, token), total + tile.begin);
         } else {
           alignas(64) Acc phi[kScratch];
           features(batch, token, count, tile, phi);
@@ -83,7 +82,7 @@ class FeatureTokens {
     const bool rotary = tile.rotary_begin >= 0;
     for (int64_t range = 0; range < (rotary ? 2 : 1); ++range) {
       const int64_t channel = tile.begin + range * tile.range_stride;
-      kernels_.features(rows(tile, count), f_.degree, u(batch, token, channel), f_.u_token_stride, coeff(channel),
+      kernels_.features(rows(tile, count), f_.degree, point(batch, token, channel), tangent(batch, token, channel),
                         f_.width, phi + range * tile.width);
     }
     rotate(token, count, tile, phi, false);
@@ -122,10 +121,22 @@ class FeatureTokens {
 
  private:
   Rows rows(const Tile& tile, int64_t count) const { return {count, tile.width, tile.ranges, tile.range_stride}; }
-  const Acc* coeff(int64_t channel) const { return coeff_ ? coeff_ + channel : nullptr; }
-  const char* u(int64_t batch, int64_t token, int64_t channel) const {
-    return static_cast<const char*>(f_.u) +
-           (batch * f_.u_batch_stride + token * f_.u_token_stride + channel) * kernels_.element_size;
+  void transpose(const void* given, Acc* rows) const {
+    if (!rows) return;
+    for (int64_t c = 0; c < f_.width; ++c)
+      for (int i = 0; i < f_.degree; ++i) rows[i * f_.width + c] = static_cast<const Acc*>(given)[c * f_.degree + i];
+  }
+
+  Point<Acc> point(int64_t batch, int64_t token, int64_t channel) const {
+    const int64_t at = batch * f_.u_batch_stride + token * f_.u_token_stride + channel;
+    return {static_cast<const char*>(f_.u) + at * kernels_.element_size, f_.u_token_stride,
+            coeff_ ? coeff_ + channel : nullptr};
+  }
+  Point<Acc> tangent(int64_t batch, int64_t token, int64_t channel) const {
+    if (!f_.u_tangent) return {};
+    const int64_t at = batch * f_.u_tangent_batch_stride + token * f_.u_tangent_token_stride + channel;
+    return {static_cast<const char*>(f_.u_tangent) + at * kernels_.element_size, f_.u_tangent_token_stride,
+            coeff_tangent_ ? coeff_tangent_ + channel : nullptr};
   }
 
   void rotate(int64_t token, int64_t count, const Tile& tile, Acc* scratch, bool transpose) const {
@@ -139,8 +150,8 @@ class FeatureTokens {
   void slopes(int64_t batch, int64_t token, int64_t count, const Tile& tile, int64_t channel, const Acc* dphi,
               int64_t dphi_stride, int64_t dphi_range_stride, void* du, double* dcoeff) const {
     char* out = static_cast<char*>(du) + ((batch * f_.tokens + token) * channels() + channel) * kernels_.element_size;
-    kernels_.slopes(rows(tile, count), f_.degree, u(batch, token, channel), f_.u_token_stride, coeff(channel), f_.width,
-                    weight(batch, token), dphi, dphi_stride, dphi_range_stride, out, channels(),
+    kernels_.slopes(rows(tile, count), f_.degree, point(batch, token, channel), tangent(batch, token, channel),
+                    f_.width, weight(batch, token), dphi, dphi_stride, dphi_range_stride, out, channels(),
                     dcoeff ? dcoeff + channel : nullptr);
   }
 
@@ -151,7 +162,7 @@ class FeatureTokens {
   const Tiles tiles;
 
  private:
-  Acc* coeff_;
+  Acc *coeff_, *coeff_tangent_;
 };
 
 template <class Acc>
@@ -170,7 +181,8 @@ class GateTokens {
   void values(int64_t batch, int64_t token, int64_t count, const Tile& tile, Acc* value) const {
     if (!heads()) {
       each_row_range(count, tile, [&](int64_t row, int64_t offset, int64_t channel) {
-        kernels_.value(tile.width, gate(batch, token + row, channel), value + offset);
+        kernels_.value(tile.width, gate(batch, token + row, channel), tangent(batch, token + row, channel),
+                       value + offset);
       });
       if (tile.rotary_begin >= 0)
         rotate(token, count, tile.width, tile.rotary_begin, value, value + tile.width, row_width(tile), false);
@@ -219,8 +231,8 @@ class GateTokens {
     if (tile.rotary_begin >= 0)
       rotate(token, count, tile.width, tile.rotary_begin, dvalue, dvalue + tile.width, row_width(tile), true);
     each_row_range(count, tile, [&](int64_t row, int64_t offset, int64_t channel) {
-      kernels_.slope(tile.width, gate(batch, token + row, channel), dvalue + offset,
-                     out(dgate, batch, token + row, channel, g_.channels));
+      kernels_.slope(tile.width, gate(batch, token + row, channel), tangent(batch, token + row, channel),
+                     dvalue + offset, out(dgate, batch, token + row, channel, g_.channels));
     });
   }
 
@@ -230,7 +242,8 @@ class GateTokens {
       const double* given = head_grad + (batch * g_.tokens + token) * g_.heads;
       std::copy_n(given, g_.heads, dvalue);
       rotate_heads(token, dvalue, true);
-      kernels_.slope(g_.heads, gate(batch, token, 0), dvalue, out(dgate, batch, token, 0, g_.heads));
+      kernels_.slope(g_.heads, gate(batch, token, 0), tangent(batch, token, 0), dvalue,
+                     out(dgate, batch, token, 0, g_.heads));
     }
   }
 
@@ -238,6 +251,11 @@ class GateTokens {
   const char* gate(int64_t batch, int64_t token, int64_t channel) const {
     return static_cast<const char*>(g_.gate) +
            (batch * g_.gate_batch_stride + token * g_.gate_token_stride + channel) * kernels_.element_size;
+  }
+  const char* tangent(int64_t batch, int64_t token, int64_t channel) const {
+    if (!g_.tangent) return nullptr;
+    return static_cast<const char*>(g_.tangent) +
+           (batch * g_.tangent_batch_stride + token * g_.tangent_token_stride + channel) * kernels_.element_size;
   }
   char* out(void* p, int64_t batch, int64_t token, int64_t channel, int64_t width) const {
     return static_cast<char*>(p) + ((batch * g_.tokens + token) * width + channel) * kernels_.element_size;
@@ -266,7 +284,7 @@ class GateTokens {
   }
 
   void head_values(int64_t batch, int64_t token, Acc* value) const {
-    kernels_.value(g_.heads, gate(batch, token, 0), value);
+    kernels_.value(g_.heads, gate(batch, token, 0), tangent(batch, token, 0), value);
     rotate_heads(token, value, false);
   }
 

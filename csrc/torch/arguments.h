@@ -98,16 +98,40 @@ struct Angles {
   }
 };
 
+// A direction: the shape and dtype of what it belongs to, strides of its own.
+struct Tangent {
+  Optional tensor;
+  Tangent(const Optional& t, const Tensor& like, const char* name) {
+    if (!t) return;
+    expect_device(*t, like, name);
+    STD_TORCH_CHECK(t->scalar_type() == like.scalar_type(), name, ": unexpected dtype");
+    expect_shape(*t, {like.size(0), like.size(1), like.size(2)}, name);
+    tensor = channels_together(*t);
+  }
+  void set(const void*& data, int64_t& batch_stride, int64_t& token_stride) const {
+    if (!tensor) return;
+    static const double nothing = 0;  // as in Plain
+    data = tensor->numel() ? tensor->const_data_ptr() : &nothing;
+    batch_stride = tensor->stride(0);
+    token_stride = tensor->stride(1);
+  }
+};
+
 struct Features {
   Tensor u;
-  Plain coeff, weight;
+  Plain coeff;
+  Tangent u_tangent;
+  Plain coeff_tangent, weight;
   Angles angles;
   pom::Features args;
 
-  Features(const Tensor& u_, const Optional& coeff_, const Optional& weight_, const Optional& cos, const Optional& sin,
-           int64_t axes, int64_t form, int64_t degree)
+  Features(const Tensor& u_, const Optional& coeff_, const Optional& u_tangent_, const Optional& coeff_tangent_,
+           const Optional& weight_, const Optional& cos, const Optional& sin, int64_t axes, int64_t form,
+           int64_t degree)
       : u((check_dim(u_), channels_together(u_))),
         coeff(coeff_, u_, acc_of(u_), {u_.size(2), degree}, "coeff"),
+        u_tangent(u_tangent_, u_, "u_tangent"),
+        coeff_tangent(coeff_tangent_, u_, acc_of(u_), {u_.size(2), degree}, "coeff_tangent"),
         weight(weight_, u_, acc_of(u_), {u_.size(0), u_.size(1)}, "weight"),
         angles(cos, sin, axes, u_.size(1), u_) {
     args.form = form_of(form);
@@ -126,6 +150,8 @@ struct Features {
     args.coeff = coeff.data();
     args.weight = weight.data();
     args.rotary = angles.rotary;
+    u_tangent.set(args.u_tangent, args.u_tangent_batch_stride, args.u_tangent_token_stride);
+    args.coeff_tangent = coeff_tangent.data();
   }
 
  private:
@@ -184,11 +210,14 @@ struct NewState {
 
 struct Gates {
   Tensor gate;
+  Tangent tangent;
   Angles angles;
   pom::Gates args;
-  Gates(const Tensor& gate_, int64_t channels, const Optional& cos, const Optional& sin, int64_t axes,
-        int64_t form, int64_t heads)
-      : gate((check_dim(gate_), channels_together(gate_))), angles(cos, sin, axes, gate_.size(1), gate_) {
+  Gates(const Tensor& gate_, const Optional& tangent_, int64_t channels, const Optional& cos, const Optional& sin,
+        int64_t axes, int64_t form, int64_t heads)
+      : gate((check_dim(gate_), channels_together(gate_))),
+        tangent(tangent_, gate_, "gate_tangent"),
+        angles(cos, sin, axes, gate_.size(1), gate_) {
     STD_TORCH_CHECK(heads >= 1 && channels % heads == 0, "heads: expected a divisor of ", channels, ", got ", heads);
     expect_shape(gate, {gate.size(0), gate.size(1), heads > 1 ? heads : channels}, "gate");
     args.form = form_of(form);
@@ -201,6 +230,7 @@ struct Gates {
     args.gate_batch_stride = gate.stride(0);
     args.gate_token_stride = gate.stride(1);
     args.rotary = angles.rotary;
+    tangent.set(args.tangent, args.tangent_batch_stride, args.tangent_token_stride);
   }
 
  private:
@@ -231,12 +261,13 @@ struct Mixed {
   Features features;
   Gates gates;
   State prior;
-  Mixed(const Tensor& u, const Tensor& gate, const Optional& coeff, const Optional& weight, const Optional& total,
+  Mixed(const Tensor& u, const Tensor& gate, const Optional& coeff, const Optional& u_tangent,
+        const Optional& gate_tangent, const Optional& coeff_tangent, const Optional& weight, const Optional& total,
         const Optional& residual, const Optional& count, const Optional& cos, const Optional& sin, int64_t axes,
         const Optional& gate_cos, const Optional& gate_sin, int64_t gate_axes, int64_t form, int64_t degree,
         int64_t heads)
-      : features(u, coeff, weight, cos, sin, axes, form, degree),
-        gates(gate, u.size(2), gate_cos, gate_sin, gate_axes, form, heads),
+      : features(u, coeff, u_tangent, coeff_tangent, weight, cos, sin, axes, form, degree),
+        gates(gate, gate_tangent, u.size(2), gate_cos, gate_sin, gate_axes, form, heads),
         prior(total, residual, count, u, u.size(0), 1, u.size(2)) {
     expect_device(gate, u, "gate");
     STD_TORCH_CHECK(bool(total) == bool(residual) && bool(total) == bool(count), "prior: incomplete state");

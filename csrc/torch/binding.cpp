@@ -13,11 +13,11 @@ namespace {
 
 using namespace pom_torch;
 
-std::tuple<Tensor, Tensor, Tensor> state(const Tensor& u, const Optional& coeff, const Optional& weight,
-                                         const Optional& mask, const Optional& offsets, bool cumulative,
-                                         const Optional& cos, const Optional& sin, int64_t axes, int64_t form,
-                                         int64_t degree) {
-  const Features features(u, coeff, weight, cos, sin, axes, form, degree);
+std::tuple<Tensor, Tensor, Tensor> state(const Tensor& u, const Optional& coeff, const Optional& u_tangent,
+                                         const Optional& coeff_tangent, const Optional& weight, const Optional& mask,
+                                         const Optional& offsets, bool cumulative, const Optional& cos,
+                                         const Optional& sin, int64_t axes, int64_t form, int64_t degree) {
+  const Features features(u, coeff, u_tangent, coeff_tangent, weight, cos, sin, axes, form, degree);
   const Groups groups(features, mask, offsets, cumulative);
   NewState out(u, u.size(0), groups.args.count, u.size(2));
   call(pom::StateArgs{features.args, groups.args, out.out}, u, POM_OPERATION(state));
@@ -25,10 +25,11 @@ std::tuple<Tensor, Tensor, Tensor> state(const Tensor& u, const Optional& coeff,
 }
 
 std::tuple<Tensor, Tensor> state_backward(const Tensor& grad_total, const Tensor& u, const Optional& coeff,
+                                          const Optional& u_tangent, const Optional& coeff_tangent,
                                           const Optional& weight, const Optional& mask, const Optional& offsets,
                                           bool cumulative, const Optional& cos, const Optional& sin, int64_t axes,
                                           int64_t form, int64_t degree) {
-  const Features features(u, coeff, weight, cos, sin, axes, form, degree);
+  const Features features(u, coeff, u_tangent, coeff_tangent, weight, cos, sin, axes, form, degree);
   const Groups groups(features, mask, offsets, cumulative);
   const Plain grad(grad_total, u, acc_of(u), {u.size(0), groups.args.count, u.size(2)}, "grad_total");
   Tensor grad_u = new_like(u), grad_coeff = new_coeff_grad(features);
@@ -38,11 +39,11 @@ std::tuple<Tensor, Tensor> state_backward(const Tensor& grad_total, const Tensor
   return {grad_u, grad_coeff};
 }
 
-Tensor readout(const Tensor& gate, const Tensor& total, const Tensor& residual, const Tensor& count,
-               const Optional& offsets_, const Optional& cos, const Optional& sin, int64_t axes, int64_t form,
-               int64_t heads) {
+Tensor readout(const Tensor& gate, const Optional& gate_tangent, const Tensor& total, const Tensor& residual,
+               const Tensor& count, const Optional& offsets_, const Optional& cos, const Optional& sin, int64_t axes,
+               int64_t form, int64_t heads) {
   const int64_t groups = total.size(1), channels = total.size(2);
-  const Gates gates(gate, channels, cos, sin, axes, form, heads);
+  const Gates gates(gate, gate_tangent, channels, cos, sin, axes, form, heads);
   const State state(total, residual, count, gate, gate.size(0), groups, channels);
   const Plain offsets(offsets_, gate, ScalarType::Long, {groups + 1}, "offsets");
   Tensor y = new_result(gate, {gate.size(0), gate.size(1), channels}, gate.scalar_type());
@@ -51,12 +52,12 @@ Tensor readout(const Tensor& gate, const Tensor& total, const Tensor& residual, 
   return y;
 }
 
-std::tuple<Tensor, Tensor> readout_backward(const Tensor& grad_y, const Tensor& gate, const Tensor& total,
-                                            const Tensor& residual, const Tensor& count, const Optional& offsets_,
-                                            const Optional& cos, const Optional& sin, int64_t axes, int64_t form,
-                                            int64_t heads) {
+std::tuple<Tensor, Tensor> readout_backward(const Tensor& grad_y, const Tensor& gate, const Optional& gate_tangent,
+                                            const Tensor& total, const Tensor& residual, const Tensor& count,
+                                            const Optional& offsets_, const Optional& cos, const Optional& sin,
+                                            int64_t axes, int64_t form, int64_t heads) {
   const int64_t groups = total.size(1), channels = total.size(2);
-  const Gates gates(gate, channels, cos, sin, axes, form, heads);
+  const Gates gates(gate, gate_tangent, channels, cos, sin, axes, form, heads);
   const State state(total, residual, count, gate, gate.size(0), groups, channels);
   const Plain offsets(offsets_, gate, ScalarType::Long, {groups + 1}, "offsets");
   const GradY dy(grad_y, gates);
@@ -68,14 +69,13 @@ std::tuple<Tensor, Tensor> readout_backward(const Tensor& grad_y, const Tensor& 
   return {grad_gate, grad_total};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> causal_mix(const Tensor& u, const Tensor& gate, const Optional& coeff,
-                                                      const Optional& weight, const Optional& total,
-                                                      const Optional& residual, const Optional& count,
-                                                      const Optional& cos, const Optional& sin,
-                                                      const Optional& gate_cos, const Optional& gate_sin, int64_t axes,
-                                                      int64_t form, int64_t degree, int64_t heads) {
-  const Mixed in(u, gate, coeff, weight, total, residual, count, cos, sin, axes, gate_cos, gate_sin, axes, form, degree,
-                 heads);
+std::tuple<Tensor, Tensor, Tensor, Tensor> causal_mix(
+    const Tensor& u, const Tensor& gate, const Optional& coeff, const Optional& u_tangent, const Optional& gate_tangent,
+    const Optional& coeff_tangent, const Optional& weight, const Optional& total, const Optional& residual,
+    const Optional& count, const Optional& cos, const Optional& sin, const Optional& gate_cos, const Optional& gate_sin,
+    int64_t axes, int64_t form, int64_t degree, int64_t heads) {
+  const Mixed in(u, gate, coeff, u_tangent, gate_tangent, coeff_tangent, weight, total, residual, count, cos, sin, axes,
+                 gate_cos, gate_sin, axes, form, degree, heads);
   NewState out(u, u.size(0), 1, u.size(2));
   Tensor y = new_result(gate, {u.size(0), u.size(1), u.size(2)}, gate.scalar_type());
   call(pom::CausalArgs{in.features.args, in.gates.args, in.prior.view, y.mutable_data_ptr(), out.out}, u,
@@ -85,11 +85,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_mix(const Tensor& u, const Ten
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> causal_mix_backward(
     const Tensor& grad_y, const Optional& grad_total, const Tensor& u, const Tensor& gate, const Optional& coeff,
-    const Optional& weight, const Optional& total, const Optional& residual, const Optional& count, const Optional& cos,
-    const Optional& sin, const Optional& gate_cos, const Optional& gate_sin, int64_t axes, int64_t form,
-    int64_t degree, int64_t heads) {
-  const Mixed in(u, gate, coeff, weight, total, residual, count, cos, sin, axes, gate_cos, gate_sin, axes, form, degree,
-                 heads);
+    const Optional& u_tangent, const Optional& gate_tangent, const Optional& coeff_tangent, const Optional& weight,
+    const Optional& total, const Optional& residual, const Optional& count, const Optional& cos, const Optional& sin,
+    const Optional& gate_cos, const Optional& gate_sin, int64_t axes, int64_t form, int64_t degree, int64_t heads) {
+  const Mixed in(u, gate, coeff, u_tangent, gate_tangent, coeff_tangent, weight, total, residual, count, cos, sin, axes,
+                 gate_cos, gate_sin, axes, form, degree, heads);
   const GradY dy(grad_y, in.gates);
   const Plain grad(grad_total, u, acc_of(u), {u.size(0), 1, u.size(2)}, "grad_total");
   Tensor grad_u = new_like(u), grad_gate = new_like(gate), grad_coeff = new_coeff_grad(in.features);
@@ -107,8 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mix(const Tensor& u, const Tensor& ga
                                                const Optional& count, const Optional& cos, const Optional& sin,
                                                int64_t axes, const Optional& gate_cos, const Optional& gate_sin,
                                                int64_t gate_axes, int64_t form, int64_t degree, int64_t heads) {
-  const Mixed in(u, gate, coeff, weight, total, residual, count, cos, sin, axes, gate_cos, gate_sin, gate_axes, form,
-                 degree, heads);
+  const Mixed in(u, gate, coeff, {}, {}, {}, weight, total, residual, count, cos, sin, axes, gate_cos, gate_sin,
+                 gate_axes, form, degree, heads);
   NewState out(u, u.size(0), 1, u.size(2));
   Tensor y = new_result(gate, {gate.size(0), gate.size(1), u.size(2)}, gate.scalar_type());
   call(pom::MixArgs{in.features.args, in.gates.args, in.prior.view, y.mutable_data_ptr(), out.out}, u,
@@ -125,8 +125,8 @@ Tensor update(const Tensor& u, const Tensor& gate, const Optional& coeff, const 
               Tensor residual, Tensor count, Tensor ticket, const Optional& cos, const Optional& sin, int64_t axes,
               const Optional& gate_cos, const Optional& gate_sin, int64_t gate_axes, int64_t form, int64_t degree,
               int64_t heads) {
-  const Mixed in(u, gate, coeff, weight, total, residual, count, cos, sin, axes, gate_cos, gate_sin, gate_axes, form,
-                 degree, heads);
+  const Mixed in(u, gate, coeff, {}, {}, {}, weight, total, residual, count, cos, sin, axes, gate_cos, gate_sin,
+                 gate_axes, form, degree, heads);
   const Plain ticket_of(ticket, u, ScalarType::Int, {u.size(0)}, "ticket");
   expect_contiguous(total, "total");
   expect_contiguous(residual, "residual");
@@ -156,26 +156,30 @@ std::string cuda_architectures() {
 
 STABLE_TORCH_LIBRARY(pom_ext, m) {
   m.def(
-      "state(Tensor u, Tensor? coeff, Tensor? weight, Tensor? mask, Tensor? offsets, bool cumulative, Tensor? cos, "
-      "Tensor? sin, int axes, int form, int degree) -> (Tensor total, Tensor residual, Tensor count)");
+      "state(Tensor u, Tensor? coeff, Tensor? u_tangent, Tensor? coeff_tangent, Tensor? weight, Tensor? mask, "
+      "Tensor? offsets, bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, int degree) "
+      "-> (Tensor total, Tensor residual, Tensor count)");
   m.def(
-      "state_backward(Tensor grad_total, Tensor u, Tensor? coeff, Tensor? weight, Tensor? mask, Tensor? offsets, "
-      "bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, int degree) "
-      "-> (Tensor grad_u, Tensor grad_coeff)");
+      "state_backward(Tensor grad_total, Tensor u, Tensor? coeff, Tensor? u_tangent, Tensor? coeff_tangent, "
+      "Tensor? weight, Tensor? mask, Tensor? offsets, bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, "
+      "int degree) -> (Tensor grad_u, Tensor grad_coeff)");
   m.def(
-      "readout(Tensor gate, Tensor total, Tensor residual, Tensor count, Tensor? offsets, Tensor? cos, Tensor? sin, "
-      "int axes, int form, int heads) -> Tensor");
+      "readout(Tensor gate, Tensor? gate_tangent, Tensor total, Tensor residual, Tensor count, Tensor? offsets, "
+      "Tensor? cos, Tensor? sin, int axes, int form, int heads) -> Tensor");
   m.def(
-      "readout_backward(Tensor grad_y, Tensor gate, Tensor total, Tensor residual, Tensor count, Tensor? offsets, "
-      "Tensor? cos, Tensor? sin, int axes, int form, int heads) -> (Tensor grad_gate, Tensor grad_total)");
+      "readout_backward(Tensor grad_y, Tensor gate, Tensor? gate_tangent, Tensor total, Tensor residual, "
+      "Tensor count, Tensor? offsets, Tensor? cos, Tensor? sin, int axes, int form, int heads) "
+      "-> (Tensor grad_gate, Tensor grad_total)");
   m.def(
-      "causal_mix(Tensor u, Tensor gate, Tensor? coeff, Tensor? weight, Tensor? total, Tensor? residual, "
-      "Tensor? count, Tensor? cos, Tensor? sin, Tensor? gate_cos, Tensor? gate_sin, int axes, int form, int degree, "
-      "int heads) -> (Tensor y, Tensor total, Tensor residual, Tensor count)");
+      "causal_mix(Tensor u, Tensor gate, Tensor? coeff, Tensor? u_tangent, Tensor? gate_tangent, "
+      "Tensor? coeff_tangent, Tensor? weight, Tensor? total, Tensor? residual, Tensor? count, Tensor? cos, "
+      "Tensor? sin, Tensor? gate_cos, Tensor? gate_sin, int axes, int form, int degree, int heads) "
+      "-> (Tensor y, Tensor total, Tensor residual, Tensor count)");
   m.def(
-      "causal_mix_backward(Tensor grad_y, Tensor? grad_total, Tensor u, Tensor gate, Tensor? coeff, Tensor? weight, "
-      "Tensor? total, Tensor? residual, Tensor? count, Tensor? cos, Tensor? sin, Tensor? gate_cos, Tensor? gate_sin, "
-      "int axes, int form, int degree, int heads) "
+      "causal_mix_backward(Tensor grad_y, Tensor? grad_total, Tensor u, Tensor gate, Tensor? coeff, "
+      "Tensor? u_tangent, Tensor? gate_tangent, Tensor? coeff_tangent, Tensor? weight, Tensor? total, "
+      "Tensor? residual, Tensor? count, Tensor? cos, Tensor? sin, Tensor? gate_cos, Tensor? gate_sin, int axes, "
+      "int form, int degree, int heads) "
       "-> (Tensor grad_u, Tensor grad_gate, Tensor grad_coeff, Tensor grad_total)");
   m.def(
       "mix(Tensor u, Tensor gate, Tensor? coeff, Tensor? weight, Tensor? total, Tensor? residual, Tensor? count, "

@@ -30,6 +30,31 @@ POM_HD T reciprocal(T x) {
   return T(1) / x;
 }
 
+// A number and its derivative in some direction. Formulas of sums and products need no second version for it; activations
+// and gates, below, say what theirs is.
+template <class T>
+struct Dual {
+  T value, tangent;
+
+  Dual() = default;
+  POM_HD explicit Dual(double x) : value(x), tangent(0.0) {}
+  POM_HD Dual(T value, T tangent) : value(value), tangent(tangent) {}
+  POM_HD friend Dual operator+(Dual a, Dual b) { return {a.value + b.value, a.tangent + b.tangent}; }
+  POM_HD friend Dual operator*(Dual a, Dual b) {
+    return {a.value * b.value, a.tangent * b.value + a.value * b.tangent};
+  }
+};
+
+// What is asked of a result: with dual numbers, its derivative.
+template <class T>
+POM_HD T outcome(T x) {
+  return x;
+}
+template <class T>
+POM_HD T outcome(Dual<T> x) {
+  return x.tangent;
+}
+
 // One instruction each on a GPU, within 2 ulp.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 __device__ __forceinline__ float larger(float bound, float x) {
@@ -116,6 +141,21 @@ struct GeluOf {
     value = ::fmaxf(0.0f, x) - size * tail;
     slope = where(x > 0.0f, 1.0f - slope_of_tail, slope_of_tail);
   }
+
+  template <class T>
+  POM_HD static Dual<T> value(Dual<T> x) {
+    T value, slope;
+    value_and_slope(x.value, value, slope);
+    return {value, slope * x.tangent};
+  }
+  // The second derivative is (2 - x²) times the density.
+  template <class T>
+  POM_HD static void value_and_slope(Dual<T> x, Dual<T>& value, Dual<T>& slope) {
+    const T square = x.value * x.value, pdf = T(0.39894228040143267794) * exp(T(-0.5) * square);
+    value_and_slope(x.value, value.value, slope.value);
+    value.tangent = slope.value * x.tangent;
+    slope.tangent = (T(2) - square) * pdf * x.tangent;
+  }
 };
 using Gelu = GeluOf<false>;
 
@@ -130,6 +170,14 @@ struct LeakyClamp {
     const T leaky = larger(x, T(0.01) * x);
     const T inside = where(x > T(0), T(1), T(0.01));
     return where(leaky < T(-0.1), T(0), where(leaky > T(6), T(0), inside));
+  }
+  template <class T>
+  POM_HD static Dual<T> value(Dual<T> x) {
+    return {value(x.value), slope(x.value) * x.tangent};
+  }
+  template <class T>
+  POM_HD static Dual<T> slope(Dual<T> x) {
+    return {slope(x.value), T(0)};
   }
 };
 
@@ -232,6 +280,15 @@ struct Sigmoid {
     const T s = value(x);
     return s * (T(1) - s);
   }
+  template <class T>
+  POM_HD static Dual<T> value(Dual<T> x) {
+    return {value(x.value), slope(x.value) * x.tangent};
+  }
+  template <class T>
+  POM_HD static Dual<T> slope(Dual<T> x) {
+    const T s = value(x.value), slope = s * (T(1) - s);
+    return {slope, slope * (T(1) - T(2) * s) * x.tangent};
+  }
 };
 struct HardSigmoid {
   template <class T>
@@ -242,6 +299,14 @@ struct HardSigmoid {
   POM_HD static T slope(T x) {
     // One sixth rounded to float, in double too: so is torch's, whose gradients these must equal.
     return where(x > T(-3), where(x < T(3), T(1.0f / 6.0f), T(0)), T(0));
+  }
+  template <class T>
+  POM_HD static Dual<T> value(Dual<T> x) {
+    return {value(x.value), slope(x.value) * x.tangent};
+  }
+  template <class T>
+  POM_HD static Dual<T> slope(Dual<T> x) {
+    return {slope(x.value), T(0)};
   }
 };
 

@@ -36,7 +36,9 @@ enum class Status : int {
   memory_too_small,
   bad_file,
   later_version,
-  other_shape
+  other_shape,
+  // of derivatives
+  no_tangents
 };
 const char* message(Status status);
 
@@ -66,6 +68,11 @@ struct Features {
   const void* coeff = nullptr;   // acc (width, degree), power form only
   const void* weight = nullptr;  // acc (batch, tokens), or null for ones
   Rotary rotary;
+  // A direction, of u and in power form of coeff. Where there is one, φ stands for its derivative in that direction, and
+  // the gradients of u and coeff stand for their derivatives, what reaches φ held fixed. Not in mix and update.
+  const void* u_tangent = nullptr;  // dtype (batch, tokens, C)
+  int64_t u_tangent_batch_stride = 0, u_tangent_token_stride = 0;
+  const void* coeff_tangent = nullptr;  // acc (width, degree)
 
   POM_HD int64_t channels() const { return form == Form::product ? degree * width : width; }
 };
@@ -113,6 +120,9 @@ struct Gates {
   const void* gate = nullptr;  // dtype (batch, tokens, channels or heads)
   int64_t gate_batch_stride = 0, gate_token_stride = 0;
   Rotary rotary;  // over the gates
+  // A direction, as in Features: γ stands for its derivative, and the gradient of the gates for its derivative.
+  const void* tangent = nullptr;  // dtype (batch, tokens, channels or heads)
+  int64_t tangent_batch_stride = 0, tangent_token_stride = 0;
 
   POM_HD int64_t width() const { return heads > 1 ? heads : channels; }
 };

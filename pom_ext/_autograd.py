@@ -1,0 +1,87 @@
+"""Derivatives of registered operations, backward and forward, as their kernel for torch's dispatch key Autograd.
+
+`torch.library.register_autograd` knows backward alone: a tangent that reaches such an operation is dropped without a word.
+An `autograd.Function` with a `jvp` knows both, but `torch.compile(fullgraph=True)` refuses it. Here the Function lives
+inside the operation: the compiler sees an operation, and torch.func comes by once for each of its levels.
+"""
+
+import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+
+def differentiable(library, operation, vjp, jvp, *, keeps=0):
+    """Give an operation its derivatives.
+
+    Args:
+        library: torch.library.Library to register with.
+        operation: its OpOverload, without default arguments.
+        vjp: of the arguments by name and a gradient or None for every result, at least one of them a gradient: gradients of
+            arguments by name.
+        jvp: of the arguments by name and the tangents there are, by name: a tangent or None for every result.
+        keeps: how many of the last results `vjp` and `jvp` find as the argument "out".
+    """
+    names = [argument.name for argument in operation._schema.arguments]
+    results = [result.name for result in operation._schema.returns]
+
+    def forward(keyset, *arguments):
+        # Grad modes are those of the level above; a Function has switched them off for the levels below.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+            return operation.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    def setup_context(ctx, inputs, output):
+        arguments = inputs[1:]
+        saved = [value if isinstance(value, torch.Tensor) else None for value in arguments]
+        saved += output[len(output) - keeps :] if keeps else ()
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.rest = [None if isinstance(value, torch.Tensor) else value for value in arguments]
+        ctx.set_materialize_grads(False)
+        if "count" in results:
+            ctx.mark_non_differentiable(output[results.index("count")])
+
+    def arguments_of(ctx):
+        saved = ctx.saved_tensors
+        values = {name: rest if value is None else value for name, value, rest in zip(names, saved, ctx.rest)}
+        return values | {"out": saved[len(names) :]} if keeps else values
+
+    def backward(ctx, *grads):
+        arguments = arguments_of(ctx)
+        found = {} if all(grad is None for grad in grads) else vjp(arguments, *grads)
+        return None, *(None if arguments[name] is None else found.get(name) for name in names)
+
+    def forward_derivative(ctx, _, *tangents):
+        return jvp(arguments_of(ctx), {name: tangent for name, tangent in zip(names, tangents) if tangent is not None})
+
+    methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": forward_derivative}
+    function = type(operation._opname, (_SingleLevelFunction,), {k: staticmethod(v) for k, v in methods.items()})
+
+    def kernel(keyset, *arguments):
+        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)) or has_tangent(arguments):
+            with enable_single_level_autograd_function():
+                return function.apply(keyset, *arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operation.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    library.impl(operation._opname, kernel, "Autograd", with_keyset=True)
+
+
+def refuse_tangents(library, operation, message):
+    """An operation that has no derivative raises where a tangent comes in."""
+
+    def kernel(keyset, *arguments):
+        if has_tangent(arguments):
+            raise RuntimeError(message)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operation.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    library.impl(operation._opname, kernel, "Autograd", with_keyset=True)
+
+
+def has_tangent(arguments):
+    """Whether one of the arguments is a tensor with a tangent, at the level of forward differentiation at hand."""
+    # Inside a graph that is being compiled only torch.func's levels tell; torch keeps one level of duals for them all.
+    if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
+        return False
+    return any(isinstance(x, torch.Tensor) and torch._VF._unpack_dual(x, level=0)[1] is not None for x in arguments)

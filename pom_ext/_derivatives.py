@@ -1,0 +1,284 @@
+"""Derivatives of the operations, in terms of the operations.
+
+The kernels take tangents: with `u_tangent` and `coeff_tangent` the features φ stand for their derivative in that direction,
+with `gate_tangent` so do the gates, and gradients stand for their derivatives likewise. State, readout and mix are
+linear in features and in gates, so every derivative is a sum of calls with one of the two replaced. A gradient is linear
+in what comes back, and its derivative in a direction is symmetric: so the derivatives of the backward operations are
+those same calls. Third derivatives raise.
+
+Every function takes the arguments of its operation by name (`x`), as `_autograd.differentiable` says.
+"""
+
+import torch
+
+ops = torch.ops.pom_ext
+
+
+def _third(name):
+    raise NotImplementedError(f"pom_ext: third derivatives are not defined, and second ones by forward mode alone ({name})")
+
+
+def _zeros(like):
+    """Zeros with channels next to each other, of no size."""
+    return like.new_zeros(1, 1, like.shape[2]).expand(like.shape)
+
+
+def _along(x, u, coeff):
+    """The arguments with a direction of u and coeff; either may be None."""
+    if x["u_tangent"] is not None:
+        _third("u")
+    direction = {"u_tangent": _zeros(x["u"]) if u is None else u, "coeff_tangent": None}
+    if x["coeff"] is not None:
+        direction["coeff_tangent"] = torch.zeros_like(x["coeff"]) if coeff is None else coeff
+    return x | direction
+
+
+def _gated(x, gate):
+    """The arguments with a direction of the gates."""
+    if x["gate_tangent"] is not None:
+        _third("gate")
+    return x | {"gate_tangent": gate}
+
+
+def _undirected(x):
+    return x | {"u_tangent": None, "coeff_tangent": None}
+
+
+def _from(x, total, residual):
+    """The arguments with another state."""
+    total = torch.zeros_like(x["total"]) if total is None else total
+    return x | {"total": total, "residual": torch.zeros_like(total) if residual is None else residual}
+
+
+def _without(x, *names):
+    return {name: value for name, value in x.items() if name not in names}
+
+
+def _only(t, *names):
+    """Whether there are tangents of these arguments."""
+    return any(name in t for name in names)
+
+
+def _refuse(t, *names):
+    for name in t:
+        if name not in names:
+            raise RuntimeError(
+                f"{name}: expected no tangent, since the operation has no derivative with respect to it; detach it"
+            )
+
+
+def _sum(parts):
+    """The sum of results, each a tensor or a tuple of tensors."""
+    total, *rest = parts
+    for part in rest:
+        total = total + part if isinstance(total, torch.Tensor) else tuple(a + b for a, b in zip(total, part))
+    return total
+
+
+def _feature_directions(x, t):
+    """The arguments for every direction of the features that `t` has."""
+    if _only(t, "u", "coeff"):
+        yield _along(x, t.get("u"), t.get("coeff"))
+    if _only(t, "u_tangent", "coeff_tangent"):
+        yield _along(_undirected(x), t.get("u_tangent"), t.get("coeff_tangent"))
+
+
+def _gate_directions(x, t):
+    if "gate" in t:
+        yield _gated(x, t["gate"])
+    if "gate_tangent" in t:
+        yield x | {"gate_tangent": t["gate_tangent"]}
+
+
+FEATURES = ("u", "coeff", "u_tangent", "coeff_tangent")
+GATES = ("gate", "gate_tangent")
+STATE = ("total", "residual")
+
+
+def state_vjp(x, grad_total, grad_residual, grad_count):
+    # The residual is rounding error of the total: as a function of the inputs its derivative is zero.
+    if grad_total is None:
+        return {}
+    grads = dict(zip(("u", "coeff"), ops.state_backward(grad_total=grad_total, **x)))
+    if x["u_tangent"] is not None:
+        linear = ops.state_backward(grad_total=grad_total, **_undirected(x))
+        grads |= zip(("u_tangent", "coeff_tangent"), linear)
+    return grads
+
+
+def state_jvp(x, t):
+    _refuse(t, *FEATURES)
+    total, residual, _ = _sum([ops.state(**directed) for directed in _feature_directions(x, t)])
+    return total, residual, None
+
+
+def state_backward_vjp(x, v_u, v_coeff):
+    forward = _along(_without(x, "grad_total"), v_u, v_coeff)
+    grads = dict(zip(("u", "coeff"), ops.state_backward(grad_total=x["grad_total"], **forward)))
+    return grads | {"grad_total": ops.state(**forward)[0]}
+
+
+def state_backward_jvp(x, t):
+    _refuse(t, "grad_total", *FEATURES)
+    parts = [ops.state_backward(**directed) for directed in _feature_directions(x, t)]
+    if "grad_total" in t:
+        parts.append(ops.state_backward(**x | {"grad_total": t["grad_total"]}))
+    return _sum(parts)
+
+
+def readout_vjp(x, grad_y):
+    grad_gate, grad_total = ops.readout_backward(grad_y=grad_y, **x)
+    grads = {"gate": grad_gate, "total": grad_total, "residual": grad_total}
+    if x["gate_tangent"] is not None:
+        grads["gate_tangent"] = ops.readout_backward(grad_y=grad_y, **x | {"gate_tangent": None})[0]
+    return grads
+
+
+def readout_jvp(x, t):
+    _refuse(t, *GATES, *STATE)
+    parts = [ops.readout(**directed) for directed in _gate_directions(x, t)]
+    if _only(t, *STATE):
+        parts.append(ops.readout(**_from(x, t.get("total"), t.get("residual"))))
+    return _sum(parts)
+
+
+def readout_backward_vjp(x, v_gate, v_total):
+    forward, grad_y, grads = _without(x, "grad_y"), x["grad_y"], []
+    if v_gate is not None:
+        gated = _gated(forward, v_gate)
+        gate, total = ops.readout_backward(grad_y=grad_y, **gated)
+        grads.append((ops.readout(**gated), gate, total))
+    if v_total is not None:
+        moved = _from(forward, v_total, None)
+        gate, total = ops.readout_backward(grad_y=grad_y, **moved)
+        grads.append((ops.readout(**moved), gate, torch.zeros_like(total)))
+    grads = dict(zip(("grad_y", "gate", "total"), _sum(grads)))
+    return grads | {"residual": grads["total"]}
+
+
+def readout_backward_jvp(x, t):
+    _refuse(t, "grad_y", *GATES, *STATE)
+    parts = [ops.readout_backward(**directed) for directed in _gate_directions(x, t)]
+    if "grad_y" in t:
+        parts.append(ops.readout_backward(**x | {"grad_y": t["grad_y"]}))
+    if _only(t, *STATE):  # the gradient of a state does not depend on it
+        grad_gate, grad_total = ops.readout_backward(**_from(x, t.get("total"), t.get("residual")))
+        parts.append((grad_gate, torch.zeros_like(grad_total)))
+    return _sum(parts)
+
+
+def mix_vjp(x, grad_y, grad_total, grad_residual, grad_count):
+    grads, parts = {}, [] if grad_total is None else [grad_total]
+    if grad_y is not None:
+        grads["gate"], grad_state = ops.readout_backward(grad_y=grad_y, **_readout_of(x, *x["out"]))
+        parts.append(grad_state)
+    if not parts:
+        return {}
+    grads["total"] = grads["residual"] = _sum(parts)
+    return grads | dict(zip(("u", "coeff"), ops.state_backward(grad_total=grads["total"], **_state_of(x))))
+
+
+def mix_jvp(x, t):
+    _refuse(t, "u", "coeff", "gate", *STATE)
+    moved, parts = [], []
+    if _only(t, "u", "coeff"):
+        moved.append(ops.state(**_along(_state_of(x), t.get("u"), t.get("coeff")))[:2])
+    if _only(t, *STATE):
+        moved.append(tuple(_from(x, t.get("total"), t.get("residual"))[name] for name in STATE))
+    total, residual, count = x["out"]
+    if "gate" in t:
+        parts.append(ops.readout(**_gated(_readout_of(x, total, residual, count), t["gate"])))
+    if not moved:
+        return _sum(parts), torch.zeros_like(total), torch.zeros_like(residual), None
+    d_total, d_residual = _sum(moved)
+    parts.append(ops.readout(**_readout_of(x, d_total, d_residual, count)))
+    return _sum(parts), d_total, d_residual, None
+
+
+def _state_of(x):
+    """The arguments of the state that a mix makes."""
+    names = ("u", "coeff", "weight", "cos", "sin", "axes", "form", "degree")
+    return {name: x[name] for name in names} | dict(
+        u_tangent=None, coeff_tangent=None, mask=None, offsets=None, cumulative=False
+    )
+
+
+def _readout_of(x, total, residual, count):
+    """The arguments of the readout that a mix ends with, of this state."""
+    return dict(
+        gate=x["gate"], gate_tangent=None, total=total, residual=residual, count=count, offsets=None,
+        cos=x["gate_cos"], sin=x["gate_sin"], axes=x["gate_axes"], form=x["form"], heads=x["heads"],
+    )  # fmt: skip
+
+
+def causal_mix_vjp(x, grad_y, grad_total, grad_residual, grad_count):
+    if grad_y is None and grad_total is None:
+        return {}
+    if grad_y is None:
+        grad_y = _zeros(x["u"])
+    u, gate, coeff, total = ops.causal_mix_backward(grad_y=grad_y, grad_total=grad_total, **x)
+    grads = {"u": u, "gate": gate, "coeff": coeff, "total": total, "residual": total}
+    if x["u_tangent"] is not None:
+        u, _, coeff, _ = ops.causal_mix_backward(grad_y=grad_y, grad_total=grad_total, **_undirected(x))
+        grads |= {"u_tangent": u, "coeff_tangent": coeff}
+    if x["gate_tangent"] is not None:
+        plain = x | {"gate_tangent": None}
+        grads["gate_tangent"] = ops.causal_mix_backward(grad_y=grad_y, grad_total=None, **plain)[1]
+    return grads
+
+
+def _moved(x, t):
+    """The arguments of a causal mix whose features and prior state are replaced by the direction `t` of them."""
+    x = _along(x, t.get("u"), t.get("coeff"))
+    return x if x["total"] is None else _from(x, t.get("total"), t.get("residual"))
+
+
+def causal_mix_jvp(x, t):
+    _refuse(t, *FEATURES, *GATES, *STATE)
+    parts = []
+    for directed in _gate_directions(x, t):  # the state does not depend on the gates
+        y, total, residual, _ = ops.causal_mix(**directed)
+        parts.append((y, torch.zeros_like(total), torch.zeros_like(residual)))
+    if _only(t, "u", "coeff", *STATE):
+        if x["u_tangent"] is not None and not _only(t, "u", "coeff"):
+            # The features are a direction already, and the prior beside them is one too.
+            zero = {"u_tangent": _zeros(x["u"])}
+            zero |= {} if x["coeff"] is None else {"coeff_tangent": torch.zeros_like(x["coeff"])}
+            parts.append(ops.causal_mix(**_from(x | zero, t.get("total"), t.get("residual")))[:3])
+        else:
+            parts.append(ops.causal_mix(**_moved(x, t))[:3])
+    if _only(t, "u_tangent", "coeff_tangent"):
+        linear = {"u": t.get("u_tangent"), "coeff": t.get("coeff_tangent")}
+        parts.append(ops.causal_mix(**_moved(_undirected(x), linear))[:3])
+    return *_sum(parts), None
+
+
+def causal_mix_backward_vjp(x, v_u, v_gate, v_coeff, v_total):
+    forward = _without(x, "grad_y", "grad_total")
+    direction = {"u": v_u, "gate": v_gate, "coeff": v_coeff, "total": v_total}
+    direction = {name: v for name, v in direction.items() if v is not None and forward[name] is not None}
+    grads = dict(zip(("grad_y", "grad_total"), causal_mix_jvp(forward, direction)))
+    grads |= zip(("u", "gate", "coeff", "total"), _causal_slopes_along(x, direction))
+    return grads | {"residual": grads["total"]}
+
+
+def _causal_slopes_along(x, t):
+    """The derivative of the gradients (u, gate, coeff, total) in the direction `t`, for what comes back held fixed."""
+    parts = []
+    if _only(t, "u", "coeff", *STATE):  # the gradient of the prior does not depend on the features
+        *grads, grad_total = ops.causal_mix_backward(**_moved(x, t))
+        parts.append((*grads, torch.zeros_like(grad_total)))
+    if "gate" in t:
+        parts.append(ops.causal_mix_backward(**_gated(x, t["gate"]) | {"grad_total": None}))
+    return _sum(parts)
+
+
+def causal_mix_backward_jvp(x, t):
+    _refuse(t, "grad_y", "grad_total", "u", "coeff", "gate", *STATE)
+    parts = []
+    if _only(t, "u", "coeff", "gate", *STATE):
+        parts.append(_causal_slopes_along(x, t))
+    if _only(t, "grad_y", "grad_total"):
+        grad_y = t["grad_y"] if "grad_y" in t else torch.zeros_like(x["grad_y"])
+        parts.append(ops.causal_mix_backward(**x | {"grad_y": grad_y, "grad_total": t.get("grad_total")}))
+    return _sum(parts)
