@@ -15,7 +15,9 @@ ops = torch.ops.pom_ext
 
 
 def _third(name):
-    raise NotImplementedError(f"pom_ext: third derivatives are not defined, and second ones by forward mode alone ({name})")
+    raise NotImplementedError(
+        f"pom_ext: third derivatives are not defined, and second ones by forward mode alone ({name})"
+    )
 
 
 def _zeros(like):
@@ -198,17 +200,16 @@ def mix_jvp(x, t):
 def _state_of(x):
     """The arguments of the state that a mix makes."""
     names = ("u", "coeff", "weight", "cos", "sin", "axes", "form", "degree")
-    return {name: x[name] for name in names} | dict(
-        u_tangent=None, coeff_tangent=None, mask=None, offsets=None, cumulative=False
-    )
+    nothing = {"u_tangent": None, "coeff_tangent": None, "mask": None, "offsets": None, "cumulative": False}
+    return {name: x[name] for name in names} | nothing
 
 
 def _readout_of(x, total, residual, count):
     """The arguments of the readout that a mix ends with, of this state."""
-    return dict(
-        gate=x["gate"], gate_tangent=None, total=total, residual=residual, count=count, offsets=None,
-        cos=x["gate_cos"], sin=x["gate_sin"], axes=x["gate_axes"], form=x["form"], heads=x["heads"],
-    )  # fmt: skip
+    state = {"total": total, "residual": residual, "count": count}
+    angles = {name: x[f"gate_{name}"] for name in ("cos", "sin", "axes")}
+    rest = {"gate": x["gate"], "gate_tangent": None, "offsets": None, "form": x["form"], "heads": x["heads"]}
+    return rest | state | angles
 
 
 def causal_mix_vjp(x, grad_y, grad_total, grad_residual, grad_count):

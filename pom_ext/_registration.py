@@ -80,7 +80,9 @@ def _batched(operation):
         tensors = {name for name in names if isinstance(moved[name], torch.Tensor)}
         if given == tensors & _OF_SAMPLES and not (sums_samples and moved["coeff"] is not None):
             results = operation(*(moved[name].flatten(0, 1) if name in given else moved[name] for name in names))
-            split = lambda t: t.unflatten(0, (info.batch_size, -1)) if t.shape[0] else t.new_empty(info.batch_size, *t.shape)  # noqa: E731
+            split = lambda t: (
+                t.unflatten(0, (info.batch_size, -1)) if t.shape[0] else t.new_empty(info.batch_size, *t.shape)
+            )
             results = tuple(map(split, results)) if isinstance(results, tuple) else split(results)
         else:
             each = [

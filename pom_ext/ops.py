@@ -103,7 +103,17 @@ def polynomial_state(
     weight, mask, offsets, cumulative = _context(u, weight, mask, 1 if causal else frames, cu_seqlens)
     new = State(
         *torch.ops.pom_ext.state(
-            u, _coefficients(coeff, u), None, None, weight, mask, offsets, cumulative, *_angles(rotary), FORMS.index(form), degree
+            u,
+            _coefficients(coeff, u),
+            None,
+            None,
+            weight,
+            mask,
+            offsets,
+            cumulative,
+            *_angles(rotary),
+            FORMS.index(form),
+            degree,
         )
     )
     return new if state is None else state + new
@@ -216,7 +226,21 @@ def _causal_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_
         raise ValueError("rotary and gate_rotary: with causal=True give both or neither")
     cos, sin, axes = angles
     y, *new = torch.ops.pom_ext.causal_mix(
-        u, gate, coeff, None, None, None, weight, *prior, cos, sin, *gate_angles[:2], axes, FORMS.index(form), degree, n_sel_heads
+        u,
+        gate,
+        coeff,
+        None,
+        None,
+        None,
+        weight,
+        *prior,
+        cos,
+        sin,
+        *gate_angles[:2],
+        axes,
+        FORMS.index(form),
+        degree,
+        n_sel_heads,
     )
     return (y, State(*new)) if return_state else y
 

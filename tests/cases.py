@@ -240,8 +240,8 @@ def run_op(inputs, device="cpu"):
     return with_gradients(op_function(inputs, device), move(inputs.leaves, device), move(inputs.output_grads, device))
 
 
-def run_reference(inputs, dtype):
-    """The same by the definition in plain torch, run in `dtype` on the CPU."""
+def reference_function(inputs, dtype):
+    """The same by the definition in plain torch, in `dtype` on the CPU."""
     case = inputs.case
     context, rotaries = reference_context(inputs, dtype)
 
@@ -253,6 +253,12 @@ def run_reference(inputs, dtype):
         )  # fmt: skip
         return {"y": y, "state": total[:, -1:]} if case.returns_state else {"y": y}
 
+    return mix
+
+
+def run_reference(inputs, dtype):
+    """Outputs and gradients by the definition, run in `dtype` on the CPU."""
+    mix = reference_function(inputs, dtype)
     return with_gradients(mix, move(inputs.leaves, "cpu", dtype), move(inputs.output_grads, "cpu", dtype))
 
 
