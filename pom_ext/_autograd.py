@@ -52,7 +52,10 @@ def differentiable(library, operation, vjp, jvp, *, keeps=0):
         return None, *(None if arguments[name] is None else found.get(name) for name in names)
 
     def forward_derivative(ctx, _, *tangents):
-        return jvp(arguments_of(ctx), {name: tangent for name, tangent in zip(names, tangents) if tangent is not None})
+        # torch switches forward mode off here, for all levels; those below must see what `jvp` does. This one must not.
+        with forward_ad._set_fwd_grad_enabled(True):
+            arguments = {name: _primal(value) for name, value in arguments_of(ctx).items()}
+            return jvp(arguments, {name: tangent for name, tangent in zip(names, tangents) if tangent is not None})
 
     methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": forward_derivative}
     function = type(operation._opname, (_SingleLevelFunction,), {k: staticmethod(v) for k, v in methods.items()})
@@ -77,6 +80,13 @@ def refuse_tangents(library, operation, message):
             return operation.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
     library.impl(operation._opname, kernel, "Autograd", with_keyset=True)
+
+
+def _primal(value):
+    """Without the tangent of the level at hand."""
+    if isinstance(value, tuple):
+        return tuple(map(_primal, value))
+    return torch._VF._unpack_dual(value, level=0)[0] if isinstance(value, torch.Tensor) else value
 
 
 def has_tangent(arguments):
