@@ -66,6 +66,7 @@ inline Status check_readout(const Gates& gates, int64_t groups, const int64_t* o
 
 inline Status check(const ReadoutArgs& args) {
   if (const Status s = check_readout(args.gates, args.groups, args.offsets, args.state); s != Status::ok) return s;
+  if (args.tangent.total && !(args.tangent.residual && args.gates.tangent)) return Status::null_pointer;
   return args.gates.batch * args.gates.tokens > 0 && !args.y ? Status::null_pointer : Status::ok;
 }
 

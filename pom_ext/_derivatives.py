@@ -52,6 +52,12 @@ def _from(x, total, residual):
     return x | {"total": total, "residual": torch.zeros_like(total) if residual is None else residual}
 
 
+def _moved_state(x, t):
+    """Total and residual of the direction that `t` has of a state."""
+    moved = _from(x, t.get("total"), t.get("residual"))
+    return {name: moved[name] for name in STATE}
+
+
 def _without(x, *names):
     return {name: value for name, value in x.items() if name not in names}
 
@@ -92,6 +98,7 @@ def _gate_directions(x, t):
         yield x | {"gate_tangent": t["gate_tangent"]}
 
 
+NO_DIRECTION = {"total_tangent": None, "residual_tangent": None}
 FEATURES = ("u", "coeff", "u_tangent", "coeff_tangent")
 GATES = ("gate", "gate_tangent")
 STATE = ("total", "residual")
@@ -128,34 +135,53 @@ def state_backward_jvp(x, t):
     return _sum(parts)
 
 
+def _still(x):
+    """The arguments of a readout or of its gradient without directions."""
+    return _without(x, "total_tangent", "residual_tangent") | {"gate_tangent": None}
+
+
 def readout_vjp(x, grad_y):
-    grad_gate, grad_total = ops.readout_backward(grad_y=grad_y, **x)
-    grads = {"gate": grad_gate, "total": grad_total, "residual": grad_total}
+    plain, gated = _still(x), _still(x) | {"gate_tangent": x["gate_tangent"]}
+    gate, total = ops.readout_backward(grad_y=grad_y, **gated)
+    grads = {"gate": gate, "total": total, "residual": total}
     if x["gate_tangent"] is not None:
-        grads["gate_tangent"] = ops.readout_backward(grad_y=grad_y, **x | {"gate_tangent": None})[0]
+        grads["gate_tangent"], along = ops.readout_backward(grad_y=grad_y, **plain)
+    if x["total_tangent"] is not None:
+        moved = _from(plain, x["total_tangent"], x["residual_tangent"])
+        grads["gate"] = gate + ops.readout_backward(grad_y=grad_y, **moved)[0]
+        grads |= {"total_tangent": along, "residual_tangent": along}
     return grads
 
 
 def readout_jvp(x, t):
-    _refuse(t, *GATES, *STATE)
-    parts = [ops.readout(**directed) for directed in _gate_directions(x, t)]
+    _refuse(t, *GATES, *STATE, "total_tangent", "residual_tangent")
+    still = _still(x) | NO_DIRECTION
+    gated, parts = still | {"gate_tangent": x["gate_tangent"]}, []
+    if "gate" in t and _only(t, *STATE):  # in one pass
+        d_state = {f"{name}_tangent": value for name, value in _moved_state(x, t).items()}
+        return ops.readout(**_gated(x, t["gate"]) | d_state)
+    if "gate" in t:
+        parts.append(ops.readout(**_gated(x, t["gate"])))
     if _only(t, *STATE):
-        parts.append(ops.readout(**_from(x, t.get("total"), t.get("residual"))))
+        parts.append(ops.readout(**gated | _moved_state(x, t)))
+    if "gate_tangent" in t:
+        parts.append(ops.readout(**still | {"gate_tangent": t["gate_tangent"]}))
+    if _only(t, "total_tangent", "residual_tangent"):
+        moved = _from(still, t.get("total_tangent"), t.get("residual_tangent"))
+        parts.append(ops.readout(**moved))
     return _sum(parts)
 
 
 def readout_backward_vjp(x, v_gate, v_total):
-    forward, grad_y, grads = _without(x, "grad_y"), x["grad_y"], []
+    forward, grad_y, parts = _without(x, "grad_y"), x["grad_y"], []
+    direction = {name: v for name, v in (("gate", v_gate), ("total", v_total)) if v is not None}
     if v_gate is not None:
-        gated = _gated(forward, v_gate)
-        gate, total = ops.readout_backward(grad_y=grad_y, **gated)
-        grads.append((ops.readout(**gated), gate, total))
-    if v_total is not None:
-        moved = _from(forward, v_total, None)
-        gate, total = ops.readout_backward(grad_y=grad_y, **moved)
-        grads.append((ops.readout(**moved), gate, torch.zeros_like(total)))
-    grads = dict(zip(("grad_y", "gate", "total"), _sum(grads)))
-    return grads | {"residual": grads["total"]}
+        parts.append(ops.readout_backward(grad_y=grad_y, **_gated(forward, v_gate)))
+    if v_total is not None:  # the gradient of a state does not depend on it
+        gate, total = ops.readout_backward(grad_y=grad_y, **_from(forward, v_total, None))
+        parts.append((gate, torch.zeros_like(total)))
+    gate, total = _sum(parts)
+    return {"grad_y": readout_jvp(forward | NO_DIRECTION, direction), "gate": gate, "total": total, "residual": total}
 
 
 def readout_backward_jvp(x, t):
@@ -182,19 +208,15 @@ def mix_vjp(x, grad_y, grad_total, grad_residual, grad_count):
 
 def mix_jvp(x, t):
     _refuse(t, "u", "coeff", "gate", *STATE)
-    moved, parts = [], []
+    moved = []
     if _only(t, "u", "coeff"):
         moved.append(ops.state(**_along(_state_of(x), t.get("u"), t.get("coeff")))[:2])
     if _only(t, *STATE):
-        moved.append(tuple(_from(x, t.get("total"), t.get("residual"))[name] for name in STATE))
-    total, residual, count = x["out"]
-    if "gate" in t:
-        parts.append(ops.readout(**_gated(_readout_of(x, total, residual, count), t["gate"])))
-    if not moved:
-        return _sum(parts), torch.zeros_like(total), torch.zeros_like(residual), None
-    d_total, d_residual = _sum(moved)
-    parts.append(ops.readout(**_readout_of(x, d_total, d_residual, count)))
-    return _sum(parts), d_total, d_residual, None
+        moved.append(tuple(_moved_state(x, t).values()))
+    direction = {name: t[name] for name in ("gate",) if name in t} | dict(zip(STATE, _sum(moved) if moved else ()))
+    y = readout_jvp(_readout_of(x, *x["out"]) | NO_DIRECTION, direction)
+    still = (torch.zeros_like(part) for part in x["out"][:2])
+    return y, *(_sum(moved) if moved else still), None
 
 
 def _state_of(x):

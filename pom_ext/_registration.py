@@ -63,7 +63,8 @@ def _update_fake(u, gate, *rest):
 
 # Arguments whose first dimension is the batch; the others belong to all samples.
 _OF_SAMPLES = {
-    "u", "gate", "u_tangent", "gate_tangent", "weight", "mask", "total", "residual", "count", "grad_y", "grad_total",
+    "u", "gate", "u_tangent", "gate_tangent", "weight", "mask", "total", "residual", "total_tangent",
+    "residual_tangent", "count", "grad_y", "grad_total",
 }  # fmt: skip
 
 

@@ -155,7 +155,17 @@ def polynomial_readout(gate, state, *, form, n_sel_heads=1, frames=None, cu_seql
     if offsets is not None and offsets.shape[0] != groups + 1:
         raise ValueError(f"state: {groups} groups do not match offsets of {offsets.shape[0] - 1} groups")
     return torch.ops.pom_ext.readout(
-        gate, None, state.total, state.residual, state.count, offsets, *_angles(rotary), FORMS.index(form), n_sel_heads
+        gate,
+        None,
+        state.total,
+        state.residual,
+        None,
+        None,
+        state.count,
+        offsets,
+        *_angles(rotary),
+        FORMS.index(form),
+        n_sel_heads,
     )
 
 

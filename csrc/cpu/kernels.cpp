@@ -192,6 +192,15 @@ struct Gated {
     });
   }
 
+  static void multiply_along(int64_t width, const Acc* value, const Acc* mean, const Acc* dvalue, const Acc* dmean,
+                             void* y) {
+    for_channels<V>(width, [&](int64_t c, auto n) {
+      const Dual<V> gamma(load_as<V>(value + c, n), load_as<V>(dvalue + c, n));
+      const Dual<V> h(load_as<V>(mean + c, n), load_as<V>(dmean + c, n));
+      store(static_cast<T*>(y) + c, outcome(gamma * h), n);
+    });
+  }
+
   static void multiply_backward(int64_t width, const void* dy, const Acc* mean, Acc* value, Acc* dmean) {
     for_channels<V>(width, [&](int64_t c, auto n) {
       const V d = load(static_cast<const T*>(dy) + c, n);
@@ -200,7 +209,8 @@ struct Gated {
     });
   }
 
-  static constexpr GateKernels<Acc> kernels = {sizeof(T), value, slope, multiply, multiply_backward};
+  static constexpr GateKernels<Acc> kernels = {sizeof(T),       value,          slope,
+                                               multiply, multiply_along, multiply_backward};
 };
 
 template <class Acc>

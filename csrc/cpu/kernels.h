@@ -62,6 +62,8 @@ struct GateKernels {
   void (*slope)(int64_t width, const void* gate, const void* tangent, const Acc* dvalue, void* dgate);
   // y = value ⊙ mean
   void (*multiply)(int64_t width, const Acc* value, const Acc* mean, void* y);
+  // y = value ⊙ dmean + dvalue ⊙ mean
+  void (*multiply_along)(int64_t width, const Acc* value, const Acc* mean, const Acc* dvalue, const Acc* dmean, void* y);
   // dmean = dy ⊙ value, and value becomes dvalue = dy ⊙ mean
   void (*multiply_backward)(int64_t width, const void* dy, const Acc* mean, Acc* value, Acc* dmean);
 };

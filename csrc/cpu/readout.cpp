@@ -25,21 +25,41 @@ struct ReadoutPlan {
 };
 
 template <class Acc>
+struct ForwardPlan : ReadoutPlan<Acc, ReadoutArgs> {
+  Acc* mean_tangent;  // (batch, groups, C), where the state has a direction
+
+  ForwardPlan(const ReadoutArgs& args, void* workspace)
+      : ReadoutPlan<Acc, ReadoutArgs>(args, workspace),
+        mean_tangent(args.tangent.total ? this->arena.template take<Acc>(this->rows * args.gates.channels) : nullptr) {}
+};
+
+template <class Acc>
 Status run(const ReadoutArgs& args, void* workspace, const Executor& executor) {
-  const ReadoutPlan<Acc, ReadoutArgs> plan(args, workspace);
+  const ForwardPlan<Acc> plan(args, workspace);
   const Gates& g = args.gates;
   means(args.state, plan.rows, g.channels, plan.mean, executor);
+  if (args.tangent.total) {
+    const StateView tangent = {args.tangent.total, args.tangent.residual, args.state.count};
+    means(tangent, plan.rows, g.channels, plan.mean_tangent, executor);
+  }
   const int64_t chunks = plan.pieces.chunks.count;
   const TileGroups groups(plan.tiles.count(), g.batch * chunks);
   parallel(executor, g.batch * chunks * groups.count, [&](int64_t task) {
     const int64_t b = task / groups.count / chunks, chunk = task / groups.count % chunks, part = task % groups.count;
     plan.pieces.each(chunk, [&](int64_t, int64_t group, int64_t begin, int64_t end) {
-      const Acc* mean = plan.mean + (b * args.groups + group) * g.channels;
+      const int64_t row = (b * args.groups + group) * g.channels;
+      const Acc* mean = plan.mean + row;
       each_panel(begin, end, [&](int64_t token, int64_t count) {
         for (int64_t i = groups.begin(part); i < groups.end(part); ++i) {
-          alignas(64) Acc value[kScratch];
-          plan.gates.values(b, token, count, plan.tiles[i], value);
-          plan.gates.multiply(b, token, count, plan.tiles[i], value, mean, false, args.y);
+          const Tile tile = plan.tiles[i];
+          alignas(64) Acc outer[kScratch], value[kScratch];  // γ, or its derivative; γ itself
+          plan.gates.values(b, token, count, tile, outer);
+          if (!args.tangent.total) {
+            plan.gates.multiply(b, token, count, tile, outer, mean, false, args.y);
+            continue;
+          }
+          plan.gates.values(b, token, count, tile, nullptr, value);
+          plan.gates.multiply_along(b, token, count, tile, value, mean, outer, plan.mean_tangent + row, args.y);
         }
       });
     });
@@ -115,8 +135,8 @@ Status run(const ReadoutBackwardArgs& args, void* workspace, const Executor& exe
 }  // namespace
 
 size_t workspace(const ReadoutArgs& args) {
-  return args.gates.dtype == Dtype::f64 ? ReadoutPlan<double, ReadoutArgs>(args, nullptr).arena.used()
-                                        : ReadoutPlan<float, ReadoutArgs>(args, nullptr).arena.used();
+  return args.gates.dtype == Dtype::f64 ? ForwardPlan<double>(args, nullptr).arena.used()
+                                        : ForwardPlan<float>(args, nullptr).arena.used();
 }
 
 Status readout(const ReadoutArgs& args, void* workspace, size_t bytes, const Executor& executor) {

@@ -177,11 +177,15 @@ class GateTokens {
   // turned among themselves and the channels need not be paired.
   static Rotary channel_rotary(const Gates& gates) { return gates.heads > 1 ? Rotary{} : gates.rotary; }
 
-  // scratch = γ(g) for every channel of the tile, turned by the rotary positions
+  // scratch = γ(g), or its derivative along the tangent, for every channel of the tile, turned by the rotary positions
   void values(int64_t batch, int64_t token, int64_t count, const Tile& tile, Acc* value) const {
+    values(batch, token, count, tile, g_.tangent, value);
+  }
+  // the same, for a tangent or null
+  void values(int64_t batch, int64_t token, int64_t count, const Tile& tile, const void* along, Acc* value) const {
     if (!heads()) {
       each_row_range(count, tile, [&](int64_t row, int64_t offset, int64_t channel) {
-        kernels_.value(tile.width, gate(batch, token + row, channel), tangent(batch, token + row, channel),
+        kernels_.value(tile.width, gate(batch, token + row, channel), tangent(along, batch, token + row, channel),
                        value + offset);
       });
       if (tile.rotary_begin >= 0)
@@ -190,7 +194,7 @@ class GateTokens {
     }
     for (int64_t row = 0; row < count; ++row) {
       alignas(64) Acc head_value[kMaxHeads];
-      head_values(batch, token + row, head_value);
+      head_values(batch, token + row, along, head_value);
       each_run(tile, [&](int64_t offset, int64_t width, int64_t head) {
         std::fill_n(value + row * row_width(tile) + offset, width, head_value[head]);
       });
@@ -203,6 +207,15 @@ class GateTokens {
     each_row_range(count, tile, [&](int64_t row, int64_t offset, int64_t channel) {
       kernels_.multiply(tile.width, value + offset, mean + (mean_is_scratch ? offset : channel),
                         out(y, batch, token + row, channel, g_.channels));
+    });
+  }
+
+  // y = value ⊙ dmean + dvalue ⊙ mean for the tile; means are rows that all tokens share
+  void multiply_along(int64_t batch, int64_t token, int64_t count, const Tile& tile, const Acc* value, const Acc* mean,
+                      const Acc* dvalue, const Acc* dmean, void* y) const {
+    each_row_range(count, tile, [&](int64_t row, int64_t offset, int64_t channel) {
+      kernels_.multiply_along(tile.width, value + offset, mean + channel, dvalue + offset, dmean + channel,
+                              out(y, batch, token + row, channel, g_.channels));
     });
   }
 
@@ -231,7 +244,7 @@ class GateTokens {
     if (tile.rotary_begin >= 0)
       rotate(token, count, tile.width, tile.rotary_begin, dvalue, dvalue + tile.width, row_width(tile), true);
     each_row_range(count, tile, [&](int64_t row, int64_t offset, int64_t channel) {
-      kernels_.slope(tile.width, gate(batch, token + row, channel), tangent(batch, token + row, channel),
+      kernels_.slope(tile.width, gate(batch, token + row, channel), tangent(g_.tangent, batch, token + row, channel),
                      dvalue + offset, out(dgate, batch, token + row, channel, g_.channels));
     });
   }
@@ -242,7 +255,7 @@ class GateTokens {
       const double* given = head_grad + (batch * g_.tokens + token) * g_.heads;
       std::copy_n(given, g_.heads, dvalue);
       rotate_heads(token, dvalue, true);
-      kernels_.slope(g_.heads, gate(batch, token, 0), tangent(batch, token, 0), dvalue,
+      kernels_.slope(g_.heads, gate(batch, token, 0), tangent(g_.tangent, batch, token, 0), dvalue,
                      out(dgate, batch, token, 0, g_.heads));
     }
   }
@@ -252,9 +265,9 @@ class GateTokens {
     return static_cast<const char*>(g_.gate) +
            (batch * g_.gate_batch_stride + token * g_.gate_token_stride + channel) * kernels_.element_size;
   }
-  const char* tangent(int64_t batch, int64_t token, int64_t channel) const {
-    if (!g_.tangent) return nullptr;
-    return static_cast<const char*>(g_.tangent) +
+  const char* tangent(const void* along, int64_t batch, int64_t token, int64_t channel) const {
+    if (!along) return nullptr;
+    return static_cast<const char*>(along) +
            (batch * g_.tangent_batch_stride + token * g_.tangent_token_stride + channel) * kernels_.element_size;
   }
   char* out(void* p, int64_t batch, int64_t token, int64_t channel, int64_t width) const {
@@ -283,8 +296,8 @@ class GateTokens {
     });
   }
 
-  void head_values(int64_t batch, int64_t token, Acc* value) const {
-    kernels_.value(g_.heads, gate(batch, token, 0), tangent(batch, token, 0), value);
+  void head_values(int64_t batch, int64_t token, const void* along, Acc* value) const {
+    kernels_.value(g_.heads, gate(batch, token, 0), tangent(along, batch, token, 0), value);
     rotate_heads(token, value, false);
   }
 

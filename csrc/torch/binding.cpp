@@ -40,14 +40,17 @@ std::tuple<Tensor, Tensor> state_backward(const Tensor& grad_total, const Tensor
 }
 
 Tensor readout(const Tensor& gate, const Optional& gate_tangent, const Tensor& total, const Tensor& residual,
-               const Tensor& count, const Optional& offsets_, const Optional& cos, const Optional& sin, int64_t axes,
-               int64_t form, int64_t heads) {
+               const Optional& total_tangent, const Optional& residual_tangent, const Tensor& count,
+               const Optional& offsets_, const Optional& cos, const Optional& sin, int64_t axes, int64_t form,
+               int64_t heads) {
   const int64_t groups = total.size(1), channels = total.size(2);
   const Gates gates(gate, gate_tangent, channels, cos, sin, axes, form, heads);
   const State state(total, residual, count, gate, gate.size(0), groups, channels);
+  const State tangent(total_tangent, residual_tangent, {}, gate, gate.size(0), groups, channels);
   const Plain offsets(offsets_, gate, ScalarType::Long, {groups + 1}, "offsets");
   Tensor y = new_result(gate, {gate.size(0), gate.size(1), channels}, gate.scalar_type());
-  call(pom::ReadoutArgs{gates.args, groups, checked_offsets(offsets, gate.size(1)), state.view, y.mutable_data_ptr()},
+  call(pom::ReadoutArgs{gates.args, groups, checked_offsets(offsets, gate.size(1)), state.view, y.mutable_data_ptr(),
+                        tangent.view},
        gate, POM_OPERATION(readout));
   return y;
 }
@@ -164,8 +167,9 @@ STABLE_TORCH_LIBRARY(pom_ext, m) {
       "Tensor? weight, Tensor? mask, Tensor? offsets, bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, "
       "int degree) -> (Tensor grad_u, Tensor grad_coeff)");
   m.def(
-      "readout(Tensor gate, Tensor? gate_tangent, Tensor total, Tensor residual, Tensor count, Tensor? offsets, "
-      "Tensor? cos, Tensor? sin, int axes, int form, int heads) -> Tensor");
+      "readout(Tensor gate, Tensor? gate_tangent, Tensor total, Tensor residual, Tensor? total_tangent, "
+      "Tensor? residual_tangent, Tensor count, Tensor? offsets, Tensor? cos, Tensor? sin, int axes, int form, "
+      "int heads) -> Tensor");
   m.def(
       "readout_backward(Tensor grad_y, Tensor gate, Tensor? gate_tangent, Tensor total, Tensor residual, "
       "Tensor count, Tensor? offsets, Tensor? cos, Tensor? sin, int axes, int form, int heads) "

@@ -133,6 +133,8 @@ struct ReadoutArgs {
   const int64_t* offsets = nullptr;  // (groups + 1): queries offsets[g] … read group g; null deals them evenly
   StateView state;
   void* y = nullptr;  // dtype (batch, tokens, channels)
+  // A direction of the state, without count, beside one of the gates: y stands for its derivative in both.
+  StateView tangent;
 };
 
 struct ReadoutBackwardArgs {
