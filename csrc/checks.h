@@ -84,6 +84,7 @@ inline Status check_causal(const Features& f, const Gates& g, const StateView& p
   if (f.batch != g.batch || f.tokens != g.tokens || f.channels() != g.channels) return Status::bad_size;
   if (f.rotary.axes != g.rotary.axes || (g.heads == 1 && f.rotary.half != g.rotary.half)) return Status::bad_size;
   if (f.dtype != g.dtype) return Status::bad_dtype;
+  if (f.u_tangent && g.tangent) return Status::no_tangents;
   const int given = !!prior.total + !!prior.residual + !!prior.count;  // all of a state or nothing
   return given == 0 || given == 3 ? Status::ok : Status::null_pointer;
 }

@@ -258,6 +258,8 @@ def _moved(x, t):
 
 def causal_mix_jvp(x, t):
     _refuse(t, *FEATURES, *GATES, *STATE)
+    if "gate" in t and x["u_tangent"] is not None or _only(t, "u", "coeff") and x["gate_tangent"] is not None:
+        _third("u and gate")
     parts = []
     for directed in _gate_directions(x, t):  # the state does not depend on the gates
         y, total, residual, _ = ops.causal_mix(**directed)

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_means(Wal
   typename W::Tokens::Raw raw[kUnroll];
   typename W::Gates::Raw raw_gate[kUnroll];
   auto load = [&](int j, int64_t token) {
-    tokens.u.load(token, raw[j]);
+    tokens.load(token, raw[j]);
     gates.load(token, raw_gate[j]);
   };
   for_tokens<kUnroll>(chunk.begin, chunk.end, 1, load, [&](int j, int64_t token) {

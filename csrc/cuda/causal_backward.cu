@@ -43,10 +43,11 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_gate_slop
   const Acc inverses = inverse_counts<Acc>(walk, chunk, lane);
   Acc sum[kNumbers], back[kNumbers] = {};
   load_base<I::Vec, W::kRanges>(walk, chunk, place, sum);
-  typename W::Tokens::Raw raw[kUnroll], raw_dy[kUnroll];
+  typename W::Tokens::Raw raw[kUnroll];
+  typename W::Rows::Raw raw_dy[kUnroll];
   typename W::Gates::Raw raw_gate[kUnroll];
   auto load = [&](int j, int64_t token) {
-    tokens.u.load(token, raw[j]);
+    tokens.load(token, raw[j]);
     dy.load(token, raw_dy[j]);
     gates.load(token, raw_gate[j]);
   };
@@ -100,11 +101,12 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_slopes(Wa
       load_row<I::Vec, W::kRanges>(static_cast<const Acc*>(args.later) + (index + 1) * channels, place, base);
     else if (args.grad_total)
       load_row<I::Vec, W::kRanges>(static_cast<const Acc*>(args.grad_total) + chunk.b * channels, place, base);
-    typename W::Tokens::Raw raw[kUnroll], raw_dy[kUnroll];
+    typename W::Tokens::Raw raw[kUnroll];
+    typename W::Rows::Raw raw_dy[kUnroll];
     typename W::Gates::Raw raw_gate[kUnroll];
     auto load = [&](int j, int64_t i) {
       const int64_t token = chunk.end - 1 - i;
-      tokens.u.load(token, raw[j]);
+      tokens.load(token, raw[j]);
       dy.load(token, raw_dy[j]);
       gates.load(token, raw_gate[j]);
     };

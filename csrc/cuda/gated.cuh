@@ -15,6 +15,12 @@ template <int K>
 struct GateOf<Power<K>> {
   using type = HardSigmoid;
 };
+template <class Form>
+struct GateOf<Along<Form>> : GateOf<Form> {};
+template <class Form>
+struct GateOf<GatesAlong<Form>> {
+  using type = Along<typename GateOf<Form>::type>;
+};
 
 // Channels that turn with the gates: with a gate per head they turn among themselves and no thread needs pairs.
 inline bool turns_channels(const Gates& g) { return g.rotary.axes && g.heads == 1; }
@@ -23,8 +29,9 @@ inline Alignment is_aligned(const Gates& g, const StateView& state) {
   Alignment aligned(g.dtype);
   aligned.pointers({state.total, state.residual}).sizes({g.channels, g.channels / g.heads});
   if (g.heads == 1)
-    aligned.pointers({g.gate, g.rotary.cos, g.rotary.sin})
-        .sizes({g.gate_batch_stride, g.gate_token_stride, g.rotary.half});
+    aligned.pointers({g.gate, g.tangent, g.rotary.cos, g.rotary.sin})
+        .sizes({g.gate_batch_stride, g.gate_token_stride, g.rotary.half})
+        .sizes({g.tangent_batch_stride, g.tangent_token_stride});
   return aligned;
 }
 

@@ -20,10 +20,16 @@ __global__ void __launch_bounds__(kThreads)
   };
   Acc d = TurnedHead(g.rotary, head).turn<Acc>(g.rotary, token, true, dvalue);
   Packed<T, 1> packed;
-  Acc x;
+  Acc x, along;
   packed.load(static_cast<const T*>(g.gate) + b * g.gate_batch_stride + token * g.gate_token_stride + head);
   packed.unpack(&x);
-  d *= Gate::slope(x);
+  if (g.tangent) {
+    packed.load(static_cast<const T*>(g.tangent) + b * g.tangent_batch_stride + token * g.tangent_token_stride + head);
+    packed.unpack(&along);
+    d *= outcome(Gate::slope(Dual<Acc>(x, along)));
+  } else {
+    d *= Gate::slope(x);
+  }
   packed.pack(&d);
   packed.store(dgate + index);
 }

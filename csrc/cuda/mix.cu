@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kRanges > 3 ? 1 : 
   Acc sum[kNumbers] = {};
   typename Tokens::Raw raw[kUnroll];
   for_tokens<kUnroll>(
-      row, f.tokens, rows, [&](int j, int64_t token) { tokens.u.load(token, raw[j]); },
+      row, f.tokens, rows, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
       [&](int j, int64_t token) { tokens.add(token, raw[j], sum); });
   double count[1] = {thread == 0 && !f.weight ? double(f.tokens) : 0};
   if (f.weight) {
@@ -132,7 +132,7 @@ Status run_in_one_launch(const Mix& given, void* stream) {
   const bool aligned = is_aligned(f) && is_aligned(given.gates, {}).pointers({given.y});
   Mix args = given;
   args.slabs = slabs_of(f, f.rotary.axes ? f.rotary : turned ? given.gates.rotary : Rotary{}, aligned, kMixLanes);
-  return with_instance(f, turned, aligned, [&](auto instance) {
+  return with_instance<false>(f, turned, aligned, [&](auto instance) {
     using I = decltype(instance);
     if constexpr (std::is_same_v<typename I::Acc, Acc>) {
       constexpr int kNumbers = FeatureTokens<I>::kNumbers;

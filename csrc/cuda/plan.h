@@ -142,7 +142,23 @@ class Alignment {
   bool ok_;
 };
 
-// One instance of a kernel. Instances are few: 16-byte accesses for degrees 2, 3 and 4, and one for all else.
+// A form whose features are derivatives along a tangent, or gates that are.
+template <class Value>
+struct Along : Value {
+  using Value::Value;
+};
+// A form beside gates that are derivatives along a tangent.
+template <class Form>
+struct GatesAlong : Form {
+  using Form::Form;
+};
+template <class Value>
+constexpr bool is_along = false;
+template <class Value>
+constexpr bool is_along<Along<Value>> = true;
+
+// One instance of a kernel. Instances are few: 16-byte accesses for degrees 2, 3 and 4 (with tangents, four elements at
+// once for 2 and 3), and one for all else.
 template <class Form_, class T_, int Vec_, bool turned_>
 struct Instance {
   using Form = Form_;
@@ -152,9 +168,10 @@ struct Instance {
   static constexpr bool turned = turned_;
 };
 
-// Turned channels come in pairs, with coefficients for both: half as many keep to the registers.
-template <class T, bool turned>
-constexpr int vec_of = sizeof(T) == 4 || turned ? 4 : 8;
+// Turned channels come in pairs, with coefficients for both, and tangents double everything: half as many keep to the
+// registers.
+template <class T, bool paired>
+constexpr int vec_of = sizeof(T) == 4 || paired ? 4 : 8;
 
 template <template <int> class Form, bool turned, class T, class Body>
 Status with_degree(int degree, bool aligned, Body body) {
@@ -164,6 +181,20 @@ Status with_degree(int degree, bool aligned, Body body) {
     if (aligned && degree == 4) return body(Instance<Form<4>, T, vec_of<T, turned>, turned>{});
   }
   return body(Instance<Form<0>, T, 1, turned>{});
+}
+
+// With tangents 16-byte accesses are for what models are trained in.
+constexpr bool is_general_along(Dtype dtype, int degree) {
+  return (dtype != Dtype::f32 && dtype != Dtype::bf16) || degree < 2 || degree > 3;
+}
+
+template <template <int> class Form, bool turned, class T, class Body>
+Status with_degree_along(int degree, bool aligned, Body body) {
+  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, bf16>) {
+    if (aligned && degree == 2) return body(Instance<Along<Form<2>>, T, 4, turned>{});
+    if (aligned && degree == 3) return body(Instance<Along<Form<3>>, T, 4, turned>{});
+  }
+  return body(Instance<Along<Form<0>>, T, 1, turned>{});
 }
 
 template <class Body>
@@ -180,11 +211,17 @@ Status with_dtype(Dtype dtype, Body body) {
   }
 }
 
-// body(Instance{}) for these features; `turned` where a thread must hold pairs of channels.
-template <class Body>
+// body(Instance{}) for these features; `turned` where a thread must hold pairs of channels. An operation that takes no
+// tangents says so.
+template <bool tangents = true, class Body>
 Status with_instance(const Features& f, bool turned, bool aligned, Body body) {
   return with_dtype(f.dtype, [&](auto type) {
     using T = decltype(type);
+    if constexpr (tangents) {
+      if (f.u_tangent && f.form == Form::product) return with_degree_along<Product, false, T>(f.degree, aligned, body);
+      if (f.u_tangent && turned) return with_degree_along<Power, true, T>(f.degree, aligned, body);
+      if (f.u_tangent) return with_degree_along<Power, false, T>(f.degree, aligned, body);
+    }
     if (f.form == Form::product) {
       if constexpr (sizeof(T) == 2)
         return with_degree<CoarseProduct, false, T>(f.degree, aligned, body);

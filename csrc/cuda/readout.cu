@@ -12,6 +12,7 @@ struct Readout {
   Pieces pieces;  // of the queries
   StateView state;
   void* y = nullptr;
+  StateView tangent;  // of the state, beside one of the gates
 };
 
 // The gates of an instance: 16-byte accesses or one element, pairs of channels or single ones.
@@ -39,8 +40,19 @@ __global__ void __launch_bounds__(kThreads, 2) gate_means(Readout args) {
 
   const typename I::Tokens gates(g, b, place);
   const typename I::Rows y(args.y, b * g.tokens * g.channels, g.channels, place);
-  Acc mean[I::kNumbers];
-  load_mean<I::Vec, I::ranges>(args.state, b * args.pieces.groups + piece.group, g.channels, place, mean);
+  const int64_t state_row = b * args.pieces.groups + piece.group;
+  Number<Acc, I::Tokens::along> mean[I::kNumbers];
+  if constexpr (I::Tokens::along) {
+    Acc at[I::kNumbers], along[I::kNumbers] = {};
+    load_mean<I::Vec, I::ranges>(args.state, state_row, g.channels, place, at);
+    if (args.tangent.total)
+      load_mean<I::Vec, I::ranges>({args.tangent.total, args.tangent.residual, args.state.count}, state_row, g.channels,
+                                   place, along);
+    POM_UNROLL
+    for (int i = 0; i < I::kNumbers; ++i) mean[i] = {at[i], along[i]};
+  } else {
+    load_mean<I::Vec, I::ranges>(args.state, state_row, g.channels, place, mean);
+  }
   typename I::Tokens::Raw raw[I::kUnroll];
   for_tokens<I::kUnroll>(
       piece.begin + row, piece.end, rows, [&](int j, int64_t token) { gates.load(token, raw[j]); },
@@ -63,7 +75,7 @@ struct ReadoutBackward {
 };
 
 template <class I>
-__global__ void __launch_bounds__(kThreads, 2) gate_slopes(ReadoutBackward args) {
+__global__ void __launch_bounds__(kThreads, I::ranges == 2 && I::Tokens::along ? 1 : 2) gate_slopes(ReadoutBackward args) {
   using Acc = typename I::Acc;
   POM_SHARED(memory);
   const int rows = int(blockDim.x) / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
@@ -106,24 +118,31 @@ __global__ void __launch_bounds__(kThreads, 2) gate_slopes(ReadoutBackward args)
   if (row == 0) store_row<I::Vec, I::ranges>(static_cast<Acc*>(args.mean_rows) + block.row * g.channels, place, dmean);
 }
 
-template <class Body>
-Status with_gates(const Gates& g, bool aligned, Body body) {
+template <class S, class H, class Body>
+Status with_gates_of(const Gates& g, bool aligned, Body body) {
   return with_dtype(g.dtype, [&](auto type) {
     using T = decltype(type);
     const bool turned = turns_channels(g);
     if constexpr (!std::is_same_v<T, double>) {
-      if (aligned && g.form == Form::product) return body(GateInstance<Sigmoid, T, vec_of<T, false>, false>{});
-      if (aligned && turned) return body(GateInstance<HardSigmoid, T, vec_of<T, true>, true>{});
-      if (aligned) return body(GateInstance<HardSigmoid, T, vec_of<T, false>, false>{});
+      constexpr int kVec = vec_of<T, is_along<S>>;
+      if (aligned && g.form == Form::product) return body(GateInstance<S, T, kVec, false>{});
+      if (aligned && turned) return body(GateInstance<H, T, vec_of<T, true>, true>{});
+      if (aligned) return body(GateInstance<H, T, kVec, false>{});
     }
-    if (g.form == Form::product) return body(GateInstance<Sigmoid, T, 1, false>{});
-    if (turned) return body(GateInstance<HardSigmoid, T, 1, true>{});
-    return body(GateInstance<HardSigmoid, T, 1, false>{});
+    if (g.form == Form::product) return body(GateInstance<S, T, 1, false>{});
+    if (turned) return body(GateInstance<H, T, 1, true>{});
+    return body(GateInstance<H, T, 1, false>{});
   });
 }
 
+template <class Body>
+Status with_gates(const Gates& g, bool aligned, Body body) {
+  return g.tangent ? with_gates_of<Along<Sigmoid>, Along<HardSigmoid>>(g, aligned, body)
+                   : with_gates_of<Sigmoid, HardSigmoid>(g, aligned, body);
+}
+
 Readout readout_of(const Gates& g, int64_t groups, const int64_t* offsets, const StateView& state, bool aligned) {
-  const int vec = !aligned ? 1 : g.dtype == Dtype::f32 || turns_channels(g) ? 4 : 8;
+  const int vec = !aligned ? 1 : g.dtype == Dtype::f32 || turns_channels(g) || g.tangent ? 4 : 8;
   return {g,
           {g.channels, 1, turns_channels(g) ? g.rotary : Rotary{}, vec, kLanes},
           {g.tokens, chunk_shift(g.tokens), groups, offsets},
@@ -132,9 +151,11 @@ Readout readout_of(const Gates& g, int64_t groups, const int64_t* offsets, const
 
 Status run(const ReadoutArgs& given, void* stream) {
   const Gates& g = given.gates;
-  const bool aligned = is_aligned(g, given.state).pointers({given.y});
+  const bool aligned =
+      is_aligned(g, given.state).pointers({given.y, given.tangent.total, given.tangent.residual});
   Readout args = readout_of(g, given.groups, given.offsets, given.state, aligned);
   args.y = given.y;
+  args.tangent = given.tangent;
   if (g.tokens == 0) return Status::ok;
   return with_gates(g, aligned, [&](auto instance) {
     return launch(gate_means<decltype(instance)>, int64_t(args.slabs.count) * g.batch * args.pieces.slots(), kThreads,

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) mask_gradients(const Acc* mask, cons
 }
 
 template <class I>
-__global__ void __launch_bounds__(kThreads, 2) slopes(Backward<typename I::Acc> args) {
+__global__ void __launch_bounds__(kThreads, I::turned && is_along<typename I::Form> ? 1 : 2) slopes(Backward<typename I::Acc> args) {
   using Acc = typename I::Acc;
   using Tokens = FeatureTokens<I>;
   constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers;
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 2) slopes(Backward<typename I::Acc> 
     if (!args.token_grad) load_row<I::Vec, kRanges>(grad, place, grad_row);
     typename Tokens::Raw raw[kUnroll];
     for_tokens<kUnroll>(
-        piece.begin + row, piece.end, rows, [&](int j, int64_t token) { tokens.u.load(token, raw[j]); },
+        piece.begin + row, piece.end, rows, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
         [&](int j, int64_t token) {
           Acc dphi[kNumbers], du[kNumbers];
           if (args.token_grad) load_row<I::Vec, kRanges>(grad + token * args.channels, place, grad_row);

@@ -5,8 +5,12 @@
 namespace pom::cuda {
 namespace {
 
+// Blocks of a multiprocessor at the least: fewer where a thread holds more numbers.
 template <class I>
-__global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kNumbers > 8 || I::turned ? 2 : 3)
+constexpr int kBlocks = 3 - (FeatureTokens<I>::kNumbers > 8 || I::turned) - is_along<typename I::Form>;
+
+template <class I>
+__global__ void __launch_bounds__(kThreads, kBlocks<I>)
     features_of_pieces(SumArgs<typename I::Acc> args) {
   using Acc = typename I::Acc;
   using Tokens = FeatureTokens<I>;
@@ -24,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kNumbers > 8 || I:
   Acc sum[kNumbers] = {};
   typename Tokens::Raw raw[kUnroll];
   for_tokens<kUnroll>(
-      piece.begin + row, piece.end, rows, [&](int j, int64_t token) { tokens.u.load(token, raw[j]); },
+      piece.begin + row, piece.end, rows, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
       [&](int j, int64_t token) { tokens.add(token, raw[j], sum); });
   sum_rows(sum, kLanes, reinterpret_cast<Acc*>(memory));
   if (row == 0) store_row<I::Vec, kRanges>(args.rows + block.row * features.channels(), place, sum);

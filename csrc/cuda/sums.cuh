@@ -10,14 +10,16 @@ constexpr int64_t kCoeffBlocks = 2048;  // of a launch, so that partial coeffici
 
 inline Alignment is_aligned(const Features& f) {
   return Alignment(f.dtype)
-      .pointers({f.u, f.coeff, f.rotary.cos, f.rotary.sin})
-      .sizes({f.width, f.u_batch_stride, f.u_token_stride, f.rotary.half});
+      .pointers({f.u, f.coeff, f.u_tangent, f.coeff_tangent, f.rotary.cos, f.rotary.sin})
+      .sizes({f.width, f.u_batch_stride, f.u_token_stride, f.rotary.half})
+      .sizes({f.u_tangent_batch_stride, f.u_tangent_token_stride});
 }
 
 // `rotary` says which channels turn: that of the features, or of the gates beside them.
 inline Slabs slabs_of(const Features& f, const Rotary& rotary, bool aligned, int lanes = kLanes) {
-  const bool general = !aligned || f.degree < 2 || f.degree > 4;
-  const int vec = general ? 1 : f.dtype == Dtype::f32 || rotary.axes ? 4 : 8;
+  const bool general =
+      !aligned || (f.u_tangent ? is_general_along(f.dtype, f.degree) : f.degree < 2 || f.degree > 4);
+  const int vec = general ? 1 : f.dtype == Dtype::f32 || rotary.axes || f.u_tangent ? 4 : 8;
   return {f.width, f.form == Form::product ? f.degree : 1, rotary, vec, lanes};
 }
 

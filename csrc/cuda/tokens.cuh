@@ -93,7 +93,43 @@ POM_HD void store_row(Acc* row, const Place& place, const Acc* x) {
     if (r < place.ranges) store_numbers<Vec>(row + place.channel + r * place.stride, x + r * Vec);
 }
 
-// The polynomial of one sample's tokens. I is an Instance.
+// What a thread has loaded of a token, and where there is a tangent, of that.
+template <class Rows, bool along>
+struct Loaded {
+  typename Rows::Raw at;
+};
+template <class Rows>
+struct Loaded<Rows, true> {
+  typename Rows::Raw at, along;
+};
+
+// Numbers of a thread: plain ones, or dual ones where there is a tangent.
+template <class Acc, bool along>
+using Number = std::conditional_t<along, Dual<Acc>, Acc>;
+
+template <class Rows, int count, class Acc>
+POM_HD void unpack(const Loaded<Rows, false>& raw, Acc (&x)[count]) {
+  Rows::unpack(raw.at, x);
+}
+template <class Rows, int count, class Acc>
+POM_HD void unpack(const Loaded<Rows, true>& raw, Dual<Acc> (&x)[count]) {
+  Acc at[count], along[count];
+  Rows::unpack(raw.at, at);
+  Rows::unpack(raw.along, along);
+  POM_UNROLL
+  for (int i = 0; i < count; ++i) x[i] = {at[i], along[i]};
+}
+
+template <class Acc>
+POM_HD void hold_fixed(Acc x, Acc& number) {
+  number = x;
+}
+template <class Acc>
+POM_HD void hold_fixed(Acc x, Dual<Acc>& number) {
+  number = {x, Acc(0)};
+}
+
+// The polynomial of one sample's tokens, or its derivative along their tangent. I is an Instance.
 template <class I>
 struct FeatureTokens {
   using Form = typename I::Form;
@@ -103,28 +139,40 @@ struct FeatureTokens {
   static constexpr int kRanges = I::turned ? 2 : Form::capacity;
   static constexpr int kNumbers = kRanges * Vec;
   static constexpr int kCoeffs = Form::has_coeff ? decltype(Form::degree)::capacity : 1;
+  static constexpr bool along = is_along<Form>;
+  using Num = Number<Acc, along>;
   using Rows = RowsOf<T, Vec, kRanges>;
-  using Raw = typename Rows::Raw;
+  using Raw = Loaded<Rows, along>;
 
   const Form form;
   const Place place;
-  const Rows u;
+  const Rows u, u_tangent;
   const Rotary rotary;
   const Acc* const weights;  // of the sample's tokens, or null
-  Acc c[kRanges][Vec][kCoeffs] = {};
+  Num c[kRanges][Vec][kCoeffs] = {};
 
   POM_HD FeatureTokens(const Features& f, int64_t batch, const Place& place)
       : form(f.degree),
         place(place),
         u(f.u, batch * f.u_batch_stride, f.u_token_stride, place),
+        u_tangent(f.u_tangent, batch * f.u_tangent_batch_stride, f.u_tangent_token_stride, place),
         rotary(f.rotary),
         weights(f.weight ? static_cast<const Acc*>(f.weight) + batch * f.tokens : nullptr) {
     if constexpr (Form::has_coeff) {
       POM_UNROLL
       for (int r = 0; r < kRanges; ++r) {
         if (r >= place.ranges) continue;
-        const Acc* given = static_cast<const Acc*>(f.coeff) + (place.channel + r * place.stride) * form.degree;
-        if constexpr (Vec > 1) {
+        const int64_t offset = (place.channel + r * place.stride) * form.degree;
+        const Acc *given = static_cast<const Acc*>(f.coeff) + offset,
+                  *tangent = static_cast<const Acc*>(f.coeff_tangent) + offset;
+        if constexpr (along) {
+          POM_UNROLL
+          for (int i = 0; i < Vec; ++i) {
+            POM_UNROLL
+            for (int k = 0; k < form.degree; ++k)
+              c[r][i][k] = {given[i * form.degree + k], tangent[i * form.degree + k]};
+          }
+        } else if constexpr (Vec > 1) {
           load_numbers<Vec * kCoeffs>(given, &c[r][0][0]);
         } else {
           for (int k = 0; k < form.degree; ++k) c[r][0][k] = given[k];
@@ -133,25 +181,34 @@ struct FeatureTokens {
     }
   }
 
+  POM_HD void load(int64_t token, Raw& raw) const {
+    u.load(token, raw.at);
+    if constexpr (along) u_tangent.load(token, raw.along);
+  }
+
   POM_HD Acc weight(int64_t token) const { return weights ? weights[token] : Acc(1); }
   POM_HD bool turns() const { return I::turned && place.pair >= 0 && rotary.axes; }
 
   // φ, turned, not weighted
   POM_HD void value(int64_t token, const Raw& raw, Acc* phi) const {
-    Acc x[kNumbers];
-    Rows::unpack(raw, x);
+    Num x[kNumbers];
+    unpack<Rows>(raw, x);
     if constexpr (Form::has_coeff) {
       POM_UNROLL
       for (int r = 0; r < kRanges; ++r) {
         POM_UNROLL
-        for (int i = 0; i < Vec; ++i) form.value(x + r * Vec + i, c[r][i], phi + r * Vec + i);
+        for (int i = 0; i < Vec; ++i) {
+          Num value;
+          form.value(x + r * Vec + i, c[r][i], &value);
+          phi[r * Vec + i] = outcome(value);
+        }
       }
     } else {
       POM_UNROLL
       for (int i = 0; i < Vec; ++i) {
-        Acc factors[kRanges], products[kRanges];
+        Num factors[kRanges], products[kRanges];
         gather(x, i, factors);
-        form.value(factors, static_cast<const Acc*>(nullptr), products);
+        form.value(factors, static_cast<const Num*>(nullptr), products);
         scatter(products, i, phi);
       }
     }
@@ -175,39 +232,42 @@ struct FeatureTokens {
       for (int i = 0; i < kNumbers; ++i) dphi[i] *= w;
     }
     if (turns()) rotate<Vec>(rotary, token, place.pair, true, dphi);
-    Acc x[kNumbers];
-    Rows::unpack(raw, x);
+    Num x[kNumbers];
+    unpack<Rows>(raw, x);
     if constexpr (Form::has_coeff) {
       POM_UNROLL
       for (int r = 0; r < kRanges; ++r) {
         POM_UNROLL
         for (int i = 0; i < Vec; ++i) {
-          Acc terms[kCoeffs];
-          form.slope(x + r * Vec + i, c[r][i], dphi + r * Vec + i, du + r * Vec + i, terms);
+          Num back, slope, terms[kCoeffs];
+          hold_fixed(dphi[r * Vec + i], back);
+          form.slope(x + r * Vec + i, c[r][i], &back, &slope, terms);
+          du[r * Vec + i] = outcome(slope);
           POM_UNROLL
-          for (int k = 0; k < form.degree; ++k) dc[r][i][k] += terms[k];
+          for (int k = 0; k < form.degree; ++k) dc[r][i][k] += outcome(terms[k]);
         }
       }
     } else {
       POM_UNROLL
       for (int i = 0; i < Vec; ++i) {
-        Acc factors[kRanges], dproducts[kRanges], dfactors[kRanges];
+        Num factors[kRanges], dproducts[kRanges], dfactors[kRanges];
         gather(x, i, factors);
-        gather(dphi, i, dproducts);
-        form.slope(factors, static_cast<const Acc*>(nullptr), dproducts, dfactors, static_cast<Acc*>(nullptr));
+        POM_UNROLL
+        for (int r = 0; r < form.factors(); ++r) hold_fixed(dphi[r * Vec + i], dproducts[r]);
+        form.slope(factors, static_cast<const Num*>(nullptr), dproducts, dfactors, static_cast<Num*>(nullptr));
         scatter(dfactors, i, du);
       }
     }
   }
 
  private:
-  POM_HD void gather(const Acc* x, int i, Acc* factors) const {
+  POM_HD void gather(const Num* x, int i, Num* factors) const {
     POM_UNROLL
     for (int r = 0; r < form.factors(); ++r) factors[r] = x[r * Vec + i];
   }
-  POM_HD void scatter(const Acc* factors, int i, Acc* x) const {
+  POM_HD void scatter(const Num* factors, int i, Acc* x) const {
     POM_UNROLL
-    for (int r = 0; r < form.factors(); ++r) x[r * Vec + i] = factors[r];
+    for (int r = 0; r < form.factors(); ++r) x[r * Vec + i] = outcome(factors[r]);
   }
 };
 
@@ -237,17 +297,20 @@ struct TurnedHead {
 };
 
 // The gates of one sample's queries at the channels of a thread: one per channel, or one for all channels of a head.
+// With Along<Gate> their derivatives along a tangent.
 template <class Gate, class T_, int Vec_, int ranges>
 struct GateTokens {
   using T = T_;
   using Acc = typename accumulator<T>::type;
   static constexpr int Vec = Vec_;
   static constexpr int kNumbers = ranges * Vec;
+  static constexpr bool along = is_along<Gate>;
+  using Num = Number<Acc, along>;
   using Rows = RowsOf<T, Vec, ranges>;
-  using Raw = typename Rows::Raw;
+  using Raw = Loaded<Rows, along>;
 
   const Place place;
-  const Rows gate;
+  const Rows gate, tangent;
   const Rotary rotary;
   const bool by_head;
   TurnedHead heads[ranges];
@@ -255,6 +318,7 @@ struct GateTokens {
   POM_HD GateTokens(const Gates& g, int64_t batch, const Place& place)
       : place(place),
         gate(g.gate, batch * g.gate_batch_stride, g.gate_token_stride, place),
+        tangent(g.tangent, batch * g.tangent_batch_stride, g.tangent_token_stride, place),
         rotary(g.rotary),
         by_head(g.heads > 1) {
     if (!by_head) return;
@@ -267,19 +331,49 @@ struct GateTokens {
   POM_HD bool turns() const { return ranges == 2 && !by_head && place.pair >= 0 && rotary.axes; }
 
   POM_HD void load(int64_t token, Raw& raw) const {
-    if (!by_head) gate.load(token, raw);
+    if (by_head) return;
+    gate.load(token, raw.at);
+    if constexpr (along) tangent.load(token, raw.along);
   }
 
-  // γ(g), turned
+  // γ(g), turned, or its derivative
   POM_HD void value(int64_t token, const Raw& raw, Acc* value) const {
+    turned(token, raw, [](Num x) { return outcome(Gate::value(x)); }, value);
+  }
+
+  // y = γ(g) ⊙ H
+  POM_HD void multiply(int64_t token, const Raw& raw, const Acc (&mean)[kNumbers], Acc (&y)[kNumbers]) const {
+    value(token, raw, y);
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; ++i) y[i] *= mean[i];
+  }
+  // The derivative of that, for a mean with one.
+  POM_HD void multiply(int64_t token, const Raw& raw, const Dual<Acc> (&mean)[kNumbers], Acc (&y)[kNumbers]) const {
+    Acc gamma[kNumbers];
+    turned(token, raw, [](Num x) { return Gate::value(x).value; }, gamma);
+    value(token, raw, y);
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; ++i) y[i] = outcome(Dual<Acc>(gamma[i], y[i]) * mean[i]);
+  }
+
+  // With a gate per channel: dg from the gradient of γ, which is overwritten.
+  POM_HD void slope(int64_t token, const Raw& raw, Acc* dvalue) const {
+    if (turns()) rotate<Vec>(rotary, token, place.pair, true, dvalue);
+    Num x[kNumbers];
+    unpack<Rows>(raw, x);
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; ++i) dvalue[i] *= outcome(Gate::slope(x[i]));
+  }
+
+ private:
+  // of(g) at every channel, turned
+  template <class Of>
+  POM_HD void turned(int64_t token, const Raw& raw, Of of, Acc* value) const {
     if (by_head) {
-      const T* first = gate.row0 - place.channel + token * gate.token_stride;  // the token's first gate
       auto gate_of = [&](int64_t head) {
-        Packed<T, 1> packed;
-        Acc x;
-        packed.load(first + head);
-        packed.unpack(&x);
-        return Gate::value(x);
+        Num x;
+        head_number(token, head, x);
+        return of(x);
       };
       POM_UNROLL
       for (int r = 0; r < ranges; ++r) {
@@ -289,26 +383,23 @@ struct GateTokens {
       }
       return;
     }
-    Rows::unpack(raw, value);
+    Num x[kNumbers];
+    unpack<Rows>(raw, x);
     POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) value[i] = Gate::value(value[i]);
+    for (int i = 0; i < kNumbers; ++i) value[i] = of(x[i]);
     if (turns()) rotate<Vec>(rotary, token, place.pair, false, value);
   }
 
-  // y = γ(g) ⊙ H
-  POM_HD void multiply(int64_t token, const Raw& raw, const Acc (&mean)[kNumbers], Acc (&y)[kNumbers]) const {
-    value(token, raw, y);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) y[i] *= mean[i];
+  POM_HD Acc one(const Rows& rows, int64_t token, int64_t head) const {
+    Packed<T, 1> packed;
+    Acc x;
+    packed.load(rows.row0 - place.channel + token * rows.token_stride + head);
+    packed.unpack(&x);
+    return x;
   }
-
-  // With a gate per channel: dg from the gradient of γ, which is overwritten.
-  POM_HD void slope(int64_t token, const Raw& raw, Acc* dvalue) const {
-    if (turns()) rotate<Vec>(rotary, token, place.pair, true, dvalue);
-    Acc x[kNumbers];
-    Rows::unpack(raw, x);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) dvalue[i] *= Gate::slope(x[i]);
+  POM_HD void head_number(int64_t token, int64_t head, Acc& x) const { x = one(gate, token, head); }
+  POM_HD void head_number(int64_t token, int64_t head, Dual<Acc>& x) const {
+    x = {one(gate, token, head), one(tangent, token, head)};
   }
 };
 

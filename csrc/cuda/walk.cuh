@@ -70,8 +70,10 @@ __device__ void load_base(const Walk& walk, const Chunk& chunk, const Place& pla
 // Blocks of a multiprocessor at the least: fewer where a thread holds more numbers than a third of the registers.
 template <class I>
 constexpr int kWalkBlocks =
-    FeatureTokens<I>::kNumbers > 16 || FeatureTokens<I>::kRanges > 3 || (I::turned && sizeof(typename I::T) == 4) ? 2
-                                                                                                                  : 3;
+    FeatureTokens<I>::kNumbers > 16 || FeatureTokens<I>::kRanges > 3 || (I::turned && sizeof(typename I::T) == 4) ||
+            is_along<typename I::Form>
+        ? 2
+        : 3;
 
 template <class I>
 struct Walker {
@@ -99,7 +101,8 @@ struct CausalPlan {
         sums(args.features, Pieces(args.features.tokens, kChunkShift, 1, nullptr), nullptr, true, arena),
         totals(arena.take<Acc>(args.features.batch * rows.groups * args.features.channels())),
         counts(arena.take<double>(args.features.batch * rows.groups)),
-        aligned(is_aligned(args.features) && is_aligned(args.gates, args.prior).pointers(pointers)) {
+        aligned(!args.gates.tangent && is_aligned(args.features) &&
+                is_aligned(args.gates, args.prior).pointers(pointers)) {
     const Features& f = args.features;
     walk = {f, args.gates, slabs_of(f, f.rotary, aligned), rows.groups, args.prior, totals, counts};
   }
@@ -120,7 +123,13 @@ struct CausalPlan {
   template <class Body>
   Status with_walker(Body body) const {
     return with_instance(walk.features, walk.features.rotary.axes > 0, aligned, [&](auto instance) {
-      if constexpr (std::is_same_v<typename decltype(instance)::Acc, Acc>) return body(instance);
+      using I = decltype(instance);
+      if constexpr (std::is_same_v<typename I::Acc, Acc>) {
+        if (!walk.gates.tangent) return body(instance);
+        // These go one element at a time.
+        if constexpr (I::Vec == 1 && !is_along<typename I::Form>)
+          return body(Instance<GatesAlong<typename I::Form>, typename I::T, 1, I::turned>{});
+      }
       return Status::bad_dtype;
     });
   }

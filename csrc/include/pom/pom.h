@@ -69,7 +69,7 @@ struct Features {
   const void* weight = nullptr;  // acc (batch, tokens), or null for ones
   Rotary rotary;
   // A direction, of u and in power form of coeff. Where there is one, φ stands for its derivative in that direction, and
-  // the gradients of u and coeff stand for their derivatives, what reaches φ held fixed. Not in mix and update.
+  // the gradients of u and coeff stand for their derivatives, what reaches φ held fixed. Not in mix and update; in the causal mix of features or of gates.
   const void* u_tangent = nullptr;  // dtype (batch, tokens, C)
   int64_t u_tangent_batch_stride = 0, u_tangent_token_stride = 0;
   const void* coeff_tangent = nullptr;  // acc (width, degree)
