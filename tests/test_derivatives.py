@@ -43,7 +43,18 @@ def twice_differentiable_gate(gate, *, form):
     return torch.nn.functional.hardsigmoid(gate.detach()) + (line - line.detach())
 
 
-@pytest.mark.parametrize("case", grid(degrees=(1, 2, 3, 5)), ids=str)
+# Widths that a GPU reads 16 bytes at a time.
+ALIGNED = [
+    Case(form, degree, mode, dtype, 2, 70, 64, None, heads, axes)
+    for mode in ("whole", "causal", "frames")
+    for form, degree, heads, axes in (
+        ("product", 2, 1, 0), ("product", 3, 8, 0), ("power", 2, 1, 0), ("power", 3, 8, 0), ("power", 3, 1, 2),
+    )
+    for dtype in (torch.float32, torch.bfloat16)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", grid(degrees=(1, 2, 3, 5)) + ALIGNED, ids=str)
 def test_against_the_definition(case, device, monkeypatch):
     monkeypatch.setattr(reference, "gate_value", twice_differentiable_gate)
     inputs = draw_inputs(case)
