@@ -37,6 +37,14 @@ def _require(tensor, name):
         )
 
 
+def _of_one_dtype(u, gate):
+    """Under autocast the wider dtype of the two, as torch has it for its operations of several tensors."""
+    if u.dtype == gate.dtype or not torch.is_autocast_enabled(u.device.type):
+        return u, gate
+    dtype = torch.promote_types(u.dtype, gate.dtype)
+    return u.to(dtype), gate.to(dtype)
+
+
 def _only_one(**modes):
     given = [name for name, value in modes.items() if value is not None and value is not False]
     if len(given) > 1:
@@ -103,18 +111,9 @@ def polynomial_state(
     weight, mask, offsets, cumulative = _context(u, weight, mask, 1 if causal else frames, cu_seqlens)
     new = State(
         *torch.ops.pom_ext.state(
-            u,
-            _coefficients(coeff, u),
-            None,
-            None,
-            weight,
-            mask,
-            offsets,
-            cumulative,
-            *_angles(rotary),
-            FORMS.index(form),
-            degree,
-        )
+            u, _coefficients(coeff, u), None, None, weight, mask, offsets, cumulative, *_angles(rotary),
+            FORMS.index(form), degree,
+        )  # fmt: skip
     )
     return new if state is None else state + new
 
@@ -155,18 +154,9 @@ def polynomial_readout(gate, state, *, form, n_sel_heads=1, frames=None, cu_seql
     if offsets is not None and offsets.shape[0] != groups + 1:
         raise ValueError(f"state: {groups} groups do not match offsets of {offsets.shape[0] - 1} groups")
     return torch.ops.pom_ext.readout(
-        gate,
-        None,
-        state.total,
-        state.residual,
-        None,
-        None,
-        state.count,
-        offsets,
-        *_angles(rotary),
-        FORMS.index(form),
-        n_sel_heads,
-    )
+        gate, None, state.total, state.residual, None, None, state.count, offsets, *_angles(rotary),
+        FORMS.index(form), n_sel_heads,
+    )  # fmt: skip
 
 
 def polynomial_mix(
@@ -177,7 +167,8 @@ def polynomial_mix(
 
     Arguments as in `polynomial_state` and `polynomial_readout`. With `causal`, `frames` and `cu_seqlens` the queries
     are the context tokens themselves (M = N); with `mask` query m reads group m. `causal` keeps a running sum and
-    stores no state for every token. Memory beyond inputs and outputs is that of the state, whatever N (on a GPU that of
+    stores no state for every token. Under autocast u and gate may differ in dtype: the wider one is taken, and sums are
+    kept in float32 whatever it is. Memory beyond inputs and outputs is that of the state, whatever N (on a GPU that of
     a state for every 64 to 512 tokens, and for every 32 with `causal`). A context of up to 1,024 tokens that all
     queries read is one launch on a GPU.
 
@@ -190,6 +181,7 @@ def polynomial_mix(
     _require(u, "u")
     check_features(u, coeff, form, degree)
     check_gate(gate, u.shape[2], n_sel_heads, form)
+    u, gate = _of_one_dtype(u, gate)
     tokens = u.shape[1]
     aligned = causal or frames is not None or cu_seqlens is not None
     queries = tokens if aligned else mask.shape[1] if isinstance(mask, torch.Tensor) and mask.dim() == 3 else "M"
@@ -216,7 +208,7 @@ def _mix_arguments(u, coeff, form, weight, rotary, gate_rotary, state):
     """The arguments of a mix between the gates and the form, checked: coefficients, weights, what came before, angles."""
     if state is not None:
         check_state("state", state, u.shape[0], u.shape[2], u.dtype, u)
-        check_rotary("rotary", rotary, u.shape[1], u.shape[2], form, u)
+    check_rotary("rotary", rotary, u.shape[1], u.shape[2], form, u)
     weight = _context(u, weight, None, None, None)[0]
     prior = (None, None, None) if state is None else (state.total, state.residual, state.count)
     return _coefficients(coeff, u), weight, prior, _angles(rotary), _angles(gate_rotary)
@@ -236,22 +228,9 @@ def _causal_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_
         raise ValueError("rotary and gate_rotary: with causal=True give both or neither")
     cos, sin, axes = angles
     y, *new = torch.ops.pom_ext.causal_mix(
-        u,
-        gate,
-        coeff,
-        None,
-        None,
-        None,
-        weight,
-        *prior,
-        cos,
-        sin,
-        *gate_angles[:2],
-        axes,
-        FORMS.index(form),
-        degree,
+        u, gate, coeff, None, None, None, weight, *prior, cos, sin, *gate_angles[:2], axes, FORMS.index(form), degree,
         n_sel_heads,
-    )
+    )  # fmt: skip
     return (y, State(*new)) if return_state else y
 
 
@@ -282,6 +261,7 @@ def polynomial_update(
         raise TypeError(f"state: expected a State, got {type(state).__name__}")
     check_features(u, coeff, form, degree)
     check_gate(gate, u.shape[2], n_sel_heads, form)
+    u, gate = _of_one_dtype(u, gate)
     check_tensor("gate", gate, (u.shape[0], "M", gate.shape[2]), (u.dtype,), u)
     check_rotary("gate_rotary", gate_rotary, gate.shape[1], gate.shape[2], form, gate)
     for name, tensor in {"u": u, "gate": gate, "coeff": coeff, "state.total": state.total}.items():

@@ -30,7 +30,9 @@ PROGRAMS = ("test_api", "test_mix", "test_status", "test_engine", "test_engine_r
 OTHERS = [source for folder in (".", "cpu", "engine") for source in (ROOT / "csrc" / folder).glob("*.cpp")]
 
 # Tests of the operations, the longest first.
-OPERATIONS = [f"test_{name}" for name in ["mix", "derivatives", "state", "determinism", "update", "readout", "layouts", "rotary"]]
+OPERATIONS = [
+    f"test_{name}" for name in ["mix", "derivatives", "state", "determinism", "update", "readout", "layouts", "rotary"]
+]
 # A dense mask of 1000 x 1000 takes minutes, and masks are tested at other sizes too; the threads are those of the CPU
 # kernels; memory is measured in processes of their own.
 LEFT_OUT = "not (mask and N1000) and not threads and not memory"
