@@ -109,13 +109,11 @@ def polynomial_state(
         check_state("state", state, u.shape[0], u.shape[2], u.dtype, u)
     check_rotary("rotary", rotary, u.shape[1], u.shape[2], form, u)
     weight, mask, offsets, cumulative = _context(u, weight, mask, 1 if causal else frames, cu_seqlens)
-    new = State(
-        *torch.ops.pom_ext.state(
-            u, _coefficients(coeff, u), None, None, weight, mask, offsets, cumulative, *_angles(rotary),
-            FORMS.index(form), degree,
-        )  # fmt: skip
-    )
-    return new if state is None else state + new
+    new = torch.ops.pom_ext.state(
+        u, _coefficients(coeff, u), None, None, weight, mask, offsets, cumulative, *_angles(rotary), FORMS.index(form),
+        degree,
+    )  # fmt: skip
+    return State(*new) if state is None else state + State(*new)
 
 
 def polynomial_readout(gate, state, *, form, n_sel_heads=1, frames=None, cu_seqlens=None, rotary=None):
