@@ -31,24 +31,15 @@ POM_INLINE number<along, W> constant(W x) {
     return x;
 }
 
-// Calls body with a constant that says whether there is something.
-template <class Body>
-POM_INLINE void decide(const void* something, Body body) {
-  if (something)
-    body(std::true_type{});
-  else
-    body(std::false_type{});
-}
-
-template <class Form, class T>
-struct Feature {
+// The loops over tokens of one dtype, form and degree; `along` a tangent or not.
+template <class Form, class T, bool along>
+struct Loops {
   using Acc = typename accumulator<T>::type;
   using V = typename vector_of<T>::type;
   static constexpr int kFactors = Form::capacity;
   static constexpr int kCoeffs = Form::has_coeff ? decltype(Form::degree)::capacity : 1;
 
   // Loads tokens and coefficients at a channel, plain or dual.
-  template <bool along>
   struct Source {
     const Form form;
     const Point<Acc>&at, &tangent;
@@ -71,89 +62,104 @@ struct Feature {
     }
   };
 
-  template <bool along, bool weighted, class Lanes>
-  POM_INLINE static void sum_rows(const Rows& rows, const Source<along>& source, int64_t channel, Lanes n,
-                                  const Acc* weight, double* total) {
-    using W = typename vector_at<V, Lanes>::type;
+  template <bool weighted>
+  static void sum_rows(const Rows& rows, const Source& source, const Acc* weight, double* total) {
     const Form& form = source.form;
-    number<along, W> c[kCoeffs], x[kFactors], phi[kFactors];
-    W sum[kFactors];
-    source.template load_coeff<W>(channel, n, c);
-    for (int i = 0; i < form.factors(); ++i) sum[i] = W(0.0);
-    for (int64_t row = 0; row < rows.count; ++row) {
-      source.template load_factors<W>(row, channel, n, x);
-      form.value(x, c, phi);
-      for (int i = 0; i < form.factors(); ++i) {
-        const W term = outcome(phi[i]);
-        sum[i] = sum[i] + (weighted ? W(double(weight[row])) * term : term);
+    const auto body = [&](int64_t channel, auto n) {
+      using W = typename vector_at<V, decltype(n)>::type;
+      number<along, W> c[kCoeffs], x[kFactors], phi[kFactors];
+      W sum[kFactors];
+      source.template load_coeff<W>(channel, n, c);
+      for (int i = 0; i < form.factors(); ++i) sum[i] = W(0.0);
+      for (int64_t row = 0; row < rows.count; ++row) {
+        source.template load_factors<W>(row, channel, n, x);
+        form.value(x, c, phi);
+        for (int i = 0; i < form.factors(); ++i) {
+          const W term = outcome(phi[i]);
+          sum[i] = sum[i] + (weighted ? W(double(weight[row])) * term : term);
+        }
       }
-    }
-    for (int i = 0; i < form.factors(); ++i) accumulate(total + channel + i * rows.range_stride, sum[i], n);
+      for (int i = 0; i < form.factors(); ++i) accumulate(total + channel + i * rows.range_stride, sum[i], n);
+    };
+    if constexpr (along)
+      for_channels<V>(rows.width, body);
+    else
+      for_stored_channels<T>(rows.width, body);
   }
 
   static void sum(const Rows& rows, int degree, const Point<Acc>& at, const Point<Acc>& tangent, int64_t coeff_stride,
                   const Acc* weight, double* total) {
-    decide(tangent.u, [&](auto along) {
-      const Source<along> source = {Form(degree), at, tangent, rows.range_stride, coeff_stride};
-      decide(weight, [&](auto weighted) {
-        const auto body = [&](int64_t channel, auto n) {
-          sum_rows<along, weighted>(rows, source, channel, n, weight, total);
-        };
-        if constexpr (along)
-          for_channels<V>(rows.width, body);
-        else
-          for_stored_channels<T>(rows.width, body);
-      });
-    });
+    const Source source = {Form(degree), at, tangent, rows.range_stride, coeff_stride};
+    if (weight)
+      sum_rows<true>(rows, source, weight, total);
+    else
+      sum_rows<false>(rows, source, weight, total);
   }
 
   static void features(const Rows& rows, int degree, const Point<Acc>& at, const Point<Acc>& tangent,
                        int64_t coeff_stride, Acc* phi_out) {
-    decide(tangent.u, [&](auto along) {
-      const Source<along> source = {Form(degree), at, tangent, rows.range_stride, coeff_stride};
-      const Form& form = source.form;
-      for_channels<V>(rows.width, [&](int64_t channel, auto n) {
-        number<along, V> c[kCoeffs], x[kFactors], phi[kFactors];
-        source.template load_coeff<V>(channel, n, c);
-        for (int64_t row = 0; row < rows.count; ++row) {
-          source.template load_factors<V>(row, channel, n, x);
-          form.value(x, c, phi);
-          Acc* out = phi_out + row * rows.ranges * rows.width + channel;
-          for (int i = 0; i < form.factors(); ++i) store(out + i * rows.width, outcome(phi[i]), n);
-        }
-      });
+    const Source source = {Form(degree), at, tangent, rows.range_stride, coeff_stride};
+    const Form& form = source.form;
+    for_channels<V>(rows.width, [&](int64_t channel, auto n) {
+      number<along, V> c[kCoeffs], x[kFactors], phi[kFactors];
+      source.template load_coeff<V>(channel, n, c);
+      for (int64_t row = 0; row < rows.count; ++row) {
+        source.template load_factors<V>(row, channel, n, x);
+        form.value(x, c, phi);
+        Acc* out = phi_out + row * rows.ranges * rows.width + channel;
+        for (int i = 0; i < form.factors(); ++i) store(out + i * rows.width, outcome(phi[i]), n);
+      }
     });
   }
 
   static void slopes(const Rows& rows, int degree, const Point<Acc>& at, const Point<Acc>& tangent,
                      int64_t coeff_stride, const Acc* weight, const Acc* dphi_, int64_t dphi_stride,
                      int64_t dphi_range_stride, void* du_, int64_t du_stride, double* dcoeff) {
-    decide(tangent.u, [&](auto along) {
-      const Source<along> source = {Form(degree), at, tangent, rows.range_stride, coeff_stride};
-      const Form& form = source.form;
-      for_channels<V>(rows.width, [&](int64_t channel, auto n) {
-        number<along, V> c[kCoeffs], x[kFactors], dphi[kFactors], du[kFactors], dc[kCoeffs];
-        V dc_sum[kCoeffs];
-        source.template load_coeff<V>(channel, n, c);
-        if constexpr (Form::has_coeff)
-          for (int i = 0; i < form.degree; ++i) dc_sum[i] = V(0.0);
-        for (int64_t row = 0; row < rows.count; ++row) {
-          source.template load_factors<V>(row, channel, n, x);
-          const Acc* dphi_row = dphi_ + row * dphi_stride + channel;
-          for (int i = 0; i < form.factors(); ++i) {
-            const V d = load_as<V>(dphi_row + i * dphi_range_stride, n);
-            dphi[i] = constant<along>(weight ? V(double(weight[row])) * d : d);
-          }
-          form.slope(x, c, dphi, du, dc);
-          T* out = static_cast<T*>(du_) + row * du_stride + channel;
-          for (int i = 0; i < form.factors(); ++i) store(out + i * rows.range_stride, outcome(du[i]), n);
-          if constexpr (Form::has_coeff)
-            for (int i = 0; i < form.degree; ++i) dc_sum[i] = dc_sum[i] + outcome(dc[i]);
+    const Source source = {Form(degree), at, tangent, rows.range_stride, coeff_stride};
+    const Form& form = source.form;
+    for_channels<V>(rows.width, [&](int64_t channel, auto n) {
+      number<along, V> c[kCoeffs], x[kFactors], dphi[kFactors], du[kFactors], dc[kCoeffs];
+      V dc_sum[kCoeffs];
+      source.template load_coeff<V>(channel, n, c);
+      if constexpr (Form::has_coeff)
+        for (int i = 0; i < form.degree; ++i) dc_sum[i] = V(0.0);
+      for (int64_t row = 0; row < rows.count; ++row) {
+        source.template load_factors<V>(row, channel, n, x);
+        const Acc* dphi_row = dphi_ + row * dphi_stride + channel;
+        for (int i = 0; i < form.factors(); ++i) {
+          const V d = load_as<V>(dphi_row + i * dphi_range_stride, n);
+          dphi[i] = constant<along>(weight ? V(double(weight[row])) * d : d);
         }
+        form.slope(x, c, dphi, du, dc);
+        T* out = static_cast<T*>(du_) + row * du_stride + channel;
+        for (int i = 0; i < form.factors(); ++i) store(out + i * rows.range_stride, outcome(du[i]), n);
         if constexpr (Form::has_coeff)
-          for (int i = 0; i < form.degree; ++i) accumulate(dcoeff + i * coeff_stride + channel, dc_sum[i], n);
-      });
+          for (int i = 0; i < form.degree; ++i) dc_sum[i] = dc_sum[i] + outcome(dc[i]);
+      }
+      if constexpr (Form::has_coeff)
+        for (int i = 0; i < form.degree; ++i) accumulate(dcoeff + i * coeff_stride + channel, dc_sum[i], n);
     });
+  }
+};
+
+// The loops of a form, and of the one that stands for it where there is a tangent.
+template <class Form, class FormAlong, class T>
+struct Feature {
+  using Acc = typename accumulator<T>::type;
+  using Plain = Loops<Form, T, false>;
+  using Dually = Loops<FormAlong, T, true>;
+
+  template <class... Rest>
+  static void sum(const Rows& rows, int degree, const Point<Acc>& at, const Point<Acc>& tangent, Rest... rest) {
+    (tangent.u ? Dually::sum : Plain::sum)(rows, degree, at, tangent, rest...);
+  }
+  template <class... Rest>
+  static void features(const Rows& rows, int degree, const Point<Acc>& at, const Point<Acc>& tangent, Rest... rest) {
+    (tangent.u ? Dually::features : Plain::features)(rows, degree, at, tangent, rest...);
+  }
+  template <class... Rest>
+  static void slopes(const Rows& rows, int degree, const Point<Acc>& at, const Point<Acc>& tangent, Rest... rest) {
+    (tangent.u ? Dually::slopes : Plain::slopes)(rows, degree, at, tangent, rest...);
   }
 
   static constexpr FeatureKernels<Acc> kernels = {sizeof(T), sum, features, slopes};
@@ -270,19 +276,21 @@ struct Linear {
   static constexpr LinearKernels<Acc> kernels = {total, sum, rotate, scan};
 };
 
+// Tangents of float, the dtype that directions are mostly taken in, have loops of their own for degrees 2 and 3.
 template <template <int> class Form, class T>
 const auto* feature_kernels_of_degree(int degree) {
+  constexpr bool own = std::is_same_v<T, float>;
   switch (degree) {
     case 1:
-      return &Feature<Form<1>, T>::kernels;
+      return &Feature<Form<1>, Form<0>, T>::kernels;
     case 2:
-      return &Feature<Form<2>, T>::kernels;
+      return &Feature<Form<2>, Form<own ? 2 : 0>, T>::kernels;
     case 3:
-      return &Feature<Form<3>, T>::kernels;
+      return &Feature<Form<3>, Form<own ? 3 : 0>, T>::kernels;
     case 4:
-      return &Feature<Form<4>, T>::kernels;
+      return &Feature<Form<4>, Form<0>, T>::kernels;
     default:
-      return &Feature<Form<0>, T>::kernels;
+      return &Feature<Form<0>, Form<0>, T>::kernels;
   }
 }
 
