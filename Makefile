@@ -3,6 +3,9 @@
 #   make test   build and run every test; make test-cpp only those of the C and C++ library
 # and one for a machine with a GPU and nvcc, whose python3 has torch and pytest; it installs nothing:
 #   make gpu-report OUT=folder   build for that GPU, test, sanitize and measure, within nine minutes
+# and for those who pass it on:
+#   make wheel, make sdist       into dist/
+#   make check-wheel             test that wheel beside the releases of torch in TORCHES; several GB, a quarter of an hour
 #
 # The first two make their environment in .venv first. Where torch can be imported already, that torch is used; on a
 # machine without an NVIDIA GPU the CPU build is pinned, for a plain `torch` would bring several GB of CUDA libraries.
@@ -13,9 +16,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/gpu-report
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.10' || echo 'torch==2.13.0')
-SOURCES := setup.py build_objects.py build_cuda.py pyproject.toml $(shell find csrc -type f)
+TORCHES ?= 2.12.0 2.14.1
+SOURCES := setup.py build_objects.py build_cuda.py build_note.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-cpp bench gpu-report clean
+.PHONY: demo test test-cpp bench gpu-report wheel sdist check-wheel clean
 
 demo: $(VENV)/built
 	$(BIN)/pom-ext demo --out out/demo
@@ -28,6 +32,17 @@ test-cpp: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks.run
+
+wheel: $(VENV)/built
+	rm -f dist/*.whl
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+sdist: $(VENV)/environment
+	rm -f dist/*.tar.gz
+	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+
+check-wheel: wheel
+	$(BIN)/python tools/check_wheel.py dist/*.whl --torch $(TORCHES)
 
 gpu-report:
 	$(PYTHON) -m benchmarks.gpu_report $(OUT)
@@ -49,4 +64,4 @@ $(VENV)/browser: $(VENV)/built
 	touch $@
 
 clean:
-	rm -rf $(VENV) build out *.egg-info pom_ext/*.so
+	rm -rf $(VENV) build dist out *.egg-info pom_ext/*.so pom_ext/_build.json

@@ -2,16 +2,20 @@
 
 import os
 import platform
+import shutil
 import sys
 from pathlib import Path
 
 import pybind11
+import torch
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # pip runs this file from a path of its own
 
 import build_cuda
+from build_note import refuse_older_torch, write_note
 from build_objects import Job, compile_stale
 
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10: this build serves that torch and later ones
@@ -49,10 +53,18 @@ def engine_jobs(folder, flags):
 
 
 class Build(BuildExtension):
+    def run(self):
+        super().run()
+        library = Path(self.get_ext_fullpath("pom_ext._C"))
+        toolkit, names = self.cuda
+        version = self.distribution.get_version()
+        compiler = os.environ.get("CXX", "g++")
+        write_note(library.with_name("_build.json"), version, torch.__version__, TORCH_TARGET, compiler, toolkit, names)
+
     def build_extensions(self):
         operations, engine = self.extensions
         folder = Path("build/pom")  # not pip's temporary folder: what has not changed is not compiled again
-        jobs, engine_flags = cpu_jobs(folder), []
+        jobs, engine_flags, names = cpu_jobs(folder), [], ()
         toolkit = build_cuda.wanted_toolkit()
         if toolkit:
             names = build_cuda.architectures(toolkit.architectures())
@@ -67,8 +79,17 @@ class Build(BuildExtension):
         operations.extra_objects += objects[: len(jobs)]
         engine.extra_objects += objects
         super().build_extensions()
+        self.cuda = toolkit, names
 
 
+class BuildPython(build_py):
+    def run(self):
+        if not self.editable_mode:  # a wheel packs this folder: files that are gone by now must not be left in it
+            shutil.rmtree(Path(self.build_lib) / "pom_ext", ignore_errors=True)
+        super().run()
+
+
+refuse_older_torch(torch.__version__, TORCH_TARGET)
 setup(
     ext_modules=[
         CppExtension(
@@ -87,6 +108,6 @@ setup(
             language="c++",
         ),
     ],
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_ext": Build, "build_py": BuildPython},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

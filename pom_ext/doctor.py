@@ -3,6 +3,7 @@
 import importlib.util
 import platform
 import re
+import sysconfig
 from pathlib import Path
 
 TRAINING = ("accelerate", "ale_py", "av", "diffusers", "matplotlib", "mlxtend", "PIL", "tqdm")
@@ -14,7 +15,7 @@ def diagnose():
     import torch
 
     from . import __version__
-    from ._library import load
+    from ._library import BUILD, build_note, load
 
     yield f"pom_ext    {__version__}, {Path(__file__).resolve().parent}"
     yield f"python     {platform.python_version()}, {platform.system()} {platform.machine()}"
@@ -23,10 +24,12 @@ def diagnose():
     for purpose, extra, wanted in (("training", "train", TRAINING), ("playing", "play", PLAYING)):
         missing = [name for name in wanted if importlib.util.find_spec(name) is None]
         yield f"{purpose:10} {'ready' if not missing else f'missing {missing}: pip install pom_ext[{extra}]'}"
+    yield from _describe_build(build_note(), __version__, sysconfig.get_platform(), BUILD)
+    yield f"engine     {_describe_engine()}"
     load()
     yield f"library    loaded, {importlib.util.find_spec('pom_ext._C').origin}"
     yield f"kernels    {_describe_kernels(torch)}"
-    yield f"engine     {_describe_engine()}"
+    yield f"cpu        runs the kernels for {torch.ops.pom_ext.instruction_set()}"
 
 
 def _describe_cuda(torch):
@@ -34,6 +37,20 @@ def _describe_cuda(torch):
         return "no GPU here" if torch.version.cuda else "none: this torch is built for the CPU"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return f"{torch.version.cuda}, {', '.join(names)}"
+
+
+def _describe_build(note, version, here, remedy):
+    """What the library was built with, and where that does not fit this package or this machine."""
+    if not note:
+        yield f"built      unknown: no note of a build; {remedy}"
+        return
+    cuda = f"CUDA {note['cuda']} for {', '.join(note['architectures'])}" if note["cuda"] else "no CUDA"
+    yield f"built      {note['version']} for {note['platform']}, {note['libc']}, by {note['compiler']}; {cuda}"
+    yield f"against    torch {note['torch']}, for {note['minimum_torch']} and later; Python {note['python']}"
+    if note["version"] != version:
+        yield f"mismatch   the library is of {note['version']}, the package of {version}: {remedy}"
+    if note["platform"] != here:
+        yield f"mismatch   built for {note['platform']}, and this is {here}: a wheel for this one, or {remedy}"
 
 
 def _describe_engine():

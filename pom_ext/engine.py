@@ -4,6 +4,7 @@ A `Stream` here is the one that a C++ loop embeds (csrc/include/pom/engine.h): w
 """
 
 import ctypes
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,8 +182,14 @@ def _compiled():
     try:
         from . import _engine
     except ImportError as error:
-        raise ImportError(
-            f"pom_ext.engine: there is no compiled engine for this Python ({error}). Build it from the source folder: "
-            "pip install --no-build-isolation -e ."
-        ) from None
+        build = "Build it from the source folder: pip install --no-build-isolation -e ."
+        here = sysconfig.get_config_var("SOABI")
+        built = sorted(path.name.split(".")[1] for path in Path(__file__).parent.glob("_engine.*.so"))
+        if built and here not in built:
+            raise ImportError(
+                f"pom_ext.engine: the compiled engine is for {' and '.join(built)}, and this Python is {here}. A wheel "
+                f"holds the engine for the one version of Python that it was built with, and all else for every one. "
+                f"{build}"
+            ) from None
+        raise ImportError(f"pom_ext.engine: there is no compiled engine for this Python ({error}). {build}") from None
     return _engine
