@@ -68,7 +68,9 @@ def measure(name, function, at, settings):
     times = interleave(contenders, clock, settings)
     found = ratios(times, "forward")["warm"]
     verdict = "reached" if found["ours"] <= BOUND else "MISSED"
-    print(f"{name:36} {found['ours']:5.2f} x the forward, torch.func.jvp {found['torch']:5.2f} x   {verdict}", flush=True)
+    print(
+        f"{name:36} {found['ours']:5.2f} x the forward, torch.func.jvp {found['torch']:5.2f} x   {verdict}", flush=True
+    )
     medians = {contender: summary(seconds, None, "warm")["median_ms"] for contender, seconds in times.items()}
     return {"case": name, "ratios": found, "median_ms": medians, "bound": BOUND, "rounds": len(times["ours"])}
 

@@ -37,7 +37,7 @@ const char* message(Status status) {
     case Status::other_shape:
       return "the other stream, or the saved one, has other layers, another batch or other evaluations";
     case Status::no_tangents:
-      return "mix and update take no tangents, the causal mix takes one of features or gates: derivatives are sums of such calls";
+      return "mix and update take no tangents, the causal mix takes one of features or gates: add such calls up";
   }
   return "unknown status";
 }

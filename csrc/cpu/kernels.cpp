@@ -215,8 +215,7 @@ struct Gated {
     });
   }
 
-  static constexpr GateKernels<Acc> kernels = {sizeof(T),       value,          slope,
-                                               multiply, multiply_along, multiply_backward};
+  static constexpr GateKernels<Acc> kernels = {sizeof(T), value, slope, multiply, multiply_along, multiply_backward};
 };
 
 template <class Acc>

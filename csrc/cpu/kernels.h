@@ -43,8 +43,8 @@ struct FeatureKernels {
   void (*sum)(const Rows& rows, int degree, const Point<Acc>& at, const Point<Acc>& tangent, int64_t coeff_stride,
               const Acc* weight, double* total);
   // phi[row][range][channel] = φ(u)
-  void (*features)(const Rows& rows, int degree, const Point<Acc>& at, const Point<Acc>& tangent,
-                   int64_t coeff_stride, Acc* phi);
+  void (*features)(const Rows& rows, int degree, const Point<Acc>& at, const Point<Acc>& tangent, int64_t coeff_stride,
+                   Acc* phi);
   // du = w φ'(u)ᵀ dphi and dcoeff[degree][channel] += Σ_rows w a^i dphi; dphi has strides of its own, 0 to share a row
   void (*slopes)(const Rows& rows, int degree, const Point<Acc>& at, const Point<Acc>& tangent, int64_t coeff_stride,
                  const Acc* weight, const Acc* dphi, int64_t dphi_stride, int64_t dphi_range_stride, void* du,
@@ -63,7 +63,8 @@ struct GateKernels {
   // y = value ⊙ mean
   void (*multiply)(int64_t width, const Acc* value, const Acc* mean, void* y);
   // y = value ⊙ dmean + dvalue ⊙ mean
-  void (*multiply_along)(int64_t width, const Acc* value, const Acc* mean, const Acc* dvalue, const Acc* dmean, void* y);
+  void (*multiply_along)(int64_t width, const Acc* value, const Acc* mean, const Acc* dvalue, const Acc* dmean,
+                         void* y);
   // dmean = dy ⊙ value, and value becomes dvalue = dy ⊙ mean
   void (*multiply_backward)(int64_t width, const void* dy, const Acc* mean, Acc* value, Acc* dmean);
 };

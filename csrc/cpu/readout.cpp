@@ -102,8 +102,9 @@ Status run(const ReadoutBackwardArgs& args, void* workspace, const Executor& exe
         each_panel(begin, end, [&](int64_t token, int64_t count) {
           alignas(64) Acc value[kScratch], product[kScratch];
           plan.gates.values(b, token, count, tile, value);
-          const char* dy = static_cast<const char*>(args.grad_y) +
-                           (b * args.grad_y_batch_stride + token * args.grad_y_token_stride) * plan.gates.element_size();
+          const char* dy =
+              static_cast<const char*>(args.grad_y) +
+              (b * args.grad_y_batch_stride + token * args.grad_y_token_stride) * plan.gates.element_size();
           plan.gates.multiply_backward(dy, args.grad_y_token_stride, count, tile, mean, false, value, product);
           FeatureTokens<Acc>::add(product, count, tile, nullptr, dmean);
           plan.gates.backward(b, token, count, tile, value, args.grad_gate, plan.head_grad);

@@ -233,8 +233,8 @@ Status with_instance(const Features& f, bool turned, bool aligned, Body body) {
   });
 }
 
-// The bytes of a plan in the accumulator's type; none for arguments that the operation will refuse. Arrays may be missing
-// when a workspace is asked for.
+// The bytes of a plan in the accumulator's type; none for arguments that the operation will refuse. Arrays may be
+// missing when a workspace is asked for.
 template <template <class> class Plan, class Args>
 size_t planned_bytes(const Args& args, Dtype dtype) {
   const Status status = check(args);

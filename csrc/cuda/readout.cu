@@ -75,7 +75,8 @@ struct ReadoutBackward {
 };
 
 template <class I>
-__global__ void __launch_bounds__(kThreads, I::ranges == 2 && I::Tokens::along ? 1 : 2) gate_slopes(ReadoutBackward args) {
+__global__ void __launch_bounds__(kThreads, I::ranges == 2 && I::Tokens::along ? 1 : 2)
+    gate_slopes(ReadoutBackward args) {
   using Acc = typename I::Acc;
   POM_SHARED(memory);
   const int rows = int(blockDim.x) / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
@@ -151,8 +152,7 @@ Readout readout_of(const Gates& g, int64_t groups, const int64_t* offsets, const
 
 Status run(const ReadoutArgs& given, void* stream) {
   const Gates& g = given.gates;
-  const bool aligned =
-      is_aligned(g, given.state).pointers({given.y, given.tangent.total, given.tangent.residual});
+  const bool aligned = is_aligned(g, given.state).pointers({given.y, given.tangent.total, given.tangent.residual});
   Readout args = readout_of(g, given.groups, given.offsets, given.state, aligned);
   args.y = given.y;
   args.tangent = given.tangent;

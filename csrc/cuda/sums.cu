@@ -10,8 +10,7 @@ template <class I>
 constexpr int kBlocks = 3 - (FeatureTokens<I>::kNumbers > 8 || I::turned) - is_along<typename I::Form>;
 
 template <class I>
-__global__ void __launch_bounds__(kThreads, kBlocks<I>)
-    features_of_pieces(SumArgs<typename I::Acc> args) {
+__global__ void __launch_bounds__(kThreads, kBlocks<I>) features_of_pieces(SumArgs<typename I::Acc> args) {
   using Acc = typename I::Acc;
   using Tokens = FeatureTokens<I>;
   constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers, kUnroll = kNumbers > 16 ? 2 : 4;

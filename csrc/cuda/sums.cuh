@@ -17,8 +17,7 @@ inline Alignment is_aligned(const Features& f) {
 
 // `rotary` says which channels turn: that of the features, or of the gates beside them.
 inline Slabs slabs_of(const Features& f, const Rotary& rotary, bool aligned, int lanes = kLanes) {
-  const bool general =
-      !aligned || (f.u_tangent ? is_general_along(f.dtype, f.degree) : f.degree < 2 || f.degree > 4);
+  const bool general = !aligned || (f.u_tangent ? is_general_along(f.dtype, f.degree) : f.degree < 2 || f.degree > 4);
   const int vec = general ? 1 : f.dtype == Dtype::f32 || rotary.axes || f.u_tangent ? 4 : 8;
   return {f.width, f.form == Form::product ? f.degree : 1, rotary, vec, lanes};
 }

@@ -72,11 +72,13 @@ std::tuple<Tensor, Tensor> readout_backward(const Tensor& grad_y, const Tensor& 
   return {grad_gate, grad_total};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> causal_mix(
-    const Tensor& u, const Tensor& gate, const Optional& coeff, const Optional& u_tangent, const Optional& gate_tangent,
-    const Optional& coeff_tangent, const Optional& weight, const Optional& total, const Optional& residual,
-    const Optional& count, const Optional& cos, const Optional& sin, const Optional& gate_cos, const Optional& gate_sin,
-    int64_t axes, int64_t form, int64_t degree, int64_t heads) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> causal_mix(const Tensor& u, const Tensor& gate, const Optional& coeff,
+                                                      const Optional& u_tangent, const Optional& gate_tangent,
+                                                      const Optional& coeff_tangent, const Optional& weight,
+                                                      const Optional& total, const Optional& residual,
+                                                      const Optional& count, const Optional& cos, const Optional& sin,
+                                                      const Optional& gate_cos, const Optional& gate_sin, int64_t axes,
+                                                      int64_t form, int64_t degree, int64_t heads) {
   const Mixed in(u, gate, coeff, u_tangent, gate_tangent, coeff_tangent, weight, total, residual, count, cos, sin, axes,
                  gate_cos, gate_sin, axes, form, degree, heads);
   NewState out(u, u.size(0), 1, u.size(2));

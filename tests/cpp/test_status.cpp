@@ -76,6 +76,16 @@ void refuse_features(const Refusals<Args>& refused) {
   refused.when("width 0", Status::bad_size, [](auto& args) { args.features.width = 0; });
   refused.when("u", Status::null_pointer, [](auto& args) { args.features.u = nullptr; });
   refused.when("coeff", Status::null_pointer, [](auto& args) { args.features.coeff = nullptr; });
+  refused.when("coeff_tangent", Status::null_pointer, [](auto& args) { args.features.u_tangent = args.features.u; });
+}
+
+// Tangents that an operation does not take: of features, of gates, or of both.
+template <class Args>
+void refuse_tangents(const Refusals<Args>& refused, const char* fault, bool of_features, bool of_gates) {
+  refused.when(fault, Status::no_tangents, [=](auto& args) {
+    if (of_features) args.features.u_tangent = args.features.u, args.features.coeff_tangent = args.features.coeff;
+    if (of_gates) args.gates.tangent = args.gates.gate;
+  });
 }
 
 template <class Args>
@@ -125,6 +135,7 @@ void refuse_causal(const Refusals<Args>& refused) {
   refused.when("other axes of the gates", Status::bad_size, [](auto& args) { args.gates.rotary.axes = 1; });
   refused.when("other pairs of the gates", Status::bad_size, [](auto& args) { args.gates.rotary.half = 1; });
   refused.when("gates of another dtype", Status::bad_dtype, [](auto& args) { args.gates.dtype = Dtype::f64; });
+  refuse_tangents(refused, "tangents of both", true, true);
 }
 
 template <class Args>
@@ -139,6 +150,8 @@ void refuse_mix(const Refusals<Args>& refused) {
   });
   refused.when("gates of another dtype", Status::bad_dtype, [](auto& args) { args.gates.dtype = Dtype::f64; });
   refused.when("y", Status::null_pointer, [](auto& args) { args.y = nullptr; });
+  refuse_tangents(refused, "a tangent of the features", true, false);
+  refuse_tangents(refused, "a tangent of the gates", false, true);
 }
 
 template <class Args>
@@ -183,6 +196,11 @@ void test_refusals() {
                          {&y});
   refuse_readout(readout);
   readout.when("y", Status::null_pointer, [](auto& args) { args.y = nullptr; });
+  readout.when("a tangent of the state alone", Status::null_pointer, [](auto& args) { args.tangent = args.state; });
+  readout.when("residual of the tangent", Status::null_pointer, [](auto& args) {
+    args.gates.tangent = args.gates.gate;
+    args.tangent.total = args.state.total;
+  });
 
   const Refusals readout_backward(
       "readout_backward",

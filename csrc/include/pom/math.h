@@ -30,8 +30,8 @@ POM_HD T reciprocal(T x) {
   return T(1) / x;
 }
 
-// A number and its derivative in some direction. Formulas of sums and products need no second version for it; activations
-// and gates, below, say what theirs is.
+// A number and its derivative in some direction. Formulas of sums and products need no second version for it;
+// activations and gates, below, say what theirs is.
 template <class T>
 struct Dual {
   T value, tangent;
@@ -82,8 +82,8 @@ POM_HD double exp(double x) { return ::exp(x); }
 POM_HD double erf_over_root2(double x) { return ::erf(x * 0.70710678118654752440); }
 
 // Φ(-x), the tail of the Gaussian distribution, for x from 0 to 16: 2 to the power of a polynomial, which keeps the
-// relative precision of a small tail and needs one special function. The fit itself leaves an error of 2^-26 of GELU, or
-// `coarse` of 2^-21, which 16-bit inputs cannot tell from it; evaluating it in float adds a few roundings.
+// relative precision of a small tail and needs one special function. The fit itself leaves an error of 2^-26 of GELU,
+// or `coarse` of 2^-21, which 16-bit inputs cannot tell from it; evaluating it in float adds a few roundings.
 template <bool coarse>
 POM_HD float normal_tail(float x) {
   constexpr float kFine[] = {-1.0f,

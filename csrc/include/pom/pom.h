@@ -68,8 +68,9 @@ struct Features {
   const void* coeff = nullptr;   // acc (width, degree), power form only
   const void* weight = nullptr;  // acc (batch, tokens), or null for ones
   Rotary rotary;
-  // A direction, of u and in power form of coeff. Where there is one, φ stands for its derivative in that direction, and
-  // the gradients of u and coeff stand for their derivatives, what reaches φ held fixed. Not in mix and update; in the causal mix of features or of gates.
+  // A direction, of u and in power form of coeff. Where there is one, φ stands for its derivative in that direction,
+  // and the gradients of u and coeff stand for their derivatives, what reaches φ held fixed. Mix and update take no
+  // directions, the causal mix takes one of features or of gates: derivatives are sums of such calls.
   const void* u_tangent = nullptr;  // dtype (batch, tokens, C)
   int64_t u_tangent_batch_stride = 0, u_tangent_token_stride = 0;
   const void* coeff_tangent = nullptr;  // acc (width, degree)
@@ -134,7 +135,7 @@ struct ReadoutArgs {
   StateView state;
   void* y = nullptr;  // dtype (batch, tokens, channels)
   // A direction of the state, without count, beside one of the gates: y stands for its derivative in both.
-  StateView tangent;
+  StateView tangent = {};
 };
 
 struct ReadoutBackwardArgs {
@@ -211,9 +212,9 @@ Status update(const UpdateArgs& args, void* workspace, size_t bytes, const Execu
 
 }  // namespace cpu
 
-// The same on the current CUDA device. All pointers, the offsets and the workspace too, are to its memory; `stream` is a
-// cudaStream_t. Calls return when their kernels are queued, never wait, and can be captured in a CUDA graph. Ask for a
-// workspace with the pointers of the call: aligned ones need less.
+// The same on the current CUDA device. All pointers, the offsets and the workspace too, are to its memory; `stream` is
+// a cudaStream_t. Calls return when their kernels are queued, never wait, and can be captured in a CUDA graph. Ask for
+// a workspace with the pointers of the call: aligned ones need less.
 namespace cuda {
 
 size_t workspace(const StateArgs& args);
