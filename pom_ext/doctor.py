@@ -55,8 +55,10 @@ def _describe_build(note, version, here, remedy):
 
 def _describe_engine():
     """The streams without torch are a library of their own, for one version of Python."""
+    from .engine import _compiled
+
     try:
-        from . import engine  # noqa: F401
+        _compiled()
     except ImportError as error:
         return f"not for this Python: {error}"
     return f"loaded, {importlib.util.find_spec('pom_ext._engine').origin}"

@@ -17,8 +17,7 @@ class _ByInputAlone(TorchFunctionMode):
         kwargs = kwargs or {}
         if function not in _LINEAR_IN_INPUT or not 2 <= len(args):
             return function(*args, **kwargs)
-        x, weight, *rest = args
-        bias = rest.pop(0) if rest else kwargs.pop("bias", None)
+        x, weight, bias, *rest = args if len(args) > 2 else (*args, kwargs.pop("bias", None))
         given, tangent = forward_ad.unpack_dual(x)
         fixed = all(t is None or forward_ad.unpack_dual(t).tangent is None for t in (weight, bias))
         if tangent is None or not fixed:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 COPIED = ("tests", "docs", "README.md", "pyproject.toml")
 # What is no part of a wheel: builds from source, the C++ examples, the benchmarks, and a browser.
 OF_THE_SOURCE = (
-    *("aoti", "build", "build_note", "cmake", "cpp", "cuda_code", "cuda_on_cpu", "export", "wheel"),
+    *("aoti", "build", "cmake", "cpp", "cuda_code", "cuda_on_cpu", "export", "wheel"),
     *("benchmark_forward_mode", "benchmark_streaming", "benchmarks", "gpu_report", "play_browser"),
 )
 OF_THE_ENGINE = ("--ignore=tests/test_engine.py", "--deselect=tests/test_readme.py::test_the_page_on_the_engine_runs")
@@ -50,7 +50,7 @@ def check_wheel(wheel, release, python, selected):
         run("pom-ext", "doctor", **there)
         options = [f"--ignore=tests/test_{name}.py" for name in OF_THE_SOURCE]
         options += ["--deselect=tests/test_readme.py::test_linked_files_exist"]
-        if run(python, "-c", "import pom_ext.engine", check=False, **there):
+        if run(python, "-c", "import pom_ext._engine", check=False, **there):
             options += OF_THE_ENGINE  # built for another version of Python, as just said
         report = folder / "report.xml"
         run(python, "-m", "pytest", "-q", *options, f"--junitxml={report}", *selected, check=False, **there)
