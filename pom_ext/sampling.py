@@ -3,7 +3,7 @@
 import torch
 from tqdm.auto import tqdm
 
-from .diffusion import FlowMatching, guided_prediction, seeded_generator
+from .diffusion import FlowMatching, MeanFlow, guided_prediction, seeded_generator
 from .solvers import check_solver, denoise
 from .streaming import VideoStream
 
@@ -15,8 +15,8 @@ def sample(
     *,
     shape,
     objective=None,
-    steps=30,
-    guidance=3.0,
+    steps=None,
+    guidance=None,
     solver="euler",
     seed=0,
     batch_size=100,
@@ -29,8 +29,8 @@ def sample(
         labels: (B,) integers, 0 to n_classes; n_classes asks for an image of no class in particular.
         shape: (C, H, W) of an image.
         objective: what the model was trained for, `FlowMatching()` by default.
-        steps: solver steps.
-        guidance: see `guided_prediction`.
+        steps: solver steps; None takes 30, for MeanFlow 1.
+        guidance: see `guided_prediction`; None takes 3, for MeanFlow 1, since it has guidance trained in.
         solver: "euler" or, for flow matching, "heun". For noise prediction "euler" is DDIM.
         seed: image i depends on the seed and on i, not on the batch size or the device (but for rounding).
         batch_size: images drawn at once.
@@ -43,6 +43,9 @@ def sample(
         ValueError: an argument out of the ranges above.
     """
     objective = FlowMatching() if objective is None else objective
+    one_step = isinstance(objective, MeanFlow)
+    steps = (1 if one_step else 30) if steps is None else steps
+    guidance = (1.0 if one_step else 3.0) if guidance is None else guidance
     labels = torch.as_tensor(labels)
     _check(model, labels, shape)
     check_solver(objective, steps, guidance, solver)
@@ -53,8 +56,11 @@ def sample(
         chosen = labels[indices].to(parameter.device)
         noise = torch.stack([torch.randn(shape, generator=seeded_generator(seed, i)) for i in indices])
 
-        def predict(x, time):
-            return guided_prediction(model, x, torch.full((len(x),), float(time), **options), chosen, guidance)
+        def predict(x, *times):
+            time, *span = (torch.full((len(x),), float(t), **options) for t in times)
+            if one_step:
+                return model(x, time, chosen, *span)
+            return guided_prediction(model, x, time, chosen, guidance)
 
         return denoise(predict, noise.to(**options), objective, steps, solver)
 

@@ -6,7 +6,7 @@ import hashlib
 import torch
 
 from .checkpoint import read_checkpoint, save_checkpoint
-from .diffusion import OBJECTIVES, TIME_SCALE, FlowMatching, build_objective, check_context, seeded_generator
+from .diffusion import OBJECTIVES, TIME_SCALE, FlowMatching, MeanFlow, build_objective, check_context, seeded_generator
 from .models.past import Past
 from .models.video import VideoDiT
 from .solvers import check_solver, denoise, evaluations
@@ -50,6 +50,8 @@ class VideoStream:
             raise TypeError(f"model: expected a VideoDiT, got {type(model).__name__}")
         self.objective = FlowMatching() if objective is None else objective
         check_context(context)
+        if isinstance(self.objective, MeanFlow):
+            raise TypeError("objective: expected FlowMatching or NoisePrediction, got MeanFlow, which is for images")
         check_solver(self.objective, steps, guidance, solver)
         if not 0 <= context_noise < 1 or (context_noise and context != "clean"):
             raise ValueError(

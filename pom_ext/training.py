@@ -13,17 +13,28 @@ from tqdm.auto import tqdm
 
 from . import _library
 from .checkpoint import read_checkpoint, save_checkpoint
-from .diffusion import build_objective, check_context, diffusion_loss, drop_labels, seeded_generator, video_loss
+from .diffusion import (
+    MeanFlow,
+    build_objective,
+    check_context,
+    diffusion_loss,
+    drop_labels,
+    seeded_generator,
+    video_loss,
+)
+from .meanflow import meanflow_loss
 from .models.video import VideoDiT
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. `shift` is explained at `diffusion.noise_shift`, `context`, `context_noise` and `given`, which are for
-    video, at `diffusion.video_loss`; `warmup` counts steps."""
+    """How to train. `shift` is explained at `diffusion.noise_shift`, `guidance`, which is for "meanflow", at
+    `diffusion.MeanFlow`, `context`, `context_noise` and `given`, which are for video, at `diffusion.video_loss`;
+    `warmup` counts steps."""
 
     objective: str = "flow"
     shift: float = 1.0
+    guidance: float = 1.0
     batch_size: int = 32
     lr: float = 2e-3
     weight_decay: float = 0.0
@@ -42,6 +53,8 @@ class TrainConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         check_context(self.context)
+        if self.guidance != 1 and self.objective != "meanflow":
+            raise ValueError(f"guidance: trained in by objective='meanflow' only, got {self.guidance}; sample with it")
         for name in ("weight_decay", "warmup", "given", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
@@ -103,7 +116,8 @@ class Trainer:
             model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99)
         )
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
-        self.objective = build_objective(config.objective, config.shift)
+        guidance = {"guidance": config.guidance} if config.objective == "meanflow" else {}
+        self.objective = build_objective(config.objective, config.shift, **guidance)
         self.losses, self.seconds = [], 0.0
 
     def save(self, path):
@@ -154,7 +168,8 @@ class Trainer:
                     *given, context=config.context, context_noise=config.context_noise, given=config.given
                 )
             else:
-                loss = diffusion_loss(*given)
+                spans = isinstance(self.objective, MeanFlow) and progress >= MeanFlow.VELOCITY_FIRST
+                loss = meanflow_loss(*given) if spans else diffusion_loss(*given)
         value = loss.item()
         if not math.isfinite(value):
             raise ArithmeticError(f"the loss is {value} at step {step}: try a lower learning rate than {config.lr}")
@@ -217,6 +232,12 @@ def train(
         raise ValueError(f"expected positive numbers, got steps={steps}, seconds={seconds}, save_every={save_every}")
     if model.config["n_classes"] != len(dataset.classes):
         raise ValueError(f"model: made for {model.config['n_classes']} classes, the data has {len(dataset.classes)}")
+    two_times = model.config.get("two_times", False)
+    if (config.objective == "meanflow") != two_times:
+        raise ValueError(
+            "model: objective='meanflow' needs an ImageDiT with two_times=True, and the others one without, got "
+            f"objective={config.objective!r} and {type(model).__name__} with two_times={two_times}"
+        )
     accelerator = Accelerator(cpu=_library.default_device() == "cpu")
     if seconds is not None and accelerator.num_processes > 1:
         raise ValueError("seconds: processes would stop at different steps; use steps with several processes")

@@ -82,6 +82,20 @@ def test_train_takes_hybrids_standard_sizes_and_noise_prediction(pictures, tmp_p
     )
 
 
+def test_images_in_one_step(pictures, tmp_path):
+    command = ["train", "--data", pictures, "--size", 8, "--objective", "meanflow", "--steps", 3, *TINY]
+    result = call(*command, "--out", tmp_path, "--guidance", 1.5)
+    assert result.exit_code == 0, result.output
+    checkpoint = tmp_path / "model.safetensors"
+    settings = read_checkpoint(checkpoint)[1]
+    assert settings["model"]["two_times"] and settings["train"]["guidance"] == 1.5
+    assert call("sample", checkpoint, "--out", tmp_path / "a.png").exit_code == 0
+    failed = call("sample", checkpoint, "--out", tmp_path / "b.png", "--guidance", 3)
+    assert_fails(failed, "guidance: expected 1, for it is trained into a MeanFlow model, got 3.0")
+    failed = call("train", "--data", "moving-digits", "--objective", "meanflow", "--out", tmp_path / "c", "--steps", 1)
+    assert_fails(failed, "objective: meanflow is for images")
+
+
 def test_sample_draws_a_grid(trained, tmp_path):
     checkpoint = trained / "model.safetensors"
     result = call("sample", checkpoint, "--out", tmp_path / "a.png", "--steps", 2, "--per-label", 3)

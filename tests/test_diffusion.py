@@ -92,7 +92,7 @@ def test_loss_is_zero_for_the_network_that_knows_the_image(name):
     image = torch.rand(8, 1, 4, 4) * 2 - 1
 
     def oracle(noisy, time, labels):
-        if name == "flow":
+        if name != "noise":
             return (noisy - image) / (time / 1000).view(-1, 1, 1, 1)
         signal = objective.scheduler.alphas_cumprod[time.long()].view(-1, 1, 1, 1)
         return (noisy - signal.sqrt() * image) / (1 - signal).sqrt()
@@ -158,7 +158,7 @@ def test_euler_agrees_with_diffusers():
     torch.testing.assert_close(integrate(velocity, start, flow_times(7, 3.0)), x)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", ("flow", "noise"))
 def test_a_network_that_knows_the_image_draws_it(name):
     objective = build_objective(name)
     image = torch.linspace(-0.9, 0.9, 16).view(1, 1, 4, 4)

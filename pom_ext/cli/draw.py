@@ -16,8 +16,11 @@ def sample(
     ] = None,
     per_label: Annotated[int, typer.Option(help="Images per class.")] = 8,
     size: Annotated[int | None, typer.Option(help="Width in pixels; without it, as trained.")] = None,
-    steps: Annotated[int, typer.Option(help="Solver steps.")] = 30,
-    guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 is none.")] = 3.0,
+    steps: Annotated[int | None, typer.Option(help="Solver steps; 30, with meanflow 1.")] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Strength of classifier-free guidance; 3, and 1 is none. With meanflow: as trained."),
+    ] = None,
     solver: Annotated[str, typer.Option(help="euler or heun.")] = "euler",
     seed: Annotated[int, typer.Option(help="Seed of the images.")] = 0,
     device: Annotated[
@@ -42,7 +45,7 @@ def sample(
     channels, trained, _ = settings["data"]["shape"]
     size = trained if size is None else size
     objective, shift = settings["train"]["objective"], settings["train"]["shift"]
-    if objective == "flow":  # noise prediction is bound to the noise levels it was trained on
+    if objective != "noise":  # noise prediction is bound to the noise levels it was trained on
         shift *= noise_shift(size * size, trained * trained)
     images = draw(
         network, torch.tensor(chosen).repeat_interleave(per_label), shape=(channels, size, size),

@@ -35,7 +35,12 @@ def train(
     local_conv: Annotated[
         bool, typer.Option(help="A depthwise convolution of 3 patches a side in every block.")
     ] = True,
-    objective: Annotated[str, typer.Option(help="flow (matching) or noise (prediction).")] = "flow",
+    objective: Annotated[
+        str, typer.Option(help="flow (matching), noise (prediction), or meanflow: images drawn in one step.")
+    ] = "flow",
+    guidance: Annotated[
+        float | None, typer.Option(help="meanflow: strength of the guidance that is trained in; 2, and 1 is none.")
+    ] = None,
     shift: Annotated[float | None, typer.Option(help="Noise shift; without it, from the size.")] = None,
     context: Annotated[
         str, typer.Option(help="Video: clean (finished frames before a noisy one) or shared (noise).")
@@ -68,16 +73,20 @@ def train(
         raise ValueError(f"out: {checkpoint} exists; add --resume to go on from it, or choose another --out")
     video = is_video(data) or frames is not None
     dataset = open_video_dataset(data, frames, size) if video else open_dataset(data, size)
+    one_step = objective == "meanflow"
+    if video and one_step:
+        raise ValueError("objective: meanflow is for images; expected flow or noise for video")
     given = {"patch": patch, "dim": dim, "n_layers": layers, "n_heads": heads, "degree": degree}
     options = {
         "local_conv": local_conv, "mixer": mixer.split(",") if "," in mixer else mixer,
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: value for name, value in given.items() if value is not None}, **({"two_times": True} if one_step else {}),
     }  # fmt: skip
     torch.manual_seed(seed)
     network = _video_network(dataset, model, start, options) if video else _image_network(dataset, model, options)
     pixels = dataset.shape[-1] * dataset.shape[-2]
     config = TrainConfig(
         objective=objective, shift=noise_shift(pixels) if shift is None else shift, context=context,
+        guidance=(2.0 if one_step else 1.0) if guidance is None else guidance,
         context_noise=context_noise if video else 0.0, batch_size=(8 if video else 32) if batch_size is None else batch_size,
         lr=0.4 / network.config["dim"] if lr is None else lr, ema_decay=ema_decay, bf16=bf16, seed=seed,
     )  # fmt: skip

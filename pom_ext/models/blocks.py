@@ -45,6 +45,11 @@ def full_precision(like):
     return torch.promote_types(like.dtype, torch.float32)
 
 
+def unit_interval(length, **options):
+    """(length,) from 0 to 1. (torch.linspace would be compiled anew for every length.)"""
+    return torch.arange(length, **options) / max(length - 1, 1)
+
+
 def sincos_positions(grid, dim, like):
     """(1, height * width, dim) sine-cosine positions in the dtype and on the device of `like`.
 
@@ -55,7 +60,7 @@ def sincos_positions(grid, dim, like):
     frequencies = math.pi * (2 * torch.arange(dim // 4, **options) + 1)  # (D/4,)
 
     def embed(length):
-        angles = torch.linspace(0, 1, length, **options)[:, None] * frequencies  # (length, D/4)
+        angles = unit_interval(length, **options)[:, None] * frequencies  # (length, D/4)
         return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (length, D/2)
 
     columns = embed(grid.width)[None, :].expand(grid.height, -1, -1)  # (h, w, D/2)
@@ -87,16 +92,16 @@ def time_frequencies(dim, like):
 
 
 class TimeEmbedding(nn.Module):
-    """Diffusion time, of any shape (...), in [0, 1000), to (..., D)."""
+    """Diffusion time, of any shape (...), in [0, 1000), to (..., D). fastest: the highest of its frequencies."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, fastest=1.0):
         super().__init__()
-        self.dim = dim
+        self.dim, self.fastest = dim, fastest
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
 
     def forward(self, time):
         weight = self.mlp[0].weight
-        frequencies = time_frequencies(self.dim, like=weight)  # (D/2,)
+        frequencies = self.fastest * time_frequencies(self.dim, like=weight)  # (D/2,)
         angles = time.to(frequencies.dtype)[..., None] * frequencies  # (..., D/2)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(weight.dtype))  # (..., D)
 

@@ -8,6 +8,7 @@ from . import blocks
 from .blocks import AdaLN, Block, Grid, LearnedPositions, LocalConv, TimeEmbedding, make_mixer, patchify, unpatchify
 
 CLAMP = 255.0  # the authors' bound on the residual stream of the variant with registers
+SMOOTH = 0.02  # highest frequency of time where the model is differentiated by it: 20 radians from image to noise
 
 
 def _check_config(config):
@@ -40,6 +41,8 @@ class ImageDiT(nn.Module):
         local_conv: depthwise 3x3 convolution over the patches in every block (`blocks.LocalConv`).
         n_registers: 0 for sine-cosine positions; more for the authors' variant with that many extra tokens, learned
             positions and a condition per position.
+        two_times: the model is told a span of time too, and answers for the way through it (`diffusion.MeanFlow`). It
+            starts as the model without.
 
     `config` holds these arguments as plain JSON values: `ImageDiT(**model.config)` builds the same model.
 
@@ -48,13 +51,14 @@ class ImageDiT(nn.Module):
     """
 
     def __init__(self, in_channels=4, n_classes=1000, image_size=32, *, patch=2, dim=384, n_layers=12, n_heads=6,
-                 mixer="power", degree=None, expand=2, window=8, ffw_expand=4, local_conv=True, n_registers=0):  # fmt: skip
+                 mixer="power", degree=None, expand=2, window=8, ffw_expand=4, local_conv=True, n_registers=0,
+                 two_times=False):  # fmt: skip
         super().__init__()
         self.config = {
             "in_channels": in_channels, "n_classes": n_classes, "image_size": image_size, "patch": patch, "dim": dim,
             "n_layers": n_layers, "n_heads": n_heads, "mixer": mixer if isinstance(mixer, str) else list(mixer),
             "degree": degree, "expand": expand, "window": window, "ffw_expand": ffw_expand, "local_conv": local_conv,
-            "n_registers": n_registers,
+            "n_registers": n_registers, "two_times": two_times,
         }  # fmt: skip
         _check_config(self.config)
         mixers = [mixer] * n_layers if isinstance(mixer, str) else list(mixer)
@@ -62,7 +66,8 @@ class ImageDiT(nn.Module):
         self.dim, self.n_registers = dim, n_registers
 
         self.patch_in = nn.Linear(patch * patch * in_channels, dim)
-        self.time_embed = TimeEmbedding(dim)
+        self.time_embed = TimeEmbedding(dim, SMOOTH if two_times else 1.0)
+        self.span_embed = TimeEmbedding(dim, SMOOTH) if two_times else None
         self.label_embed = nn.Embedding(n_classes + 1, dim)
         self.registers = None
         if n_registers:
@@ -80,10 +85,12 @@ class ImageDiT(nn.Module):
 
         blocks.initialize(self)
         nn.init.zeros_(self.patch_out.weight)  # the untrained model predicts 0
+        if two_times:
+            nn.init.zeros_(self.span_embed.mlp[-1].weight)
         for parameter in (self.registers, self.register_cond) if n_registers else ():
             nn.init.trunc_normal_(parameter, std=0.02)
 
-    def forward(self, images, time, labels):
+    def forward(self, images, time, labels, span=None):
         """Predict noise, velocity or whatever the model is trained for.
 
         Args:
@@ -91,6 +98,7 @@ class ImageDiT(nn.Module):
             time: (B,) diffusion time in [0, 1000).
             labels: (B,) integers in 0..n_classes; n_classes means "no class". Their values are checked on the CPU
                 only: reading them back from a GPU would stop it.
+            span: (B,) of a model with two times: how far back from `time` to answer for, at most `time`. None is 0.
 
         Returns:
             (B, C, H, W).
@@ -98,12 +106,15 @@ class ImageDiT(nn.Module):
         Raises:
             TypeError, ValueError: an argument of another type, shape, device or range.
         """
-        self._check_inputs(images, time, labels)
+        self._check_inputs(images, time, labels, span)
         height, width = images.shape[2] // self.patch, images.shape[3] // self.patch
         grid = Grid(height, width, self.n_registers)
 
         x = self.patch_in(patchify(images, self.patch))  # (B, N, D), N = height * width
-        cond = (self.time_embed(time) + self.label_embed(labels))[:, None]  # (B, 1, D)
+        cond = self.time_embed(time) + self.label_embed(labels)  # (B, D)
+        if self.span_embed is not None:
+            cond = cond + self.span_embed(torch.zeros_like(time) if span is None else span)  # (B, D)
+        cond = cond[:, None]  # (B, 1, D)
         if self.registers is None:
             x = x + blocks.sincos_positions(grid, self.dim, like=self.patch_in.weight)  # (B, N, D)
         else:
@@ -120,9 +131,11 @@ class ImageDiT(nn.Module):
         x = self.norm_out(x, cond)[:, self.n_registers :]  # (B, N, D)
         return unpatchify(self.patch_out(x), grid, self.patch)  # (B, C, H, W)
 
-    def _check_inputs(self, images, time, labels):
+    def _check_inputs(self, images, time, labels, span):
         weight = self.patch_in.weight
-        blocks.check_placed(weight, images=images, time=time, labels=labels)
+        blocks.check_placed(weight, images=images, time=time, labels=labels, span=span)
+        if span is not None and self.span_embed is None:
+            raise ValueError("span: expected None, for this model has one time; build it with two_times=True")
         if images.dim() != 4 or images.shape[1] != self.in_channels:
             raise ValueError(f"images: expected shape (B, {self.in_channels}, H, W), got {tuple(images.shape)}")
         blocks.check_dtype(weight, images=images)
@@ -132,8 +145,8 @@ class ImageDiT(nn.Module):
                 f"images: expected height and width to be multiples of the patch size {self.patch}, "
                 f"got {height} x {width}; pad or resize them"
             )
-        for name, tensor in (("time", time), ("labels", labels)):
-            if tensor.shape != images.shape[:1]:
+        for name, tensor in (("time", time), ("labels", labels), ("span", span)):
+            if tensor is not None and tensor.shape != images.shape[:1]:
                 raise ValueError(f"{name}: expected shape ({len(images)},), one per image, got {tuple(tensor.shape)}")
         blocks.check_labels(labels, self.n_classes)
 

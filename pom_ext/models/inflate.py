@@ -28,12 +28,14 @@ def inflate(model, *, length, size=None, frames=1):
         raise TypeError(f"model: expected an ImageDiT, got {type(model).__name__}")
     if model.n_registers:
         raise ValueError(f"model: expected n_registers=0, got {model.n_registers}; video models have no registers")
+    if model.config["two_times"]:
+        raise ValueError("model: expected two_times=False; video models have one time")
     config = dict(model.config)
     mixers = [config["mixer"]] if isinstance(config["mixer"], str) else config["mixer"]
     if not set(mixers) <= set(MIXERS):
         raise ValueError(f"model: expected mixers of {', '.join(MIXERS)}, got {config['mixer']}")
     side, patch = config.pop("image_size"), config.pop("patch")
-    for name in ("n_registers", "window"):
+    for name in ("n_registers", "window", "two_times"):
         del config[name]
     video = VideoDiT(
         size=(side, side) if size is None else size,

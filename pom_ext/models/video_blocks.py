@@ -14,7 +14,7 @@ from ..checks import accumulator
 from ..module import PoM
 from ..ops import polynomial_readout, polynomial_state
 from ..state import State
-from .blocks import AdaLN, Attention, Block, Gate, Grid, attend, full_precision
+from .blocks import AdaLN, Attention, Block, Gate, Grid, attend, full_precision, unit_interval
 from .past import FORGET_NOTHING, Forgetting, KeyValues
 
 KERNEL = 3  # frames that the local convolution sees: its own and the ones before
@@ -53,8 +53,8 @@ def sincos_positions_3d(first, frames, length, grid, dim, like):
     times = torch.arange(first, first + frames, **options) / max(length - 1, 1)
     sizes = (frames, grid.height, grid.width, -1)
     time = embed(times, dim // 2)[:, None, None].expand(sizes)  # (T, h, w, D/2)
-    column = embed(torch.linspace(0, 1, grid.width, **options), dim // 4)[None, None].expand(sizes)  # (T, h, w, D/4)
-    row = embed(torch.linspace(0, 1, grid.height, **options), dim // 4)[None, :, None].expand(sizes)  # (T, h, w, D/4)
+    column = embed(unit_interval(grid.width, **options), dim // 4)[None, None].expand(sizes)  # (T, h, w, D/4)
+    row = embed(unit_interval(grid.height, **options), dim // 4)[None, :, None].expand(sizes)  # (T, h, w, D/4)
     return torch.cat([time, column, row], dim=-1).flatten(1, 2)[None].to(like.dtype)
 
 
