@@ -32,7 +32,8 @@ def wheel(tmp_path_factory):
     """The wheel of this source; what the library here was made of is not compiled again."""
     folder = tmp_path_factory.mktemp("wheel")
     command = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, ROOT)
-    call(*command, env={**os.environ, "POM_EXT_CUDA": "1" if _library.CUDA else "0"})
+    alike = {"POM_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": _library.CUDA} if _library.CUDA else {"POM_EXT_CUDA": "0"}
+    call(*command, env={**os.environ, **alike})
     return next(folder.glob("*.whl"))
 
 
@@ -46,10 +47,13 @@ def installed(wheel):
 
 
 def run_python(code, path, cwd):
+    """Runs code that finds pom_ext in `path` alone. Without site (-S) no editable install adds a finder of its own, which
+    would supply from the source what a copy of the package lacks."""
+    everything = os.pathsep.join([str(path), *filter(None, sys.path)])
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-S", "-c", code],
         cwd=cwd,
-        env={"PYTHONPATH": str(path)},
+        env={"PYTHONPATH": everything},
         capture_output=True,
         text=True,
         check=False,
