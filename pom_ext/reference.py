@@ -2,6 +2,8 @@
 
 Every context mode is one thing here, a matrix of weights that says how much of each context token each
 group sees. Nothing in the package calls this module in place of a compiled operation.
+
+Where a bend has no slope of its own, releases of torch differ in what they take; here it is written down.
 """
 
 import torch
@@ -20,13 +22,16 @@ def features(u, coeff=None, *, form, degree):
         for factor in factors[1:]:
             products.append(products[-1] * factor)
         return torch.cat(products, dim=-1)
-    a = torch.clamp(F.leaky_relu(u, 0.01), -0.1, 6)
+    leaky = torch.where(u > 0, u, 0.01 * u)
+    a = torch.where((leaky < -0.1) | (leaky > 6), leaky.detach().clamp(-0.1, 6), leaky)  # at a bound: the slope inside
     return sum(coeff[:, i] * a ** (i + 1) for i in range(degree))
 
 
 def gate_value(gate, *, form):
     """γ(g): sigmoid in product form, hardsigmoid in power form."""
-    return torch.sigmoid(gate) if form == "product" else F.hardsigmoid(gate)
+    if form == "product":
+        return torch.sigmoid(gate)
+    return torch.where((gate > -3) & (gate < 3), F.hardsigmoid(gate), F.hardsigmoid(gate.detach()))  # at a bound: flat
 
 
 def rotate(x, cos, sin, axes=1):
