@@ -11,16 +11,17 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 
-def differentiable(library, operation, vjp, jvp, *, keeps=0):
+def differentiable(library, operation, vjp, jvp=None, *, keeps=0, parts=None):
     """Give an operation its derivatives.
 
     Args:
         library: torch.library.Library to register with.
         operation: its OpOverload, without default arguments.
-        vjp: of the arguments by name and a gradient or None for every result, at least one of them a gradient: gradients of
-            arguments by name.
+        vjp: of the arguments by name, the set of names whose gradients are asked for, and a gradient or None for every result, at
+            least one of them a gradient: gradients of arguments by name.
         jvp: of the arguments by name and the tangents there are, by name: a tangent or None for every result.
         keeps: how many of the last results `vjp` and `jvp` find as the argument "out".
+        parts: in place of `jvp`: the same function made of other operations, which takes over where there is a tangent.
     """
     names = [argument.name for argument in operation._schema.arguments]
     results = [result.name for result in operation._schema.returns]
@@ -46,9 +47,12 @@ def differentiable(library, operation, vjp, jvp, *, keeps=0):
         values = {name: rest if value is None else value for name, value, rest in zip(names, saved, ctx.rest)}
         return values | {"out": saved[len(names) :]} if keeps else values
 
+    def needed_by(ctx):
+        return {name for name, needed in zip(names, ctx.needs_input_grad[1:]) if needed}
+
     def backward(ctx, *grads):
         arguments = arguments_of(ctx)
-        found = {} if all(grad is None for grad in grads) else vjp(arguments, *grads)
+        found = {} if all(grad is None for grad in grads) else vjp(arguments, needed_by(ctx), *grads)
         return None, *(None if arguments[name] is None else found.get(name) for name in names)
 
     def forward_derivative(ctx, _, *tangents):
@@ -61,9 +65,24 @@ def differentiable(library, operation, vjp, jvp, *, keeps=0):
     function = type(operation._opname, (_SingleLevelFunction,), {k: staticmethod(v) for k, v in methods.items()})
 
     def kernel(keyset, *arguments):
-        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)) or has_tangent(arguments):
+        moving = has_tangent(arguments)
+        if moving and parts is not None:
+            return parts(*arguments)
+        if moving or needs_gradient(arguments):
             with enable_single_level_autograd_function():
                 return function.apply(keyset, *arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operation.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    library.impl(operation._opname, kernel, "Autograd", with_keyset=True)
+
+
+def made_of(library, operation, parts):
+    """An operation that is replaced by others, `parts` of the same arguments, where a derivative of it is asked for."""
+
+    def kernel(keyset, *arguments):
+        if needs_gradient(arguments) or has_tangent(arguments):
+            return parts(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return operation.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
@@ -87,6 +106,10 @@ def _primal(value):
     if isinstance(value, tuple):
         return tuple(map(_primal, value))
     return torch._VF._unpack_dual(value, level=0)[0] if isinstance(value, torch.Tensor) else value
+
+
+def needs_gradient(arguments):
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
 
 
 def has_tangent(arguments):

@@ -104,7 +104,7 @@ GATES = ("gate", "gate_tangent")
 STATE = ("total", "residual")
 
 
-def state_vjp(x, grad_total, grad_residual, grad_count):
+def state_vjp(x, _, grad_total, grad_residual, grad_count):
     # The residual is rounding error of the total: as a function of the inputs its derivative is zero.
     if grad_total is None:
         return {}
@@ -121,7 +121,7 @@ def state_jvp(x, t):
     return total, residual, None
 
 
-def state_backward_vjp(x, v_u, v_coeff):
+def state_backward_vjp(x, _, v_u, v_coeff):
     forward = _along(_without(x, "grad_total"), v_u, v_coeff)
     grads = dict(zip(("u", "coeff"), ops.state_backward(grad_total=x["grad_total"], **forward)))
     return grads | {"grad_total": ops.state(**forward)[0]}
@@ -140,7 +140,7 @@ def _still(x):
     return _without(x, "total_tangent", "residual_tangent") | {"gate_tangent": None}
 
 
-def readout_vjp(x, grad_y):
+def readout_vjp(x, _, grad_y):
     plain, gated = _still(x), _still(x) | {"gate_tangent": x["gate_tangent"]}
     gate, total = ops.readout_backward(grad_y=grad_y, **gated)
     grads = {"gate": gate, "total": total, "residual": total}
@@ -172,7 +172,7 @@ def readout_jvp(x, t):
     return _sum(parts)
 
 
-def readout_backward_vjp(x, v_gate, v_total):
+def readout_backward_vjp(x, _, v_gate, v_total):
     forward, grad_y, parts = _without(x, "grad_y"), x["grad_y"], []
     direction = {name: v for name, v in (("gate", v_gate), ("total", v_total)) if v is not None}
     if v_gate is not None:
@@ -195,7 +195,7 @@ def readout_backward_jvp(x, t):
     return _sum(parts)
 
 
-def mix_vjp(x, grad_y, grad_total, grad_residual, grad_count):
+def mix_vjp(x, _, grad_y, grad_total, grad_residual, grad_count):
     grads, parts = {}, [] if grad_total is None else [grad_total]
     if grad_y is not None:
         grads["gate"], grad_state = ops.readout_backward(grad_y=grad_y, **_readout_of(x, *x["out"]))
@@ -234,7 +234,7 @@ def _readout_of(x, total, residual, count):
     return rest | state | angles
 
 
-def causal_mix_vjp(x, grad_y, grad_total, grad_residual, grad_count):
+def causal_mix_vjp(x, _, grad_y, grad_total, grad_residual, grad_count):
     if grad_y is None and grad_total is None:
         return {}
     if grad_y is None:
@@ -278,7 +278,7 @@ def causal_mix_jvp(x, t):
     return *_sum(parts), None
 
 
-def causal_mix_backward_vjp(x, v_u, v_gate, v_coeff, v_total):
+def causal_mix_backward_vjp(x, _, v_u, v_gate, v_coeff, v_total):
     forward = _without(x, "grad_y", "grad_total")
     direction = {"u": v_u, "gate": v_gate, "coeff": v_coeff, "total": v_total}
     direction = {name: v for name, v in direction.items() if v is not None and forward[name] is not None}

@@ -7,6 +7,7 @@ features are computed again.
 import torch
 
 from . import _derivatives as derivatives
+from . import _projections
 from ._autograd import differentiable, refuse_tangents
 from .checks import FORMS, accumulator
 
@@ -119,3 +120,4 @@ def register():
         torch.library.register_vmap(f"pom_ext::{name}", _batched(operation))
         vjp, jvp = getattr(derivatives, f"{name}_vjp"), getattr(derivatives, f"{name}_jvp")
         differentiable(_LIBRARY, operation, vjp, jvp, keeps=3 if name == "mix" else 0)
+    _projections.register(_LIBRARY)

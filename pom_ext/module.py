@@ -5,9 +5,13 @@ import math
 import torch
 from torch import nn
 
+from . import _library
 from .checks import MAX_HEADS, check_form, check_tensor
-from .ops import polynomial_mix
+from .ops import only_one, polynomial_mix, polynomial_readout, polynomial_state
+from .projected import folded_readout, folding_pays, is_plain, is_streamed, project, projected_readout, projected_state
 from .rotary import AXES, rotary_table
+
+MEMORY = ("store", "recompute")
 
 
 class GroupedLinear(nn.Module):
@@ -24,8 +28,13 @@ class GroupedLinear(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, x):  # (B, N, in) -> (B, N, out)
-        y = torch.einsum("bngi,goi->bngo", x.unflatten(-1, (self.weight.shape[0], -1)), self.weight).flatten(-2)
-        return y if self.bias is None else y + self.bias
+        groups, _, width = self.weight.shape
+        tokens, weight = x.reshape(-1, groups, width).transpose(0, 1), self.weight.mT
+        if self.bias is None:
+            y = tokens @ weight
+        else:  # added before the one rounding of half precision, as nn.Linear does
+            y = torch.baddbmm(self.bias.view(groups, 1, -1), tokens, weight)
+        return y.transpose(0, 1).unflatten(0, x.shape[:-1]).flatten(-2)
 
 
 class PoM(nn.Module):
@@ -41,12 +50,15 @@ class PoM(nn.Module):
         bias: biases on the context and output projections; None takes the authors' default, True for product and
             False for power. The gate of the power form always has one, as the authors' has.
         rope: None, "1d", "2d" or "3d": rotary positions on the features and on the gate (power form).
+        memory: what training keeps for the gradients: "store" keeps the projections of all tokens, "recompute" only the
+            tokens, and projects again: a fifth more time, on a CPU block by block, so that they are never all there.
 
     Raises:
         ValueError: a size that does not divide, or a value outside the ranges above.
     """
 
-    def __init__(self, dim, degree=2, expand=2, *, form="product", n_groups=1, n_sel_heads=1, bias=None, rope=None):
+    def __init__(self, dim, degree=2, expand=2, *, form="product", n_groups=1, n_sel_heads=1, bias=None, rope=None,
+                 memory="store"):  # fmt: skip
         super().__init__()
         check_form(form, degree)
         if dim < 1 or expand < 1:
@@ -68,6 +80,9 @@ class PoM(nn.Module):
             pairs = width if n_sel_heads == 1 else n_sel_heads
             if pairs < 2 * AXES[rope]:
                 raise ValueError(f"rope: {rope!r} needs at least {2 * AXES[rope]} gates to rotate, got {pairs}")
+        if memory not in MEMORY:
+            raise ValueError(f"memory: expected 'store' or 'recompute', got {memory!r}")
+        self.memory = memory
         bias = (form == "product") if bias is None else bias
         self.state_width = width
         if n_groups == 1:
@@ -87,7 +102,7 @@ class PoM(nn.Module):
     def extra_repr(self):
         return (
             f"dim={self.dim}, degree={self.degree}, expand={self.expand}, form={self.form!r}, "
-            f"n_groups={self.n_groups}, n_sel_heads={self.n_sel_heads}, rope={self.rope!r}"
+            f"n_groups={self.n_groups}, n_sel_heads={self.n_sel_heads}, rope={self.rope!r}, memory={self.memory!r}"
         )
 
     def _rotaries(self, x, context, positions, context_positions):
@@ -117,7 +132,7 @@ class PoM(nn.Module):
         features = rotary_table(tables[0], width, axes, dtype=dtype)
         if heads == 1:
             return features, rotary_table(tables[1], width, axes, dtype=dtype)
-        stride = width // heads // 2 * axes
+        stride = max(1, width // heads // 2 * axes)  # heads of one channel turn as the features do
         return features, rotary_table(tables[1], heads, axes, stride, table_channels=width, dtype=dtype)
 
     def forward(
@@ -152,15 +167,47 @@ class PoM(nn.Module):
         Returns:
             (B, M, dim), and the State if asked for.
         """
+        _library.load()
         context = x if context is None else context
         check_tensor("x", x, ("B", "M", self.dim))
         check_tensor("context", context, (x.shape[0], "N", self.dim), like=x)
         rotary, gate_rotary = self._rotaries(x, context, positions, context_positions)
-        mixed = polynomial_mix(
-            self.context_proj(context), self.gate_proj(x), self.coeff, form=self.form, degree=self.degree,
-            n_sel_heads=self.n_sel_heads, weight=weight, mask=mask, causal=causal, frames=frames, cu_seqlens=cu_seqlens,
-            rotary=rotary, gate_rotary=gate_rotary, state=state, return_state=return_state,
-        )  # fmt: skip
+        grouped = frames is not None or cu_seqlens is not None
+        if (grouped or causal) and context.shape[1] != x.shape[1]:
+            raise ValueError(
+                "context: with causal, frames or cu_seqlens the queries are the context tokens, got "
+                f"{context.shape[1]} of these and {x.shape[1]} queries"
+            )
+        if causal or mask is not None or (x.is_cuda and not grouped and self.n_sel_heads == 1):
+            mixed = polynomial_mix(
+                project(self.context_proj, context), project(self.gate_proj, x), self.coeff, form=self.form,
+                degree=self.degree, n_sel_heads=self.n_sel_heads, weight=weight, mask=mask, causal=causal, frames=frames,
+                cu_seqlens=cu_seqlens, rotary=rotary, gate_rotary=gate_rotary, state=state, return_state=return_state,
+            )  # fmt: skip
+            return (project(self.out_proj, mixed[0]), mixed[1]) if return_state else project(self.out_proj, mixed)
         if return_state:
-            return self.out_proj(mixed[0]), mixed[1]
-        return self.out_proj(mixed)
+            only_one(return_state=True, cu_seqlens=cu_seqlens)
+        state = self.state_of(context, weight=weight, frames=frames, cu_seqlens=cu_seqlens, rotary=rotary, state=state)
+        y = self.read(x, state, frames=frames, cu_seqlens=cu_seqlens, rotary=gate_rotary)
+        return (y, state.last()) if return_state else y
+
+    def state_of(self, context, **seen):
+        """The State of context tokens (B, N, dim), which may see each other as `polynomial_state` lets them."""
+        options = {"form": self.form, "degree": self.degree, **seen}
+        if self._keeps(context) or not is_streamed(context, self.context_proj):
+            return polynomial_state(project(self.context_proj, context), self.coeff, **options)
+        return projected_state(context, self.context_proj, self.coeff, **options)
+
+    def read(self, x, state, **seen):
+        """What query tokens (B, M, dim) read of a State, in groups as of `polynomial_readout`: (B, M, dim)."""
+        options = {"form": self.form, "n_sel_heads": self.n_sel_heads, **seen}
+        if is_plain(self.out_proj) and folding_pays(x, state, self.n_sel_heads, seen):
+            return folded_readout(x, self.gate_proj, self.out_proj, state, **options)
+        if self._keeps(x, state.total) or not is_streamed(x, self.gate_proj, self.out_proj):
+            return project(self.out_proj, polynomial_readout(project(self.gate_proj, x), state, **options))
+        return projected_readout(x, self.gate_proj, self.out_proj, state, **options)
+
+    def _keeps(self, *inputs):
+        """Whether projections are stored whole, because there will be gradients that need them."""
+        differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.parameters()))
+        return differentiated and self.memory == "store"

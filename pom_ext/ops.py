@@ -45,13 +45,13 @@ def _of_one_dtype(u, gate):
     return u.to(dtype), gate.to(dtype)
 
 
-def _only_one(**modes):
+def only_one(**modes):
     given = [name for name, value in modes.items() if value is not None and value is not False]
     if len(given) > 1:
         raise ValueError(f"{given[0]} and {given[1]}: each says who sees whom; give one of them")
 
 
-def _context(u, weight, mask, frames, cu_seqlens):
+def context_of(u, weight, mask, frames, cu_seqlens):
     """(weight, mask, offsets, cumulative) as the kernels take them."""
     batch, tokens = u.shape[:2]
     if mask is not None:
@@ -67,11 +67,11 @@ def _context(u, weight, mask, frames, cu_seqlens):
     return weight, None, None, False
 
 
-def _coefficients(coeff, u):
+def coefficients_of(coeff, u):
     return None if coeff is None else coeff.to(accumulator(u.dtype))
 
 
-def _angles(rotary):
+def angles_of(rotary):
     return (None, None, 0) if rotary is None else (rotary.cos, rotary.sin, rotary.axes)
 
 
@@ -103,14 +103,14 @@ def polynomial_state(
     """
     _require(u, "u")
     check_features(u, coeff, form, degree)
-    _only_one(mask=mask, causal=causal, frames=frames, cu_seqlens=cu_seqlens)
+    only_one(mask=mask, causal=causal, frames=frames, cu_seqlens=cu_seqlens)
     if state is not None:
-        _only_one(state=state, mask=mask, cu_seqlens=cu_seqlens)
+        only_one(state=state, mask=mask, cu_seqlens=cu_seqlens)
         check_state("state", state, u.shape[0], u.shape[2], u.dtype, u)
     check_rotary("rotary", rotary, u.shape[1], u.shape[2], form, u)
-    weight, mask, offsets, cumulative = _context(u, weight, mask, 1 if causal else frames, cu_seqlens)
+    weight, mask, offsets, cumulative = context_of(u, weight, mask, 1 if causal else frames, cu_seqlens)
     new = torch.ops.pom_ext.state(
-        u, _coefficients(coeff, u), None, None, weight, mask, offsets, cumulative, *_angles(rotary), FORMS.index(form),
+        u, coefficients_of(coeff, u), None, None, weight, mask, offsets, cumulative, *angles_of(rotary), FORMS.index(form),
         degree,
     )  # fmt: skip
     return State(*new) if state is None else state + State(*new)
@@ -139,22 +139,26 @@ def polynomial_readout(gate, state, *, form, n_sel_heads=1, frames=None, cu_seql
     check_gate(gate, channels, n_sel_heads, form)
     check_state("state", state, gate.shape[0], channels, gate.dtype, gate, groups)
     check_rotary("rotary", rotary, gate.shape[1], gate.shape[2], form, gate)
-    _only_one(frames=frames, cu_seqlens=cu_seqlens)
-    queries, offsets = gate.shape[1], None
-    if frames is not None:
-        offsets = frame_offsets(frames, queries, gate)
-    elif cu_seqlens is not None:
-        offsets = offsets_tensor("cu_seqlens", cu_seqlens, queries, gate)
-    elif (queries % groups if groups else queries) != 0:
-        raise ValueError(
-            f"gate: {queries} queries cannot be dealt evenly to {groups} groups; give frames or cu_seqlens"
-        )
-    if offsets is not None and offsets.shape[0] != groups + 1:
-        raise ValueError(f"state: {groups} groups do not match offsets of {offsets.shape[0] - 1} groups")
+    only_one(frames=frames, cu_seqlens=cu_seqlens)
+    offsets = query_offsets(gate, groups, frames, cu_seqlens)
     return torch.ops.pom_ext.readout(
-        gate, None, state.total, state.residual, None, None, state.count, offsets, *_angles(rotary),
+        gate, None, state.total, state.residual, None, None, state.count, offsets, *angles_of(rotary),
         FORMS.index(form), n_sel_heads,
     )  # fmt: skip
+
+
+def query_offsets(queries, groups, frames, cu_seqlens):
+    """Offsets of the queries (B, M, ...) of every group; None deals them evenly."""
+    count, offsets = queries.shape[1], None
+    if frames is not None:
+        offsets = frame_offsets(frames, count, queries)
+    elif cu_seqlens is not None:
+        offsets = offsets_tensor("cu_seqlens", cu_seqlens, count, queries)
+    elif (count % groups if groups else count) != 0:
+        raise ValueError(f"gate: {count} queries cannot be dealt evenly to {groups} groups; give frames or cu_seqlens")
+    if offsets is not None and offsets.shape[0] != groups + 1:
+        raise ValueError(f"state: {groups} groups do not match offsets of {offsets.shape[0] - 1} groups")
+    return offsets
 
 
 def polynomial_mix(
@@ -186,9 +190,9 @@ def polynomial_mix(
     check_tensor("gate", gate, (u.shape[0], queries, gate.shape[2]), (u.dtype,), u)
     check_rotary("gate_rotary", gate_rotary, gate.shape[1], gate.shape[2], form, gate)
     if return_state:
-        _only_one(return_state=True, mask=mask, cu_seqlens=cu_seqlens)
+        only_one(return_state=True, mask=mask, cu_seqlens=cu_seqlens)
     if causal:
-        _only_one(causal=True, mask=mask, frames=frames, cu_seqlens=cu_seqlens)
+        only_one(causal=True, mask=mask, frames=frames, cu_seqlens=cu_seqlens)
         return _causal_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary, state, return_state)
     if mask is None and not aligned:
         return _whole_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary, state, return_state)
@@ -207,9 +211,9 @@ def _mix_arguments(u, coeff, form, weight, rotary, gate_rotary, state):
     if state is not None:
         check_state("state", state, u.shape[0], u.shape[2], u.dtype, u)
     check_rotary("rotary", rotary, u.shape[1], u.shape[2], form, u)
-    weight = _context(u, weight, None, None, None)[0]
+    weight = context_of(u, weight, None, None, None)[0]
     prior = (None, None, None) if state is None else (state.total, state.residual, state.count)
-    return _coefficients(coeff, u), weight, prior, _angles(rotary), _angles(gate_rotary)
+    return coefficients_of(coeff, u), weight, prior, angles_of(rotary), angles_of(gate_rotary)
 
 
 def _whole_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary, state, return_state):

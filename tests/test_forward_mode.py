@@ -1,15 +1,22 @@
-"""The derivative of whole models in a direction: torch's own, with fewer products."""
+"""The derivative of whole models in a direction: torch's own, with fewer products and passes."""
+
+import itertools
 
 import pytest
 import torch
-from torch.nn.functional import conv2d, linear
+import torch.nn.functional as F
+from cases import norm_error
+from torch.nn.functional import conv2d, layer_norm, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pom_ext import PoM
 from pom_ext.forward_mode import jvp
 from pom_ext.models import ImageDiT
 
-PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.convolution.default)
+PRODUCTS = (
+    *(torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.convolution.default),
+    torch.ops.pom_ext.linear.default,
+)
 
 
 class CountProducts(TorchDispatchMode):
@@ -37,8 +44,16 @@ def image_model(mixer):
     return lambda images, time: model(images, time, labels), model, at, direction
 
 
+def plain_layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
+    axes = tuple(range(-len(shape), 0))
+    centered = x - x.mean(axes, keepdim=True)
+    y = centered * (centered.square().mean(axes, keepdim=True) + eps).rsqrt()
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
 @pytest.mark.parametrize("mixer", ("power", "product"))
-def test_a_model_along_a_direction(mixer):
+def test_a_model_along_a_direction(mixer, monkeypatch):
     function, model, at, direction = image_model(mixer)
     value, tangent = jvp(function, at, direction)
     torch.testing.assert_close((value, tangent), torch.func.jvp(function, at, direction))
@@ -50,14 +65,19 @@ def test_a_model_along_a_direction(mixer):
         value, tangent = jvp(function, at, direction)
         return torch.autograd.grad((value * tangent).sum(), model.parameters(), materialize_grads=True)
 
-    torch.testing.assert_close(gradient(jvp), gradient(torch.func.jvp))
+    found = gradient(jvp)
+    monkeypatch.setattr(F, "layer_norm", plain_layer_norm)  # gradients of torch's own tangent of it are wrong
+    torch.testing.assert_close(found, gradient(torch.func.jvp))
 
 
 def test_two_products_for_one():
-    layer, x = PoM(16, 3, form="power", n_sel_heads=2), torch.randn(2, 5, 16)
-    once, twice = products(lambda: layer(x)), products(lambda: jvp(layer, (x,), (x,)))
-    assert once == 3 and twice == 2 * once
-    assert products(lambda: torch.func.jvp(layer, (x,), (x,))) > twice, "torch has learned it: this module can go"
+    layer, x = PoM(16, 3), torch.randn(2, 5, 16)
+    feed_forward = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 16))
+    for module, count in ((layer, 3), (feed_forward, 2)):
+        assert products(lambda: module(x)) == count
+        assert products(lambda: jvp(module, (x,), (x,))) == 2 * count
+    by_torch = products(lambda: torch.func.jvp(feed_forward, (x,), (x,)))
+    assert by_torch > 2 * count, "torch has learned it: this module can go"
 
 
 def test_weights_that_move_too():
@@ -80,13 +100,89 @@ def test_convolutions_with_all_their_options():
         torch.testing.assert_close(jvp(call, (x,), (x,)), torch.func.jvp(call, (x,), (x,)))
 
 
+def double(*shape):
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def assert_same_along(call, reference, *at):
+    """Values, tangents and the gradients of both, whichever of the arguments move; and derivatives of second order."""
+    directions = tuple(double(*x.shape) for x in at)
+    for moving in itertools.product((False, True), repeat=len(at)):
+        chosen = [i for i, moves in enumerate(moving) if moves]
+        given = tuple(at[i] for i in chosen), tuple(directions[i] for i in chosen)
+
+        def along(jvp, call):
+            values = jvp(lambda *moved: call(*(dict(zip(chosen, moved)).get(i, x) for i, x in enumerate(at))), *given)
+            weights = torch.linspace(-1, 2, values[0].numel(), dtype=torch.float64).view_as(values[0])
+            total = (weights * values[0]).sum() + (weights.square() * values[1]).sum()
+            return values, torch.autograd.grad(total, (*at, *directions), materialize_grads=True)
+
+        if chosen:
+            torch.testing.assert_close(along(jvp, call), along(torch.func.jvp, reference))
+
+    def twice(call, jvp):
+        return jvp(lambda *x: jvp(call, x, directions)[1], at, directions)[1]
+
+    torch.testing.assert_close(twice(call, jvp), twice(reference, torch.func.jvp))
+
+
+@pytest.mark.parametrize("shape", ((8,), (5, 8)))
+def test_layer_norm(shape):
+    x, weight, bias = double(3, 5, 8), double(*shape), double(*shape)
+
+    def by(norm):
+        return lambda x, weight, bias: norm(x, shape, weight, bias, eps=1e-3)
+
+    assert_same_along(by(layer_norm), by(plain_layer_norm), x, weight, bias)
+    assert_same_along(lambda x: layer_norm(x, shape), lambda x: plain_layer_norm(x, shape), x)
+
+
+@pytest.mark.parametrize("shapes", (((2, 5, 4), (2, 5, 4), (2, 1, 4)), ((2, 1, 4), (2, 5, 4), (4,))))
+def test_addcmul(shapes):
+    at = [double(*shape) for shape in shapes]
+    for value in (1, -0.5):
+        assert_same_along(
+            lambda x, a, b: torch.addcmul(x, a, b, value=value), lambda x, a, b: x + value * a * b, *at
+        )
+
+
+def test_half_precision():
+    x, scale, weight = torch.randn(2, 5, 8), torch.randn(2, 1, 8), torch.randn(8, 8)
+
+    def call(x, scale):
+        return torch.addcmul(x, layer_norm(linear(x, weight), (8,)), scale)
+
+    exact = [t.float() for t in torch.func.jvp(call, (x, scale), (x + scale, scale))]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, plain = (way(call, (x, scale), (x + scale, scale)) for way in (jvp, torch.func.jvp))
+    assert [t.dtype for t in found] == [t.dtype for t in plain]
+    torch.testing.assert_close(found[0], plain[0], rtol=0, atol=0)
+    assert norm_error(found[1], exact[1]) <= 2 * norm_error(plain[1], exact[1])
+
+
 def test_of_every_sample():
     weight, x = torch.randn(3, 4), torch.randn(6, 4)
-    tangents = torch.func.vmap(lambda x: jvp(lambda x: linear(x, weight).square(), (x,), (x,))[1])(x)
-    torch.testing.assert_close(tangents, 2 * linear(x, weight).square())
+
+    def call(x):
+        return torch.addcmul(x[:3], layer_norm(linear(x, weight), (3,)), x[1:])
+
+    tangents = torch.func.vmap(lambda x: jvp(call, (x,), (x,))[1])(x)
+    torch.testing.assert_close(tangents, torch.func.vmap(lambda x: torch.func.jvp(call, (x,), (x,))[1])(x))
 
 
-def test_compiled():
-    layer, x = PoM(16, 3, form="power", n_sel_heads=2), torch.randn(2, 5, 16)
-    compiled = torch.compile(lambda x: jvp(layer, (x,), (x,)), backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), jvp(layer, (x,), (x,)))
+@pytest.mark.parametrize("mixer", ("power", "product"))
+def test_compiled(mixer):
+    function, _, at, direction = image_model(mixer)
+    compiled = torch.compile(lambda *at: jvp(function, at, direction), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*at), jvp(function, at, direction))
+
+
+def test_compiled_by_the_rules():
+    graphs, weight = [], torch.randn(3, 4)
+
+    def keep(graph, inputs):
+        graphs.append(graph.graph)
+        return graph
+
+    torch.compile(lambda x: jvp(lambda x: linear(x, weight), (x,), (x,)), backend=keep, fullgraph=True)(weight)
+    assert [node.target for graph in graphs for node in graph.nodes].count(linear) == 2

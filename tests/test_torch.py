@@ -1,4 +1,4 @@
-"""What torch expects of an operation: opcheck, compile, fake tensors, subclasses, and an import that does nothing else."""
+"""What torch expects of an operation: opcheck, fake tensors, subclasses, and an import that does nothing else."""
 
 import ctypes
 import gc
@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pom_ext import PoM, State, polynomial_mix, polynomial_readout, polynomial_state, polynomial_update
 
-GRADIENTS = {"state_backward", "readout_backward", "causal_mix_backward"}
-OPS = {"state", "readout", "causal_mix", "mix", "update", *GRADIENTS}
+GRADIENTS = {"state_backward", "readout_backward", "causal_mix_backward", "project_state_backward"}
+PROJECTED = {"linear", "project_state", "project_readout"}  # on the CPU alone
+OPS = {"state", "readout", "causal_mix", "mix", "update", *PROJECTED, *GRADIENTS}
 
 
 class RecordCalls(TorchDispatchMode):
@@ -45,10 +46,19 @@ def recorded_calls(form, mode, device="cpu"):
     return record.calls
 
 
+def recorded_projections(form, context):
+    """The same for the operations that a layer has beside them, stored and recomputed."""
+    with RecordCalls() as record:
+        for memory in ("store", "recompute"):
+            layer = PoM(6, 3, form=form, rope="1d" if form == "power" else None, bias=True, memory=memory)
+            layer(torch.randn(2, 7, 6, requires_grad=True), **context).sum().backward()
+    return [call for call in record.calls if call[0].__name__.startswith(("linear", "project"))]
+
+
 def test_every_operation_is_recorded():
-    """What the opcheck tests rest on: three ways through the package call all operations there are."""
-    modes = ("whole", "causal", "frames")
-    called = {op.__name__.removesuffix(".default") for mode in modes for op, _ in recorded_calls("power", mode)}
+    """What the opcheck tests rest on: a few ways through the package call all operations there are."""
+    calls = [call for mode in ("whole", "causal", "frames") for call in recorded_calls("power", mode)]
+    called = {op.__name__.removesuffix(".default") for op, _ in calls + recorded_projections("power", {})}
     schemas = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("pom_ext::")]
     of_tensors = {schema.name.removeprefix("pom_ext::") for schema in schemas if "Tensor" in str(schema)}
     assert called == of_tensors == OPS
@@ -57,81 +67,23 @@ def test_every_operation_is_recorded():
 @pytest.mark.parametrize("mode", ("whole", "weight", "causal+weight", "frames_unequal+weight", "mask"))
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck(form, mode, device):
-    for op, args in recorded_calls(form, mode, device):
+    check_calls(recorded_calls(form, mode, device))
+
+
+@pytest.mark.parametrize("context", ({"weight": torch.rand(2, 7)}, {"frames": [0, 2, 2, 7]}), ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck_of_projections(form, context):
+    check_calls(recorded_projections(form, context))
+
+
+def check_calls(calls):
+    for op, args in calls:
         differentiable = op.__name__.removesuffix(".default") not in {*GRADIENTS, "update"}
         args = [
             arg.detach().requires_grad_(arg.requires_grad and differentiable) if isinstance(arg, torch.Tensor) else arg
             for arg in args
         ]
         torch.library.opcheck(op, args)
-
-
-LAYERS = {
-    "product-whole": ({}, {}),
-    "product-weight": ({}, {"weight": torch.tensor([[1.0, 0, 2, 1, 1, 1], [1, 1, 1, 0, 0, 0]])}),
-    "power-heads-2d": (
-        {"form": "power", "n_sel_heads": 4, "rope": "2d"},
-        {"positions": torch.stack([torch.arange(6), torch.arange(6) % 3], dim=-1)},
-    ),
-    "power-causal": ({"form": "power", "degree": 3}, {"causal": True}),
-    "product-frames": ({"degree": 3}, {"frames": 2}),
-    "power-cu_seqlens": ({"form": "power"}, {"cu_seqlens": torch.tensor([0, 1, 1, 6])}),
-    "product-mask": ({}, {"mask": torch.ones(2, 6, 6).tril()}),
-}
-
-
-def on(device, options):
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-
-
-def assert_compiles(layer, x, options, backend):
-    """One graph, with the output and the gradients of eager mode."""
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend=backend)
-    results = []
-    for function in (layer, compiled):
-        layer.zero_grad()
-        leaf = x.clone().requires_grad_()
-        y = function(leaf, **options)
-        y.square().sum().backward()
-        results.append([y.detach(), leaf.grad, *(parameter.grad.clone() for parameter in layer.parameters())])
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_compile_traces_one_graph(name, device):
-    arguments, options = LAYERS[name]
-    layer = PoM(8, **arguments).to(device)
-    assert_compiles(layer, torch.randn(2, 6, 8, device=device), on(device, options), backend="aot_eager")
-
-
-def test_compile_to_code(device):
-    layer = PoM(8, 3, form="power", n_sel_heads=4).to(device)
-    assert_compiles(layer, torch.randn(2, 6, 8, device=device), {"frames": 3}, backend="inductor")
-
-
-def test_compile_of_a_stream(device):
-    """The state goes in and out of a compiled step."""
-    torch._dynamo.reset()
-    layer = PoM(8, 2, form="power").to(device)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x = torch.randn(4, 2, 6, 8, device=device)
-    expected, state, compiled_state = [], None, None
-    with torch.no_grad():
-        for frame in x:
-            y, state = layer(frame, state=state, return_state=True)
-            compiled_y, compiled_state = compiled(frame, state=compiled_state, return_state=True)
-            torch.testing.assert_close(compiled_y, y)
-            expected.append(y)
-    torch.testing.assert_close(compiled_state.total, state.total)
-    assert torch.equal(compiled_state.count, state.count)
-    torch.testing.assert_close(torch.cat(expected, 1), layer(x.transpose(0, 1).flatten(1, 2), frames=6))
-
-
-def test_export(device):
-    layer, x = PoM(8, 2, form="power", n_sel_heads=4).to(device), torch.randn(2, 6, 8, device=device)
-    program = torch.export.export(layer, (x,), {"causal": True})
-    torch.testing.assert_close(program.module()(x, causal=True), layer(x, causal=True))
 
 
 @pytest.mark.parametrize("context", ({}, {"causal": True}, {"frames": [0, 2, 2, 6]}, {"mask": (2, 6, 6)}), ids=str)
@@ -178,27 +130,6 @@ def test_inference_mode(device):
         state = polynomial_state(u, form="product", degree=2)
         assert torch.equal(polynomial_mix(u, gate, form="product", degree=2), expected)
         assert torch.equal(polynomial_readout(gate, state + state, form="product"), expected)
-
-
-def test_checkpointing(device):
-    """Recomputing the layer in the backward pass gives the same gradients."""
-    layer, x = PoM(8, 2).to(device), torch.randn(2, 6, 8, device=device).requires_grad_()
-    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
-    for reentrant in (False, True):
-        x.grad = None
-        torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
-        assert torch.equal(x.grad, expected)
-
-
-def test_deterministic_algorithms_are_these(device):
-    inputs = [draw_inputs(Case(form, 2, "causal", tokens=33)) for form in FORMS]
-    torch.use_deterministic_algorithms(True)
-    try:
-        for each in inputs:
-            outputs = op_function(each)(**{name: leaf.requires_grad_() for name, leaf in each.leaves.items()})
-            outputs["y"].sum().backward()
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def run_python(script):

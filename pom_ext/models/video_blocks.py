@@ -12,7 +12,6 @@ from torch import nn
 
 from ..checks import accumulator
 from ..module import PoM
-from ..ops import polynomial_readout, polynomial_state
 from ..state import State
 from .blocks import AdaLN, Attention, Block, Gate, Grid, attend, full_precision, unit_interval
 from .past import FORGET_NOTHING, Forgetting, KeyValues
@@ -114,19 +113,14 @@ class FrameMixer(PoM):
         """The sums of every frame by itself, put together with those before as the layout says."""
         rotary, gate_rotary = self._rotaries(tokens, tokens, positions, None)
         offsets = torch.arange(0, tokens.shape[1] + 1, size, device=tokens.device)
-        own = polynomial_state(
-            self.context_proj(tokens), self.coeff, form=self.form, degree=self.degree, cu_seqlens=offsets, rotary=rotary
-        )  # (B, T, C)
+        own = self.state_of(tokens, cu_seqlens=offsets, rotary=rotary)  # (B, T, C)
         finished = own.map(layout.finished)
         if memory is None:
             memory = self.empty_memory(len(finished.total), 0, layout.forgetting, tokens.device)
         before, memory = layout.forgetting.sums(memory, finished)
         if layout.paired:
             before = State.cat([before, before], dim=0)
-        mixed = polynomial_readout(
-            self.gate_proj(tokens), before + own, form=self.form, n_sel_heads=self.n_sel_heads, rotary=gate_rotary
-        )
-        return self.out_proj(mixed), memory
+        return self.read(tokens, before + own, rotary=gate_rotary), memory
 
 
 class FrameAttention(Attention):

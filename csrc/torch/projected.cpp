@@ -1,0 +1,311 @@
+// Operations that hold the projections of tokens a block at a time, in the processor's cache, and never all of them.
+// On the CPU: the products are torch's, what is between them are the operations of pom.h.
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "residual.h"
+#include "torch/linear.h"
+
+namespace {
+
+using namespace pom_torch;
+
+constexpr int64_t kBlockBytes = 1 << 20;             // of what is projected at once: it stays in the second cache
+constexpr int64_t kLeastRows = 128, kMostRows = 1024;  // of a block: a product of fewer is slow, of more no faster
+
+// Tokens that are projected at once: of whole samples, or of a part of one. The shape alone decides, so that neither
+// threads nor neighbours in the batch change a sum.
+struct Block {
+  int64_t sample, samples, token, tokens;
+  int64_t rows() const { return samples * tokens; }
+};
+
+template <class Body>
+void each_block(const Tensor& x, int64_t width, Body body) {
+  const int64_t batch = x.size(0), tokens = x.size(1), row = width * x.element_size();
+  if (tokens == 0) return;
+  const int64_t rows = std::clamp(kBlockBytes / std::max<int64_t>(1, row) / 64 * 64, kLeastRows, kMostRows);
+  const int64_t samples = std::max<int64_t>(1, rows / tokens);
+  for (int64_t b = 0; b < batch; b += samples)
+    for (int64_t n = 0; n < tokens; n += rows)
+      body(Block{b, std::min(samples, batch - b), n, std::min(rows, tokens - n)}, b * tokens + n);
+}
+
+// The groups of consecutive tokens of a sample, and those that have tokens in a block.
+class Bounds {
+ public:
+  Bounds(const Plain& offsets, int64_t tokens, int64_t groups) : bounds_(groups + 1) {
+    const int64_t* given = checked_offsets(offsets, tokens);
+    for (int64_t g = 0; g <= groups; ++g)
+      bounds_[g] = given ? given[g] : g == groups ? tokens : g * (tokens / std::max<int64_t>(1, groups));
+  }
+  int64_t count() const { return int64_t(bounds_.size()) - 1; }
+
+  struct Local {
+    int64_t first, count;
+    std::vector<int64_t> offsets;
+    const int64_t* data() const { return count > 1 ? offsets.data() : nullptr; }
+  };
+  Local within(const Block& block) const {
+    const int64_t begin = block.token, end = begin + block.tokens;
+    int64_t first = std::upper_bound(bounds_.begin(), bounds_.end() - 1, begin) - bounds_.begin() - 1;
+    int64_t last = std::lower_bound(bounds_.begin(), bounds_.end() - 1, end) - bounds_.begin();
+    if (block.samples > 1) first = 0, last = count();  // states of several samples lie side by side
+    Local local = {first, last - first, {}};
+    for (int64_t g = first; g <= last; ++g) local.offsets.push_back(std::clamp(bounds_[g] - begin, int64_t(0), block.tokens));
+    return local;
+  }
+
+ private:
+  std::vector<int64_t> bounds_;
+};
+
+
+// A sum of tensors of one shape, kept in the accumulator's dtype whatever theirs is.
+class Sum {
+ public:
+  void add(const Tensor& part) {
+    sum_ = sum_ ? torch::stable::subtract(*sum_, part, -1) : torch::stable::to(part, acc_of(part));
+  }
+  // In the dtype of `like`; zeros of the shape where nothing was added.
+  Tensor as(const Tensor& like, std::initializer_list<int64_t> shape) const {
+    return sum_ ? torch::stable::to(*sum_, like.scalar_type()) : torch::stable::new_zeros(like, shape);
+  }
+
+ private:
+  Optional sum_;
+};
+
+template <class Body>
+void parallel(int64_t n, Body body) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  });
+}
+
+template <class Body>
+void with_acc(const Tensor& like, Body body) {
+  acc_of(like) == ScalarType::Double ? body(double{}) : body(float{});
+}
+
+// Tokens and what their projections are summed with.
+struct Projected {
+  Tensor x, rows, weight;  // x (B, N, D) and as a matrix; weight (C, D)
+  Optional bias, coeff, token_weight, cos, sin;
+  int64_t axes, form, degree;
+
+  Projected(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& coeff,
+            const Optional& token_weight, const Optional& cos, const Optional& sin, int64_t axes, int64_t form,
+            int64_t degree)
+      : x(x), rows(projected_rows(x, weight, bias, "weight")), weight(weight), bias(bias), coeff(coeff),
+        token_weight(token_weight), cos(cos), sin(sin), axes(axes), form(form), degree(degree) {
+    if (token_weight) expect_shape(*token_weight, {x.size(0), x.size(1)}, "token_weight");
+    for (const Optional* table : {&cos, &sin})
+      if (*table) STD_TORCH_CHECK((*table)->dim() == 2 && (*table)->size(0) == x.size(1), "cos, sin: unexpected shape");
+  }
+
+  // The tokens of a block as a matrix, and their projections as the operations take them.
+  Tensor tokens(const Block& block, int64_t first) const { return rows_of(rows, first, block.rows()); }
+  Features features(const Block& block, int64_t first) const {
+    const Tensor u = linear(tokens(block, first), weight, bias);
+    return Features(torch::stable::view(u, {block.samples, block.tokens, weight.size(0)}), coeff, {}, {},
+                    weights(block), part_of(cos, block), part_of(sin, block), axes, form, degree);
+  }
+
+  static Tensor projected_rows(const Tensor& x, const Tensor& weight, const Optional& bias, const char* name) {
+    STD_TORCH_CHECK(x.dim() == 3 && x.is_cpu(), "x: expected (B, N, D) on the CPU");
+    for (const Tensor* t : {&weight, bias ? &*bias : nullptr})
+      if (t) STD_TORCH_CHECK(t->scalar_type() == x.scalar_type() && t->is_cpu(), name, ": expected the dtype of x");
+    STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == x.size(2), name, ": unexpected shape");
+    return matrix_of(x);
+  }
+
+ private:
+  Optional weights(const Block& block) const {
+    if (!token_weight) return {};
+    Tensor samples = rows_of(*token_weight, block.sample, block.samples);
+    return torch::stable::narrow(samples, 1, block.token, block.tokens);
+  }
+  static Optional part_of(const Optional& table, const Block& block) {
+    return table ? Optional(rows_of(*table, block.token, block.tokens)) : Optional();
+  }
+};
+
+// sums (rows, C) += total + residual of as many states
+template <class Acc>
+void add_states(const NewState& part, int64_t rows, int64_t channels, double* sums, double* counts) {
+  const Acc *total = static_cast<const Acc*>(part.out.total), *residual = static_cast<const Acc*>(part.out.residual);
+  parallel(rows, [&](int64_t row) {
+    for (int64_t i = row * channels; i < (row + 1) * channels; ++i) sums[i] += double(total[i]) + double(residual[i]);
+    counts[row] += part.out.count[row];
+  });
+}
+
+template <class Acc>
+void finish_states(const NewState& out, int64_t batch, int64_t groups, int64_t channels, bool cumulative, double* sums,
+                   double* counts) {
+  Acc *total = static_cast<Acc*>(out.out.total), *residual = static_cast<Acc*>(out.out.residual);
+  parallel(batch, [&](int64_t b) {
+    for (int64_t row = b * groups; row < (b + 1) * groups; ++row) {
+      if (cumulative && row > b * groups) {
+        for (int64_t i = row * channels; i < (row + 1) * channels; ++i) sums[i] += sums[i - channels];
+        counts[row] += counts[row - 1];
+      }
+      for (int64_t i = row * channels; i < (row + 1) * channels; ++i) pom::split(sums[i], 0.0, total[i], residual[i]);
+      out.out.count[row] = counts[row];
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> project_state(const Tensor& x, const Tensor& weight, const Optional& bias,
+                                                 const Optional& coeff, const Optional& token_weight,
+                                                 const Optional& offsets_, bool cumulative, const Optional& cos,
+                                                 const Optional& sin, int64_t axes, int64_t form, int64_t degree) {
+  const Projected in(x, weight, bias, coeff, token_weight, cos, sin, axes, form, degree);
+  const Plain offsets(offsets_, x, ScalarType::Long, {offsets_ ? offsets_->size(0) : 0}, "offsets");
+  const Bounds bounds(offsets, x.size(1), offsets_ ? offsets_->size(0) - 1 : 1);
+  const int64_t groups = bounds.count(), channels = weight.size(0);
+  std::vector<double> sums(x.size(0) * groups * channels), counts(x.size(0) * groups);
+  each_block(x, channels, [&](const Block& block, int64_t first) {
+    const Features features = in.features(block, first);
+    const Bounds::Local local = bounds.within(block);
+    NewState part(features.u, block.samples, local.count, channels);
+    call(pom::StateArgs{features.args, {local.count, local.data()}, part.out}, features.u, POM_OPERATION(state));
+    const int64_t row = block.sample * groups + local.first;
+    with_acc(x, [&](auto acc) {
+      add_states<decltype(acc)>(part, block.samples * local.count, channels, &sums[row * channels], &counts[row]);
+    });
+  });
+  NewState out(x, x.size(0), groups, channels);
+  with_acc(x, [&](auto acc) {
+    finish_states<decltype(acc)>(out, x.size(0), groups, channels, cumulative, sums.data(), counts.data());
+  });
+  return {out.total, out.residual, out.count};
+}
+
+// Gradients of every group's own tokens: with cumulative groups those of the groups behind it too.
+Tensor own_gradients(const Tensor& grad_total, bool cumulative) {
+  Tensor own = torch::stable::clone(torch::stable::contiguous(grad_total));
+  const int64_t groups = own.size(1), channels = own.size(2);
+  if (cumulative)
+    with_acc(own, [&](auto acc) {
+      auto* const grad = static_cast<decltype(acc)*>(own.mutable_data_ptr());
+      parallel(own.size(0), [&](int64_t b) {
+        std::vector<double> sum(channels);
+        for (int64_t row = (b + 1) * groups - 1; row >= b * groups; --row)
+          for (int64_t c = 0; c < channels; ++c) {
+            sum[c] += grad[row * channels + c];
+            grad[row * channels + c] = decltype(acc)(sum[c]);
+          }
+      });
+    });
+  return own;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> project_state_backward(
+    const Tensor& grad_total, const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& coeff,
+    const Optional& token_weight, const Optional& offsets_, bool cumulative, const Optional& cos, const Optional& sin,
+    int64_t axes, int64_t form, int64_t degree, bool needs_x, bool needs_weight) {
+  const Projected in(x, weight, bias, coeff, token_weight, cos, sin, axes, form, degree);
+  const Plain offsets(offsets_, x, ScalarType::Long, {offsets_ ? offsets_->size(0) : 0}, "offsets");
+  const Bounds bounds(offsets, x.size(1), offsets_ ? offsets_->size(0) - 1 : 1);
+  const int64_t groups = bounds.count(), channels = weight.size(0), dim = x.size(2);
+  STD_TORCH_CHECK(grad_total.scalar_type() == acc_of(x), "grad_total: unexpected dtype");
+  expect_shape(grad_total, {x.size(0), groups, channels}, "grad_total");
+  const Tensor own = own_gradients(grad_total, cumulative);
+  const Tensor back = transposed(weight);
+  Tensor grad_x = needs_x ? new_like(x) : torch::stable::new_empty(x, {0, 0, 0});
+  const Tensor grad_rows = needs_x ? matrix_of(grad_x) : grad_x;
+  Sum grad_weight, grad_bias, grad_coeff;
+  each_block(x, channels, [&](const Block& block, int64_t first) {
+    const Features features = in.features(block, first);
+    const Bounds::Local local = bounds.within(block);
+    Tensor grad_u = new_like(features.u), grad_c = new_coeff_grad(features);
+    const char* const grad = static_cast<const char*>(own.const_data_ptr()) +
+                             (block.sample * groups + local.first) * channels * own.element_size();
+    call(pom::StateBackwardArgs{features.args, {local.count, local.data()}, grad, grad_u.mutable_data_ptr(),
+                                grad_c.mutable_data_ptr()},
+         features.u, POM_OPERATION(state_backward));
+    const Tensor grad_matrix = matrix_of(grad_u);
+    if (needs_x) {
+      Tensor part = rows_of(grad_rows, first, block.rows());
+      torch::stable::copy_(part, linear(grad_matrix, back));
+    }
+    if (needs_weight) grad_weight.add(linear(transposed(grad_matrix), transposed(in.tokens(block, first))));
+    if (bias) grad_bias.add(column_sums(grad_matrix));
+    grad_coeff.add(grad_c);
+  });
+  const bool power = form_of(form) == pom::Form::power;
+  const Tensor acc = torch::stable::new_empty(x, {0}, acc_of(x));
+  return {grad_x, grad_weight.as(x, {needs_weight ? channels : 0, dim}), grad_bias.as(x, {bias ? channels : 0}),
+          grad_coeff.as(acc, {power ? channels : 0, power ? degree : 0})};
+}
+
+Tensor project_readout(const Tensor& x, const Tensor& gate_weight, const Optional& gate_bias, const Tensor& total,
+                       const Tensor& residual, const Tensor& count, const Tensor& out_weight, const Optional& out_bias,
+                       const Optional& offsets_, const Optional& cos, const Optional& sin, int64_t axes, int64_t form,
+                       int64_t heads) {
+  const int64_t groups = total.size(1), channels = total.size(2), dim = out_weight.size(0);
+  const Tensor rows = Projected::projected_rows(x, gate_weight, gate_bias, "gate_weight");
+  STD_TORCH_CHECK(out_weight.dim() == 2 && out_weight.size(1) == channels, "out_weight: unexpected shape");
+  const State state(total, residual, count, x, x.size(0), groups, channels);
+  const Plain offsets(offsets_, x, ScalarType::Long, {groups + 1}, "offsets");
+  const Bounds bounds(offsets, x.size(1), groups);
+  const int64_t acc_size = state.total.tensor->element_size();
+  Tensor y = new_result(x, {x.size(0), x.size(1), dim}, x.scalar_type());
+  const Tensor y_rows = matrix_of(y);
+  each_block(x, channels, [&](const Block& block, int64_t first) {
+    const Tensor gate = linear(rows_of(rows, first, block.rows()), gate_weight, gate_bias);
+    const auto table = [&](const Optional& t) {
+      return t ? Optional(rows_of(*t, block.token, block.tokens)) : Optional();
+    };
+    const Gates gates(torch::stable::view(gate, {block.samples, block.tokens, gate_weight.size(0)}), {}, channels,
+                      table(cos), table(sin), axes, form, heads);
+    const Bounds::Local local = bounds.within(block);
+    const int64_t row = block.sample * groups + local.first;
+    const pom::StateView view = {static_cast<const char*>(state.view.total) + row * channels * acc_size,
+                                 static_cast<const char*>(state.view.residual) + row * channels * acc_size,
+                                 state.view.count + row};
+    Tensor mixed = torch::stable::new_empty(x, {block.rows(), channels});
+    call(pom::ReadoutArgs{gates.args, local.count, local.data(), view, mixed.mutable_data_ptr(), {}}, gates.gate,
+         POM_OPERATION(readout));
+    Tensor part = rows_of(y_rows, first, block.rows());
+    torch::stable::copy_(part, linear(mixed, out_weight, out_bias));
+  });
+  return y;
+}
+
+Tensor linear_of_tokens(const Tensor& x, const Tensor& weight, const Optional& bias) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), "x: expected (N, D)");
+  return linear(x, weight, bias);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pom_ext, m) {
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "project_state(Tensor x, Tensor weight, Tensor? bias, Tensor? coeff, Tensor? token_weight, Tensor? offsets, "
+      "bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, int degree) "
+      "-> (Tensor total, Tensor residual, Tensor count)");
+  m.def(
+      "project_state_backward(Tensor grad_total, Tensor x, Tensor weight, Tensor? bias, Tensor? coeff, "
+      "Tensor? token_weight, Tensor? offsets, bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, "
+      "int degree, bool needs_x, bool needs_weight) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_coeff)");
+  m.def(
+      "project_readout(Tensor x, Tensor gate_weight, Tensor? gate_bias, Tensor total, Tensor residual, Tensor count, "
+      "Tensor out_weight, Tensor? out_bias, Tensor? offsets, Tensor? cos, Tensor? sin, int axes, int form, int heads) "
+      "-> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pom_ext, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear_of_tokens));
+  m.impl("project_state", TORCH_BOX(&project_state));
+  m.impl("project_state_backward", TORCH_BOX(&project_state_backward));
+  m.impl("project_readout", TORCH_BOX(&project_readout));
+}

@@ -1,0 +1,163 @@
+"""Operations that hold projections a block at a time: what they are made of, their derivatives, and their shapes.
+
+The parts of an operation are the same function by operations that store the projections whole. They take over where
+more than one gradient is asked for: a derivative of these then costs what it costs without blocks.
+"""
+
+import torch
+
+from ._autograd import differentiable, made_of
+from .checks import FORMS, accumulator
+
+ops = torch.ops.pom_ext
+NO_TANGENTS = (None, None)
+
+
+def linear(x, weight, bias):
+    """(..., in) times (out, in)ᵀ plus (out,)."""
+    return ops.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+
+
+def _linear_grads(x, weight, bias, grad_y, needs, names=("x", "weight", "bias")):
+    """Gradients of `linear` by name, those that are needed."""
+    rows, grad_rows = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
+    ways = (
+        lambda: ops.linear(grad_rows, weight.t(), None).view(x.shape),
+        lambda: ops.linear(grad_rows.t(), rows.t(), None),
+        lambda: None if bias is None else grad_rows.sum(0, dtype=accumulator(x.dtype)).to(x.dtype),
+    )
+    return {name: way() for name, way in zip(names, ways) if name in needs}
+
+
+def linear_vjp(x, needs, grad_y):
+    return _linear_grads(x["x"], x["weight"], x["bias"], grad_y, needs)
+
+
+def linear_jvp(x, t):
+    parts = []
+    if "x" in t:
+        parts.append(ops.linear(t["x"], x["weight"], t.get("bias")))
+    if "weight" in t:
+        parts.append(ops.linear(x["x"], t["weight"], None if "x" in t else t.get("bias")))
+    return sum(parts[1:], parts[0]) if parts else t["bias"].expand(len(x["x"]), -1)
+
+
+def _one_by_one(operation):
+    """The rule of torch.vmap: a call for each."""
+
+    def rule(info, dims, *arguments):
+        results = [
+            operation(*(x if dim is None else x.select(dim, i) for x, dim in zip(arguments, dims)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results))), (0,) * len(results[0])
+
+    return rule
+
+
+def _linear_batched(info, dims, x, weight, bias):
+    """One product of more rows; or one each where the weights differ."""
+    if dims[1:] != (None, None):
+        return _one_by_one(ops.linear.default)(info, dims, x, weight, bias)
+    rows = x.movedim(dims[0], 0)
+    return ops.linear(rows.flatten(0, 1), weight, bias).unflatten(0, rows.shape[:2]), 0
+
+
+def project_state(x, weight, bias, coeff, token_weight, offsets, cumulative, cos, sin, axes, form, degree):
+    u = linear(x, weight, bias)
+    return ops.state(u, coeff, *NO_TANGENTS, token_weight, None, offsets, cumulative, cos, sin, axes, form, degree)
+
+
+def project_state_backward(
+    grad_total, x, weight, bias, coeff, token_weight, offsets, cumulative, cos, sin, axes, form, degree, needs_x,
+    needs_weight,
+):  # fmt: skip
+    u = linear(x, weight, bias)
+    grad_u, grad_coeff = ops.state_backward(
+        grad_total, u, coeff, *NO_TANGENTS, token_weight, None, offsets, cumulative, cos, sin, axes, form, degree
+    )
+    needs = {name for name, needed in (("x", needs_x), ("weight", needs_weight), ("bias", bias is not None)) if needed}
+    grads = _linear_grads(x, weight, bias, grad_u, needs)
+    nothing = _project_state_backward_fake(
+        grad_total, x, weight, bias, coeff, token_weight, offsets, cumulative, cos, sin, axes, form, degree, needs_x,
+        needs_weight,
+    )  # fmt: skip
+    return *(grads.get(name, none) for name, none in zip(("x", "weight", "bias"), nothing)), grad_coeff
+
+
+def project_state_vjp(x, needs, grad_total, grad_residual, grad_count):
+    # The residual is rounding error of the total: as a function of the inputs its derivative is zero.
+    if grad_total is None:
+        return {}
+    grads = ops.project_state_backward(grad_total, **x, needs_x="x" in needs, needs_weight="weight" in needs)
+    return {name: grad for name, grad in zip(("x", "weight", "bias", "coeff"), grads) if name in needs}
+
+
+def project_readout(
+    x, gate_weight, gate_bias, total, residual, count, out_weight, out_bias, offsets, cos, sin, axes, form, heads
+):
+    gate = linear(x, gate_weight, gate_bias)
+    mixed = ops.readout(gate, None, total, residual, *NO_TANGENTS, count, offsets, cos, sin, axes, form, heads)
+    return linear(mixed, out_weight, out_bias)
+
+
+def project_readout_vjp(x, needs, grad_y):
+    gate = linear(x["x"], x["gate_weight"], x["gate_bias"])
+    state, rest = (
+        (x["total"], x["residual"]),
+        [x[name] for name in ("count", "offsets", "cos", "sin", "axes", "form", "heads")],
+    )
+    mixed = ops.readout(gate, None, *state, *NO_TANGENTS, *rest)
+    grads = _linear_grads(
+        mixed, x["out_weight"], x["out_bias"], grad_y, needs | {"mixed"}, ("mixed", "out_weight", "out_bias")
+    )
+    del mixed
+    grad_gate, grad_total = ops.readout_backward(grads.pop("mixed"), gate, None, *state, *rest)
+    grads |= _linear_grads(
+        x["x"], x["gate_weight"], x["gate_bias"], grad_gate, needs, ("x", "gate_weight", "gate_bias")
+    )
+    return grads | {"total": grad_total, "residual": grad_total}
+
+
+def _linear_fake(x, weight, bias):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _project_state_fake(x, weight, bias, coeff, token_weight, offsets, *rest):
+    groups = 1 if offsets is None else offsets.shape[0] - 1
+    total = x.new_empty(x.shape[0], groups, weight.shape[0], dtype=accumulator(x.dtype))
+    return total, torch.empty_like(total), x.new_empty(x.shape[0], groups, dtype=torch.float64)
+
+
+def _project_state_backward_fake(grad_total, x, weight, bias, coeff, *rest):
+    form, degree, needs_x, needs_weight = rest[-4:]
+    power = form == FORMS.index("power")
+    return (
+        x.new_empty(x.shape if needs_x else (0, 0, 0)),
+        x.new_empty(weight.shape if needs_weight else (0, x.shape[2])),
+        x.new_empty(0 if bias is None else bias.shape),
+        x.new_empty((weight.shape[0], degree) if power else (0, 0), dtype=accumulator(x.dtype)),
+    )
+
+
+def _project_readout_fake(x, gate_weight, gate_bias, total, residual, count, out_weight, *rest):
+    return x.new_empty(x.shape[0], x.shape[1], out_weight.shape[0])
+
+
+def register(library):
+    torch.library.register_fake("pom_ext::linear", _linear_fake)
+    torch.library.register_vmap("pom_ext::linear", _linear_batched)
+    differentiable(library, ops.linear.default, linear_vjp, linear_jvp)
+    for parts, fake in (
+        (project_state, _project_state_fake),
+        (project_state_backward, _project_state_backward_fake),
+        (project_readout, _project_readout_fake),
+    ):
+        torch.library.register_fake(f"pom_ext::{parts.__name__}", fake)
+        operation = getattr(ops, parts.__name__).default
+        torch.library.register_vmap(f"pom_ext::{parts.__name__}", _one_by_one(operation))
+    differentiable(library, ops.project_state.default, project_state_vjp, parts=project_state)
+    differentiable(library, ops.project_readout.default, project_readout_vjp, parts=project_readout)
+    made_of(library, ops.project_state_backward.default, project_state_backward)

@@ -1,0 +1,166 @@
+"""The layer's projections together with what is between them, by the cheapest way there is.
+
+The state is only ever summed, so on the CPU the projected tokens are held a block at a time, in cache, and never whole;
+with one gate per head the readout is folded into the output projection, which then need not run over tokens.
+"""
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import _projections
+from .checks import FORMS, accumulator, check_state, is_integer
+from .ops import angles_of, coefficients_of, context_of, only_one, polynomial_readout, query_offsets
+from .rotary import Rotary
+from .state import State
+
+CHUNK = 16_384  # tokens whose gates are held at once where nothing keeps them for a gradient
+
+
+def is_plain(projection):
+    """Whether a module is nothing but x Wᵀ + b, so that its weight may be read past its call.
+
+    Hooks, parametrizations, adapters and quantised weights are somebody's change of that: such a module is called.
+    """
+    if type(projection) is not nn.Linear or "forward" in projection.__dict__ or _has_any_global_hook():
+        return False
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    parameters = (projection.weight, projection.bias)
+    return not any(getattr(projection, name) for name in hooks) and not any(
+        map(is_traceable_wrapper_subclass, parameters)
+    )
+
+
+def is_streamed(x, *projections):
+    """Whether tokens can be projected a block at a time: on the CPU, by plain projections."""
+    return x.device.type == "cpu" and not is_traceable_wrapper_subclass(x) and all(map(is_plain, projections))
+
+
+def _cast(*tensors):
+    """As torch's matrix products take them: under autocast in its dtype."""
+    if not torch.is_autocast_enabled("cpu"):
+        return tensors
+    dtype = torch.get_autocast_dtype("cpu")
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _same_dtype(x, projection):
+    """What torch.nn.functional.linear says of tensors that do not go together, before a kernel sees them."""
+    x, weight, bias = _cast(x, projection.weight, projection.bias)
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(
+                f"x: expected {t.dtype} as the {name} of the projection, got {x.dtype}; use .to() on either"
+            )
+    return x, weight, bias
+
+
+def project(projection, x):
+    """projection(x), by the fastest product of matrices that torch has for it."""
+    if not is_streamed(x, projection):
+        return projection(x)
+    return _projections.linear(*_same_dtype(x, projection))
+
+
+def projected_state(
+    x, projection, coeff, *, form, degree, weight=None, frames=None, cu_seqlens=None, rotary=None, state=None
+):
+    """`polynomial_state` of projection(x), a plain nn.Linear, without storing it. Gradients project again.
+
+    Arguments but the first two, returns and raises: as of `polynomial_state`.
+    """
+    tokens, matrix, bias = _same_dtype(x, projection)
+    only_one(frames=frames, cu_seqlens=cu_seqlens)
+    if state is not None:
+        only_one(state=state, cu_seqlens=cu_seqlens)
+        check_state("state", state, len(x), len(matrix), tokens.dtype, x)
+    weight, _, offsets, cumulative = context_of(tokens, weight, None, frames, cu_seqlens)
+    new = torch.ops.pom_ext.project_state(
+        tokens, matrix, bias, coefficients_of(coeff, tokens), weight, offsets, cumulative, *angles_of(rotary),
+        FORMS.index(form), degree,
+    )  # fmt: skip
+    return State(*new) if state is None else state + State(*new)
+
+
+def projected_readout(
+    x, gate_projection, out_projection, state, *, form, n_sel_heads=1, frames=None, cu_seqlens=None, rotary=None
+):
+    """out_projection(polynomial_readout(gate_projection(x), state)), both plain nn.Linear, a block of tokens at a time.
+
+    Arguments but the first three and raises: as of `polynomial_readout`. Returns (B, M, D).
+    """
+    tokens, gate_matrix, gate_bias = _same_dtype(x, gate_projection)
+    _, out_matrix, out_bias = _same_dtype(x, out_projection)
+    offsets = query_offsets(x, state.total.shape[1], frames, cu_seqlens)
+    return torch.ops.pom_ext.project_readout(
+        tokens, gate_matrix, gate_bias, state.total, state.residual, state.count, out_matrix, out_bias, offsets,
+        *angles_of(rotary), FORMS.index(form), n_sel_heads,
+    )  # fmt: skip
+
+
+def folding_pays(x, state, n_sel_heads, seen):
+    """Whether `folded_readout` of queries (B, M, D) takes less arithmetic than an output projection of all of them."""
+    if n_sel_heads == 1:
+        return False
+    groups, channels = state.total.shape[1:]
+    even = seen.get("cu_seqlens") is None and not isinstance(seen.get("frames"), (list, tuple, torch.Tensor))
+    gates = n_sel_heads if even else n_sel_heads * groups  # that a token is multiplied with
+    return groups * channels + x.shape[1] * gates < x.shape[1] * channels
+
+
+def folded_readout(
+    x, gate_projection, out_projection, state, *, form, n_sel_heads, frames=None, cu_seqlens=None, rotary=None
+):
+    """The readout with one gate per head, and the mean features of a head folded into the output projection:
+
+        y_m = Σ_h γ(g)_mh (W_o[:, h] H[h]) + b_o
+
+    Args:
+        x: (B, M, D) query tokens.
+        gate_projection: x to (B, M, n_sel_heads).
+        out_projection: an nn.Linear of C channels.
+        state, frames, cu_seqlens, rotary: as of `polynomial_readout`.
+
+    Returns:
+        (B, M, D).
+    """
+    weight, bias = out_projection.weight, out_projection.bias
+    (batch, groups, channels), heads, dim = state.total.shape, n_sel_heads, len(weight)
+    # One frame length deals the queries evenly.
+    offsets = None if is_integer(frames) else query_offsets(x, groups, frames, cu_seqlens)
+    mean = state.mean().to(weight.dtype).reshape(batch * groups, heads, channels // heads)
+    folded = mean.transpose(0, 1) @ weight.t().reshape(heads, channels // heads, dim)  # (heads, B G, D)
+    folded = folded.transpose(0, 1).reshape(batch, groups, heads, dim)
+
+    def read(tokens, angles):
+        gate = project(gate_projection, tokens)
+        one = gate.new_ones(batch, 1, heads, dtype=accumulator(gate.dtype))
+        ones = State(one, torch.zeros_like(one), gate.new_ones(batch, 1, dtype=torch.float64))
+        value = polynomial_readout(gate, ones, form=form, rotary=angles)  # γ (B, M, heads)
+        if groups == 1:
+            return _product(value, folded[:, 0], bias)
+        if offsets is None:
+            even = value.reshape(batch * groups, value.shape[1] // groups, heads)
+            return _product(even, folded.flatten(0, 1), bias).reshape(batch, value.shape[1], dim)
+        # A token's gates stand in the columns of its group, zeros in the others.
+        group = torch.searchsorted(offsets[1:], torch.arange(value.shape[1], device=value.device), right=True)
+        own = group[:, None] == torch.arange(groups, device=value.device)  # (M, G)
+        spread = torch.where(own[..., None], value[:, :, None], 0)  # (B, M, G, heads)
+        return _product(spread.flatten(2), folded.flatten(1, 2), bias)
+
+    queries = x.shape[1]
+    if groups > 1 or queries <= CHUNK or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return read(x, rotary)
+    y = None
+    for first in range(0, queries, CHUNK):
+        chunk = slice(first, first + CHUNK)
+        part = read(x[:, chunk], rotary and Rotary(rotary.cos[chunk], rotary.sin[chunk], rotary.axes))
+        y = part.new_empty(batch, queries, dim) if y is None else y
+        y[:, chunk] = part
+    return y
+
+
+def _product(value, folded, bias):
+    """(B, M, heads) times (B, heads, D), plus (D,)."""
+    return value @ folded if bias is None else torch.baddbmm(bias, value, folded)

@@ -1,0 +1,265 @@
+"""The layer's own ways with its projections: in blocks, folded, stored or made again. All are the same function."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import FLOOR, norm_error
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pom_ext import PoM, State, reference
+from pom_ext.projected import CHUNK, folding_pays
+
+LAYERS = {
+    "power-heads": {"form": "power", "degree": 3, "n_sel_heads": 4},
+    "power-heads-bias-2d": {"form": "power", "n_sel_heads": 8, "bias": True, "rope": "2d"},
+    "power": {"form": "power", "degree": 3, "rope": "1d"},
+    "product": {"degree": 3},
+    "product-heads": {"degree": 2, "n_sel_heads": 4, "bias": False},
+}
+TOKENS, DIM = 70, 16
+CONTEXTS = {
+    "whole": {},
+    "weight": {"weight": torch.rand(2, TOKENS, generator=torch.Generator().manual_seed(0))},
+    "frames": {"frames": 10},
+    "frames_unequal": {"frames": [0, 3, 3, 40, TOKENS]},
+    "cu_seqlens": {"cu_seqlens": torch.tensor([0, 0, 5, 64, TOKENS])},
+    "many sequences": {"cu_seqlens": torch.arange(TOKENS + 1)},  # so many that folding does not pay
+    "frames+weight": {"frames": 14, "weight": torch.rand(2, TOKENS, generator=torch.Generator().manual_seed(1))},
+}
+MEMORY = ("store", "recompute")
+
+
+def build(name, dim=DIM, dtype=torch.float32, **options):
+    return PoM(dim, **LAYERS[name], **options).to(dtype)
+
+
+def positions_of(layer, tokens):
+    if layer.rope != "2d":
+        return {}
+    return {"positions": torch.stack([torch.arange(tokens) // 8, torch.arange(tokens) % 8], -1)}
+
+
+def definition(layer, x, context, dtype):
+    """The layer in plain torch in one dtype, as a function of x and its parameters."""
+    weights = {name: p.detach().to(dtype).requires_grad_() for name, p in layer.named_parameters()}
+    x = x.detach().to(dtype).requires_grad_()
+    project = lambda name, t: F.linear(t, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+    positions = positions_of(layer, x.shape[1]).get("positions")
+    tables = [
+        t and t._replace(cos=t.cos.to(dtype), sin=t.sin.to(dtype)) for t in layer._rotaries(x, x, positions, None)
+    ]
+    modes = {name: value.to(dtype) if name == "weight" else value for name, value in context.items()}
+    if isinstance(modes.get("frames"), int):
+        modes["frames"] = range(0, x.shape[1] + 1, modes["frames"])
+    mixed = reference.mix(
+        project("context_proj", x), project("gate_proj", x), weights.get("coeff"), form=layer.form, degree=layer.degree,
+        n_sel_heads=layer.n_sel_heads, rotary=tables[0], gate_rotary=tables[1], **modes,
+    )  # fmt: skip
+    return project("out_proj", mixed), x, weights
+
+
+def with_gradients(y, x, weights, grad):
+    grads = torch.autograd.grad(y, [x, *weights.values()], grad.to(y.dtype))
+    return {"y": y.detach(), "grad x": grads[0], **{f"grad {name}": g for name, g in zip(weights, grads[1:])}}
+
+
+def check(layer, x, context, dtype):
+    """Outputs and gradients at most twice as far from the float64 definition as plain torch, plus a rounding floor."""
+    layer, x = layer.to(dtype), x.to(dtype).requires_grad_()
+    grad = (1 + torch.randn(x.shape)) / x.shape[1]
+    y = layer(x, **context, **positions_of(layer, x.shape[1]))
+    with torch.no_grad():
+        unrecorded = layer(x, **context, **positions_of(layer, x.shape[1]))
+    results = with_gradients(y, x, dict(layer.named_parameters()), grad) | {"y without gradients": unrecorded}
+    exact, plain = (with_gradients(*definition(layer, x, context, d), grad) for d in (torch.float64, dtype))
+    for name, result in results.items():
+        of = name.removesuffix(" without gradients")
+        assert result.dtype == dtype and result.shape == exact[of].shape, name
+        error, bound = norm_error(result, exact[of]), 2 * norm_error(plain[of], exact[of]) + FLOOR[dtype]
+        assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name, context, memory):
+    check(build(name, memory=memory), torch.randn(2, TOKENS, DIM), CONTEXTS[context], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_dtypes(name, dtype):
+    for memory in MEMORY:
+        check(build(name, memory=memory), torch.randn(2, TOKENS, DIM), CONTEXTS["frames_unequal"], dtype)
+
+
+@pytest.mark.parametrize("batch, tokens", [(1, 3000), (3, 1500), (70, 33), (2, 1), (0, 5)])
+@pytest.mark.parametrize("context", ("whole", "weight", "frames", "frames_unequal"))
+@pytest.mark.parametrize("name", ("power-heads", "product"))
+def test_blocks(name, context, batch, tokens):
+    """More tokens than a block holds, samples that share one, and frames across their borders."""
+    contexts = {
+        "whole": {},
+        "weight": {"weight": torch.rand(batch, tokens)},
+        "frames": {"frames": tokens // 3 if tokens % 3 == 0 else 1},
+        "frames_unequal": {"frames": [0, tokens // 7, tokens // 7, tokens - tokens // 5, tokens]},
+    }
+    if batch and not (context == "frames" and contexts["frames"]["frames"] == 1 and tokens > 1):
+        check(build(name, 8, memory="recompute"), torch.randn(batch, tokens, 8), contexts[context], torch.float32)
+        return
+    with torch.no_grad():
+        assert build(name, 8)(torch.randn(batch, tokens, 8), **contexts[context]).shape == (batch, tokens, 8)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_long_sequences_are_read_in_chunks(name):
+    layer, x = build(name, 8), torch.randn(1, CHUNK + 77, 8)
+    positions = positions_of(layer, x.shape[1])
+    recorded = layer(x, **positions)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, **positions), recorded.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_other_queries_and_states_from_before(memory):
+    for name in LAYERS:
+        layer = build(name, memory=memory, dtype=torch.float64)
+        x, context = torch.randn(2, TOKENS, 5, DIM, dtype=torch.float64).unbind(2)[:2]
+        options = positions_of(layer, TOKENS)
+        across = {"context_positions": options["positions"], **options} if options else {}
+        y = layer(x, context, **across)
+        hooked = copy.deepcopy(layer)
+        for projection in (hooked.context_proj, hooked.gate_proj, hooked.out_proj):
+            projection.register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(y, hooked(x, context, **across))
+        both = torch.cat([x, context], dim=1)
+        if not options and layer.rope is None:
+            whole, end = layer(both, return_state=True)
+            _, state = layer(x, return_state=True)
+            part, after = layer(context, state=state, return_state=True)
+            torch.testing.assert_close(part, whole[:, TOKENS:])
+            torch.testing.assert_close(after.total, end.total)
+            assert torch.equal(after.count, end.count)
+
+
+def directional(layer, x, context):
+    """x and the parameters as one function of tensors, for derivatives."""
+    names = [name for name, _ in layer.named_parameters()]
+
+    def function(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values)), (x,), context)
+
+    return function, (x, *(p.detach() for p in layer.parameters()))
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("context", ("whole", "frames_unequal"))
+@pytest.mark.parametrize("name", ("power-heads", "power", "product"))
+def test_derivatives(name, context, memory):
+    layer = build(name, 4 if name == "product" else 8, dtype=torch.float64, memory=memory)
+    contexts = {"whole": {}, "frames_unequal": {"frames": [0, 2, 2, 5]}}
+    function, given = directional(layer, torch.randn(2, 5, layer.dim, dtype=torch.float64), contexts[context])
+    leaves = [t.requires_grad_() for t in given]
+    torch.autograd.gradcheck(function, leaves, check_forward_ad=True, fast_mode=True)
+    torch.autograd.gradgradcheck(function, leaves, check_fwd_over_rev=True, check_rev_over_rev=True, fast_mode=True)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("name", LAYERS)
+def test_function_transforms(name, memory):
+    layer = build(name, dtype=torch.float64, memory=memory)
+    function, given = directional(layer, torch.randn(2, 6, DIM, dtype=torch.float64), positions_of(layer, 6))
+    loss = lambda *values: function(*values).square().sum()
+    argnums = tuple(range(len(given)))
+    grads = torch.func.grad(loss, argnums)(*given)
+    leaves = [t.clone().requires_grad_() for t in given]
+    torch.testing.assert_close(grads, torch.autograd.grad(loss(*leaves), leaves))
+
+    many = [torch.stack([t, 1.1 * t, t - 0.1]) for t in given]
+    each = [torch.func.grad(loss, argnums)(*values) for values in zip(*many)]
+    for dims in (0, (0, *(None,) * (len(given) - 1))):
+        values = many if dims == 0 else [many[0], *given[1:]]
+        found = torch.func.vmap(torch.func.grad(loss, argnums), dims)(*values)
+        if dims == 0:
+            torch.testing.assert_close(found, tuple(torch.stack(ts) for ts in zip(*each)))
+    y, tangent = torch.func.jvp(function, given, given)
+    step = 1e-6
+    ahead, behind = (function(*(t * (1 + s) for t in given)) for s in (step, -step))
+    torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
+    with torch.no_grad():
+        torch.testing.assert_close(function(*given), y)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that a result of the layer's operations has."""
+
+    numbers, names = 0, ()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        results = operation(*args, **(kwargs or {}))
+        self.names += (operation.__name__,)
+        for t in results if isinstance(results, tuple) else (results,):
+            if isinstance(t, torch.Tensor):
+                self.numbers = max(self.numbers, t.numel())
+        return results
+
+
+@pytest.mark.parametrize("name", ("power-heads", "product"))
+def test_projections_are_not_stored(name):
+    """Nothing as large as the tokens times the state's width, forward or back, unless gradients keep it."""
+    x = torch.randn(1, 2000, DIM, requires_grad=True)
+    for memory in MEMORY:
+        layer = build(name, memory=memory)
+        with torch.no_grad(), Largest() as inferred:
+            layer(x)
+        with Largest() as recorded:
+            layer(x)
+        assert inferred.numbers <= x.numel()
+        assert (recorded.numbers <= x.numel()) == (memory == "recompute")
+
+
+def test_frozen_weights_get_no_gradient_computed():
+    layer, x = build("power", memory="recompute"), torch.randn(1, 20, DIM, requires_grad=True)
+    layer.context_proj.requires_grad_(False)
+    layer(x).sum().backward()
+    assert layer.context_proj.weight.grad is None and x.grad is not None
+    layer.requires_grad_(True)
+    layer(x.detach()).sum().backward()
+    assert layer.context_proj.weight.grad is not None
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("name", LAYERS)
+def test_runs_and_threads_change_no_bit(name, memory):
+    layer, x = build(name, memory=memory), torch.randn(3, 500, DIM)
+    positions, threads, results = positions_of(layer, 500), torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 2, 3):
+            torch.set_num_threads(number)
+            y = layer(x, **positions)
+            results.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_when_folding_pays():
+    x = torch.empty(1, 64, 512)
+    state = lambda groups: State.empty(1, 1024, groups)
+    assert folding_pays(x, state(1), 8, {}) and folding_pays(x, state(8), 8, {"frames": 8})
+    assert folding_pays(x, state(8), 8, {"cu_seqlens": torch.arange(0, 65, 8)})
+    assert not folding_pays(x, state(1), 1, {})
+    assert not folding_pays(x, state(64), 8, {"cu_seqlens": torch.arange(65)})
+    assert not folding_pays(x[:, :1], state(1), 8, {})
+
+
+def test_dtypes_that_do_not_go_together():
+    layer = build("power-heads")
+    with pytest.raises(TypeError, match="x: expected torch.float32 .*, got torch.float64"):
+        layer(torch.randn(1, 3, DIM, dtype=torch.float64))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        y, state = layer(torch.randn(1, 30, DIM), return_state=True)
+    assert y.dtype == torch.bfloat16 and state.total.dtype == torch.float32
