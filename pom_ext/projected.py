@@ -129,9 +129,10 @@ def folded_readout(
     (batch, groups, channels), heads, dim = state.total.shape, n_sel_heads, len(weight)
     # One frame length deals the queries evenly.
     offsets = None if is_integer(frames) else query_offsets(x, groups, frames, cu_seqlens)
-    mean = state.mean().to(weight.dtype).reshape(batch * groups, heads, channels // heads)
-    folded = mean.transpose(0, 1) @ weight.t().reshape(heads, channels // heads, dim)  # (heads, B G, D)
-    folded = folded.transpose(0, 1).reshape(batch, groups, heads, dim)
+    mean = state.mean().reshape(batch * groups, heads, channels // heads)
+    by_heads = weight.to(mean.dtype).reshape(dim, heads, channels // heads).transpose(0, 1)
+    folded = by_heads @ mean.permute(1, 2, 0)  # (heads, D, B G)
+    folded = folded.permute(2, 0, 1).to(weight.dtype).reshape(batch, groups, heads, dim)
 
     def read(tokens, angles):
         gate = project(gate_projection, tokens)
@@ -163,4 +164,6 @@ def folded_readout(
 
 def _product(value, folded, bias):
     """(B, M, heads) times (B, heads, D), plus (D,)."""
+    if len(value) == 1 and value.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        return torch.ops.pom_ext.linear(value[0], folded[0].t(), bias)[None]
     return value @ folded if bias is None else torch.baddbmm(bias, value, folded)

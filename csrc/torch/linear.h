@@ -1,9 +1,16 @@
 // Matrix products by torch. float32 goes to oneDNN where torch was built with it: on processors that are not Intel's it
-// is up to twice as fast as the BLAS that torch takes by itself.
+// is up to twice as fast as the BLAS that torch takes by itself. So do the 16-bit types where the processor has no
+// instructions for them: torch would take many times as long as for float32.
 #pragma once
 
-#include <array>
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
 
+#include <array>
+#include <cstring>
+
+#include "cpu/kernels.h"
 #include "torch/arguments.h"
 
 // Weak: a torch without oneDNN lacks it. (Its declaration in torch's headers is for builds with it alone.)
@@ -19,6 +26,19 @@ inline bool is_plain_matrix(const Tensor& t) {
   return (t.stride(1) == 1 && t.stride(0) >= columns) || (t.stride(0) == 1 && t.stride(1) >= rows);
 }
 
+// Whether the processor multiplies numbers of this type as they are.
+inline bool has_products_of(ScalarType dtype) {
+#ifdef __x86_64__
+  if (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) return true;
+  unsigned eax, ebx, ecx, edx;
+  if (std::strcmp(pom::cpu::instruction_set(), "avx512")) return false;
+  if (dtype == ScalarType::BFloat16) return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && edx >> 23 & 1;
+#else
+  return true;
+#endif
+}
+
 // y (n, out) = x (n, in) weightᵀ (in, out) + bias
 inline Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias = {}) {
   if (aoti_torch_cpu__linear_pointwise && x.is_cpu() && x.scalar_type() == ScalarType::Float && x.numel() &&
@@ -32,6 +52,11 @@ inline Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias
     STD_TORCH_CHECK(!failed, "pom_ext: oneDNN refuses a product of (", x.size(0), ", ", x.size(1), ") and (",
                     weight.size(0), ", ", weight.size(1), ")");
     return Tensor(y);
+  }
+  if (x.is_cpu() && !has_products_of(x.scalar_type())) {
+    const auto wide = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Float); };
+    const Tensor y = linear(wide(x), wide(weight), bias ? Optional(wide(*bias)) : bias);
+    return torch::stable::to(y, x.scalar_type());
   }
   std::array<StableIValue, 3> stack = {torch::stable::detail::from(x), torch::stable::detail::from(weight),
                                        torch::stable::detail::from(bias)};
