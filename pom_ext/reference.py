@@ -2,8 +2,6 @@
 
 Every context mode is one thing here, a matrix of weights that says how much of each context token each
 group sees. Nothing in the package calls this module in place of a compiled operation.
-
-Where a bend has no slope of its own, releases of torch differ in what they take; here it is written down.
 """
 
 import torch
@@ -22,16 +20,15 @@ def features(u, coeff=None, *, form, degree):
         for factor in factors[1:]:
             products.append(products[-1] * factor)
         return torch.cat(products, dim=-1)
-    leaky = torch.where(u > 0, u, 0.01 * u)
-    a = torch.where((leaky < -0.1) | (leaky > 6), leaky.detach().clamp(-0.1, 6), leaky)  # at a bound: the slope inside
+    a = F.leaky_relu(u, 0.01)
+    # Held to [-0.1, 6]. At a bound the slope is that inside, as torch.clamp's is up to 2.13; from 2.14 on that is zero.
+    a = torch.where((a < -0.1) | (a > 6), a.detach().clamp(-0.1, 6), a)
     return sum(coeff[:, i] * a ** (i + 1) for i in range(degree))
 
 
 def gate_value(gate, *, form):
     """γ(g): sigmoid in product form, hardsigmoid in power form."""
-    if form == "product":
-        return torch.sigmoid(gate)
-    return torch.where((gate > -3) & (gate < 3), F.hardsigmoid(gate), F.hardsigmoid(gate.detach()))  # at a bound: flat
+    return torch.sigmoid(gate) if form == "product" else F.hardsigmoid(gate)
 
 
 def rotate(x, cos, sin, axes=1):
