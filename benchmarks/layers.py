@@ -20,6 +20,7 @@ class LayerCase:
     """`PoM` mixing x (batch, tokens, dim) with itself: the forward, or with `train` the forward and all gradients.
 
     heads: gates of the power form (1: one for every channel). The attention beside it has heads of 64 channels.
+    memory: what is kept for the gradients, as of `PoM`.
     """
 
     form: str
@@ -31,6 +32,7 @@ class LayerCase:
     heads: int = 1
     dtype: torch.dtype = torch.float32
     batch: int = 1
+    memory: str = "store"
     device: str = "cpu"
     clock: str = "host"
     against: tuple[str, ...] = ()
@@ -41,7 +43,7 @@ class LayerCase:
     def name(self):
         heads = f"-heads{self.heads}" if self.heads > 1 else ""
         batch = f"-B{self.batch}" if self.batch > 1 else ""
-        what = "layer_train" if self.train else "layer"
+        what = ("layer_train" if self.memory == "store" else "layer_recompute") if self.train else "layer"
         return f"{what}-{self.form}{self.degree}{heads}{batch}-N{self.tokens}-D{self.dim}-{short(self.dtype)}"
 
     @property
@@ -54,7 +56,8 @@ class LayerCase:
         return training_step(function, [inputs], parameters=[p for module in modules for p in module.parameters()])
 
     def setup(self, sets=1):
-        layer = PoM(self.dim, self.degree, self.expand, form=self.form, n_sel_heads=self.heads)
+        layer = PoM(self.dim, self.degree, self.expand, form=self.form, n_sel_heads=self.heads,
+                    memory=self.memory)  # fmt: skip
         layer = layer.to(self.device, self.dtype)
         x = torch.randn(self.batch, self.tokens, self.dim, device=self.device).to(self.dtype)
         projections = layer.context_proj, layer.gate_proj, layer.out_proj
@@ -98,6 +101,11 @@ class LayerCase:
     def expected(self, layer, x):
         exact = copy.deepcopy(layer).double()
         return as_tuple(self.contender(lambda x: plain_layer(exact, x), [exact], x=x.double()).call())
+
+    def sizes(self, tensors):
+        """What the memory of a forward is held against: its output, its state, and 4 MiB of scratch."""
+        channels = self.dim * self.expand * (self.degree if self.form == "product" else 1)
+        return {"allowed": tensors["x"].nbytes + self.batch * (8 * channels + 8) + 4 * 2**20}
 
     def measure(self, clock, settings, bandwidth=None):
         return measure_times(self, clock, settings, bandwidth)

@@ -8,14 +8,9 @@ from pathlib import Path
 
 import torch
 
-from pom_ext import polynomial_state
-
+from .layers import LayerCase
 from .measure import OURS, Target, check
 from .ops import OpCase
-
-
-def nbytes(tensors):
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def status(field):
@@ -42,9 +37,9 @@ def peak_growth(case, name, threads):
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """Peak memory that one call of an op takes beyond its inputs, each contender in a process of its own."""
+    """Peak memory that one call of another case takes beyond its inputs, each contender in a process of its own."""
 
-    op: OpCase
+    op: OpCase | LayerCase
     against: tuple[str, ...] = ("plain",)
     targets: tuple[Target, ...] = ()
     clock = "host"
@@ -63,8 +58,7 @@ class MemoryCase:
             setup = self.op.setup()
             ours = setup.contenders[OURS]()
             checked = check(self, ours.call(), setup.expected())
-            state = polynomial_state(**setup.tensors, form=self.op.form, degree=self.op.degree)
-        sizes = {"state": nbytes(state.state_dict()), "u": setup.tensors["u"].nbytes}
+            sizes = self.op.sizes(setup.tensors)
         extra = {}
         for name in (OURS, *self.against):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:

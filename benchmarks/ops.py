@@ -220,5 +220,10 @@ class OpCase:
         total = total + residual + total_u
         return reference.readout(gate, total, count + count_u, **gates), total
 
+    def sizes(self, tensors):
+        """What extra memory is held against."""
+        state = polynomial_state(**tensors, form=self.form, degree=self.degree)
+        return {"state": sum(t.nbytes for t in state.state_dict().values()), "u": tensors["u"].nbytes}
+
     def measure(self, clock, settings, bandwidth=None):
         return measure_times(self, clock, settings, bandwidth)
