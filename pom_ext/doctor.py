@@ -1,8 +1,10 @@
 """What is installed, what was built and what runs here."""
 
+import importlib
 import importlib.util
 import platform
 import re
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -17,7 +19,8 @@ def diagnose():
     from . import __version__
     from ._library import BUILD, build_note, load
 
-    yield f"pom_ext    {__version__}, {Path(__file__).resolve().parent}"
+    package = Path(__file__).resolve().parent
+    yield f"pom_ext    {__version__}, {package}"
     yield f"python     {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield f"torch      {torch.__version__}, {torch.get_num_threads()} threads, CPU {torch.backends.cpu.get_cpu_capability()}"
     yield f"cuda       {_describe_cuda(torch)}"
@@ -25,16 +28,26 @@ def diagnose():
         missing = [name for name in wanted if importlib.util.find_spec(name) is None]
         yield f"{purpose:10} {'ready' if not missing else f'missing {missing}: pip install pom_ext[{extra}]'}"
     yield from _describe_build(build_note(), __version__, sysconfig.get_platform(), BUILD)
+    yield from _describe_changes(package, BUILD)
     yield f"engine     {_describe_engine()}"
+    importlib.import_module(".ops", __package__)  # where the library lacks an operation, load tells from then on
     load()
-    yield f"library    loaded, {importlib.util.find_spec('pom_ext._C').origin}"
-    yield f"kernels    {_describe_kernels(torch)}"
+    library = Path(importlib.util.find_spec("pom_ext._C").origin)
+    yield f"library    loaded, {library}"
+    if library.resolve().parent != package:
+        yield f"mismatch   that is the library of another pom_ext. Build the one of {package}, in its folder: {BUILD}"
+    yield f"kernels    {_describe_kernels(torch, BUILD)}"
     yield f"cpu        runs the kernels for {torch.ops.pom_ext.instruction_set()}"
 
 
 def _describe_cuda(torch):
     if not torch.cuda.is_available():
-        return "no GPU here" if torch.version.cuda else "none: this torch is built for the CPU"
+        driver = shutil.which("nvidia-smi")
+        if not torch.version.cuda:
+            return "none: this torch is built for the CPU" + ("; the GPU here needs one for CUDA" if driver else "")
+        if driver:
+            return f"none that this torch for CUDA {torch.version.cuda} can use: nvidia-smi tells if the driver is old"
+        return "no GPU here"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return f"{torch.version.cuda}, {', '.join(names)}"
 
@@ -46,11 +59,21 @@ def _describe_build(note, version, here, remedy):
         return
     cuda = f"CUDA {note['cuda']} for {', '.join(note['architectures'])}" if note["cuda"] else "no CUDA"
     yield f"built      {note['version']} for {note['platform']}, {note['libc']}, by {note['compiler']}; {cuda}"
-    yield f"against    torch {note['torch']}, for {note['minimum_torch']} and later; Python {note['python']}"
+    yield f"against    torch {note['torch']}, Python {note['python']}; serves torch {note['minimum_torch']} and later"
     if note["version"] != version:
         yield f"mismatch   the library is of {note['version']}, the package of {version}: {remedy}"
     if note["platform"] != here:
         yield f"mismatch   built for {note['platform']}, and this is {here}: a wheel for this one, or {remedy}"
+
+
+def _describe_changes(package, remedy):
+    """In a source folder: what was changed since its library was built."""
+    note = package / "_build.json"
+    sources = [path for path in (package.parent / "csrc").rglob("*") if path.is_file()]
+    if note.exists() and sources:
+        latest = max(sources, key=lambda path: path.stat().st_mtime)
+        if latest.stat().st_mtime > note.stat().st_mtime:
+            yield f"mismatch   {latest.relative_to(package.parent)} is newer than the library: {remedy}"
 
 
 def _describe_engine():
@@ -64,11 +87,11 @@ def _describe_engine():
     return f"loaded, {importlib.util.find_spec('pom_ext._engine').origin}"
 
 
-def _describe_kernels(torch):
+def _describe_kernels(torch, remedy):
     """What the library was built for, and whether that serves the GPUs that are here."""
     built = torch.ops.pom_ext.cuda_architectures()
     if not built:
-        return "CPU only; for CUDA, build again with nvcc on the path"
+        return f"CPU only; for CUDA too, with nvcc on the path: POM_EXT_CUDA=1 {remedy}"
     text = f"CPU, CUDA {built.replace(';', ', ')}"
     if not torch.cuda.is_available():
         return text
@@ -76,7 +99,7 @@ def _describe_kernels(torch):
     lacking = ["{}.{}".format(*capability) for capability in sorted(here) if not _serves(built, capability)]
     if not lacking:
         return f"{text}, which serves every GPU here"
-    return f"{text}, NOT the GPU here: build again with TORCH_CUDA_ARCH_LIST='{';'.join(lacking)}'"
+    return f"{text}, NOT the GPU here: TORCH_CUDA_ARCH_LIST='{';'.join(lacking)}' {remedy}"
 
 
 def _serves(built, capability):

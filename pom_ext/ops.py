@@ -21,7 +21,12 @@ from .state import State
 if _library.ERROR is None:
     from ._registration import register
 
-    register()
+    try:
+        register()
+    except (AttributeError, RuntimeError) as error:  # where an operation is missing
+        _library.ERROR = (
+            f"pom_ext: the compiled library was built before this source ({error}). Build it again: {_library.BUILD}"
+        )
 
 
 def _require(tensor, name):

@@ -235,12 +235,12 @@ def test_doctor_knows_which_gpus_a_build_serves(built, capability, serves):
         )
         return SimpleNamespace(ops=ops, cuda=here)
 
-    said = _describe_kernels(torch_with(built, capability))
+    said = _describe_kernels(torch_with(built, capability), "build")
     assert said.startswith(f"CPU, CUDA {built.replace(';', ', ')}, ")
     assert ("serves every GPU here" in said) == serves
-    assert ("TORCH_CUDA_ARCH_LIST='{}.{}'".format(*capability) in said) == (not serves)
-    assert _describe_kernels(torch_with(built)) == f"CPU, CUDA {built.replace(';', ', ')}"
-    assert _describe_kernels(torch_with("")) == "CPU only; for CUDA, build again with nvcc on the path"
+    assert ("TORCH_CUDA_ARCH_LIST='{}.{}' build".format(*capability) in said) == (not serves)
+    assert _describe_kernels(torch_with(built), "build") == f"CPU, CUDA {built.replace(';', ', ')}"
+    assert _describe_kernels(torch_with(""), "build").endswith("with nvcc on the path: POM_EXT_CUDA=1 build")
 
 
 def test_a_source_distribution_holds_all_that_is_compiled(monkeypatch):

@@ -10,12 +10,13 @@ import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cpp_programs import ROOT, call, setup_constant
 
 from pom_ext import __version__, _library
-from pom_ext.doctor import _describe_build
+from pom_ext.doctor import _describe_build, _describe_changes, _describe_cuda
 
 sys.path.insert(0, str(ROOT))  # the build is no part of the installed package
 
@@ -47,8 +48,8 @@ def installed(wheel):
 
 
 def run_python(code, path, cwd):
-    """Runs code that finds pom_ext in `path` alone. Without site (-S) no editable install adds a finder of its own, which
-    would supply from the source what a copy of the package lacks."""
+    """Runs code that finds pom_ext in `path` alone. Without site (-S) no editable install adds a finder of its own,
+    which would supply from the source what a copy of the package lacks."""
     everything = os.pathsep.join([str(path), *filter(None, sys.path)])
     return subprocess.run(
         [sys.executable, "-S", "-c", code],
@@ -177,10 +178,45 @@ def test_doctor_tells_of_a_build_that_does_not_fit():
     fits = list(_describe_build(note, "1", "linux-x86_64", "build again"))
     assert fits == [
         "built      1 for linux-x86_64, glibc 2.36, by g++ 12; CUDA 13.0 for 8.0, 9.0+PTX",
-        "against    torch 2.13.0, for 2.10 and later; Python 3.11.7",
+        "against    torch 2.13.0, Python 3.11.7; serves torch 2.10 and later",
     ]
     assert next(_describe_build({**note, "cuda": None}, "1", "linux-x86_64", "")).endswith("no CUDA")
     older, elsewhere = list(_describe_build(note, "2", "linux-aarch64", "build again"))[2:]
     assert older == "mismatch   the library is of 1, the package of 2: build again"
     assert elsewhere.startswith("mismatch   built for linux-x86_64, and this is linux-aarch64: ")
     assert list(_describe_build({}, "1", "", "build again")) == ["built      unknown: no note of a build; build again"]
+
+
+def test_a_library_that_lacks_an_operation_is_named(tmp_path):
+    older = "import torch; from pom_ext import _registration as r; r.register = lambda: torch.ops.pom_ext.newer; "
+    done = run_python(older + "import pom_ext; pom_ext.PoM(8)(torch.ones(1, 3, 8))", ROOT, tmp_path)
+    said = done.stderr.splitlines()[-1]
+    assert re.search("ImportError: .* built before this source .*'newer'.* Build it again: pip install", said), said
+
+
+def test_doctor_tells_of_source_that_was_changed_after_the_build(tmp_path):
+    package, source = tmp_path / "pom_ext", tmp_path / "csrc/cpu/mix.cpp"
+    for path, time in ((package / "_build.json", 100), (source, 99)):
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (time, time))
+    assert list(_describe_changes(package, "build")) == []
+    os.utime(source, (101, 101))
+    assert list(_describe_changes(package, "build")) == [
+        "mismatch   csrc/cpu/mix.cpp is newer than the library: build"
+    ]
+
+
+@pytest.mark.parametrize(
+    "cuda, driver, said",
+    [
+        (None, None, "none: this torch is built for the CPU"),
+        (None, "nvidia-smi", "none: this torch is built for the CPU; the GPU here needs one for CUDA"),
+        ("13.0", "nvidia-smi", "none that this torch for CUDA 13.0 can use: nvidia-smi tells if the driver is old"),
+        ("13.0", None, "no GPU here"),
+    ],
+)
+def test_doctor_tells_why_there_is_no_gpu(cuda, driver, said, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: driver)
+    without = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False), version=SimpleNamespace(cuda=cuda))
+    assert _describe_cuda(without) == said
