@@ -103,22 +103,47 @@ def project_readout(
     return linear(mixed, out_weight, out_bias)
 
 
+def project_readout_backward(
+    grad_y,
+    x,
+    gate_weight,
+    gate_bias,
+    total,
+    residual,
+    count,
+    out_weight,
+    out_bias,
+    offsets,
+    cos,
+    sin,
+    axes,
+    form,
+    heads,
+):
+    gate = linear(x, gate_weight, gate_bias)
+    mixed = ops.readout(gate, None, total, residual, *NO_TANGENTS, count, offsets, cos, sin, axes, form, heads)
+    needs = {"x", "weight", "bias"}
+    out = _linear_grads(mixed, out_weight, out_bias, grad_y, needs)
+    grad_gate, grad_total = ops.readout_backward(
+        out["x"], gate, None, total, residual, count, offsets, cos, sin, axes, form, heads
+    )
+    grads = _linear_grads(x, gate_weight, gate_bias, grad_gate, needs)
+    nothing = x.new_empty(0)
+    return (
+        grads["x"],
+        grads["weight"],
+        nothing if gate_bias is None else grads["bias"],
+        grad_total,
+        out["weight"],
+        nothing if out_bias is None else out["bias"],
+    )
+
+
 def project_readout_vjp(x, needs, grad_y):
-    gate = linear(x["x"], x["gate_weight"], x["gate_bias"])
-    state, rest = (
-        (x["total"], x["residual"]),
-        [x[name] for name in ("count", "offsets", "cos", "sin", "axes", "form", "heads")],
-    )
-    mixed = ops.readout(gate, None, *state, *NO_TANGENTS, *rest)
-    grads = _linear_grads(
-        mixed, x["out_weight"], x["out_bias"], grad_y, needs | {"mixed"}, ("mixed", "out_weight", "out_bias")
-    )
-    del mixed
-    grad_gate, grad_total = ops.readout_backward(grads.pop("mixed"), gate, None, *state, *rest)
-    grads |= _linear_grads(
-        x["x"], x["gate_weight"], x["gate_bias"], grad_gate, needs, ("x", "gate_weight", "gate_bias")
-    )
-    return grads | {"total": grad_total, "residual": grad_total}
+    names = ("x", "gate_weight", "gate_bias", "total", "out_weight", "out_bias")
+    grads = dict(zip(names, ops.project_readout_backward(grad_y, **x)))
+    grads["residual"] = grads["total"]
+    return {name: grad for name, grad in grads.items() if name in needs}
 
 
 def _linear_fake(x, weight, bias):
@@ -146,6 +171,13 @@ def _project_readout_fake(x, gate_weight, gate_bias, total, residual, count, out
     return x.new_empty(x.shape[0], x.shape[1], out_weight.shape[0])
 
 
+def _project_readout_backward_fake(
+    grad_y, x, gate_weight, gate_bias, total, residual, count, out_weight, out_bias, *rest
+):
+    grads = (x, gate_weight, gate_bias, total, out_weight, out_bias)
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in grads)
+
+
 def register(library):
     torch.library.register_fake("pom_ext::linear", _linear_fake)
     torch.library.register_vmap("pom_ext::linear", _linear_batched)
@@ -154,6 +186,7 @@ def register(library):
         (project_state, _project_state_fake),
         (project_state_backward, _project_state_backward_fake),
         (project_readout, _project_readout_fake),
+        (project_readout_backward, _project_readout_backward_fake),
     ):
         torch.library.register_fake(f"pom_ext::{parts.__name__}", fake)
         operation = getattr(ops, parts.__name__).default
@@ -161,3 +194,4 @@ def register(library):
     differentiable(library, ops.project_state.default, project_state_vjp, parts=project_state)
     differentiable(library, ops.project_readout.default, project_readout_vjp, parts=project_readout)
     made_of(library, ops.project_state_backward.default, project_state_backward)
+    made_of(library, ops.project_readout_backward.default, project_readout_backward)

@@ -6,8 +6,8 @@ features are computed again.
 
 import torch
 
+from . import _blocks, _projections
 from . import _derivatives as derivatives
-from . import _projections
 from ._autograd import differentiable, refuse_tangents
 from .checks import FORMS, accumulator
 
@@ -121,3 +121,4 @@ def register():
         vjp, jvp = getattr(derivatives, f"{name}_vjp"), getattr(derivatives, f"{name}_jvp")
         differentiable(_LIBRARY, operation, vjp, jvp, keeps=3 if name == "mix" else 0)
     _projections.register(_LIBRARY)
+    _blocks.register(_LIBRARY)

@@ -8,7 +8,15 @@ from torch import nn
 from . import _library
 from .checks import MAX_HEADS, check_form, check_tensor
 from .ops import only_one, polynomial_mix, polynomial_readout, polynomial_state
-from .projected import folded_readout, folding_pays, is_plain, is_streamed, project, projected_readout, projected_state
+from .projected import (
+    are_plain,
+    folded_readout,
+    folding_pays,
+    is_plain,
+    project,
+    projected_readout,
+    projected_state,
+)
 from .rotary import AXES, rotary_table
 
 MEMORY = ("store", "recompute")
@@ -178,7 +186,9 @@ class PoM(nn.Module):
                 "context: with causal, frames or cu_seqlens the queries are the context tokens, got "
                 f"{context.shape[1]} of these and {x.shape[1]} queries"
             )
-        if causal or mask is not None or (x.is_cuda and not grouped and self.n_sel_heads == 1):
+        # On a GPU a short context and its queries are one kernel.
+        together = x.is_cuda and not grouped and not self._streams(x, context) and not self._folds(x, 1)
+        if causal or mask is not None or together:
             mixed = polynomial_mix(
                 project(self.context_proj, context), project(self.gate_proj, x), self.coeff, form=self.form,
                 degree=self.degree, n_sel_heads=self.n_sel_heads, weight=weight, mask=mask, causal=causal, frames=frames,
@@ -194,20 +204,27 @@ class PoM(nn.Module):
     def state_of(self, context, **seen):
         """The State of context tokens (B, N, dim), which may see each other as `polynomial_state` lets them."""
         options = {"form": self.form, "degree": self.degree, **seen}
-        if self._keeps(context) or not is_streamed(context, self.context_proj):
-            return polynomial_state(project(self.context_proj, context), self.coeff, **options)
-        return projected_state(context, self.context_proj, self.coeff, **options)
+        if self._streams(context) and are_plain(context, self.context_proj):
+            return projected_state(context, self.context_proj, self.coeff, **options)
+        return polynomial_state(project(self.context_proj, context), self.coeff, **options)
 
     def read(self, x, state, **seen):
         """What query tokens (B, M, dim) read of a State, in groups as of `polynomial_readout`: (B, M, dim)."""
         options = {"form": self.form, "n_sel_heads": self.n_sel_heads, **seen}
-        if is_plain(self.out_proj) and folding_pays(x, state, self.n_sel_heads, seen):
+        even = seen.get("cu_seqlens") is None and not isinstance(seen.get("frames"), (list, tuple, torch.Tensor))
+        if self._folds(x, state.total.shape[1], even):
             return folded_readout(x, self.gate_proj, self.out_proj, state, **options)
-        if self._keeps(x, state.total) or not is_streamed(x, self.gate_proj, self.out_proj):
-            return project(self.out_proj, polynomial_readout(project(self.gate_proj, x), state, **options))
-        return projected_readout(x, self.gate_proj, self.out_proj, state, **options)
+        if self._streams(x, state.total) and are_plain(x, self.gate_proj, self.out_proj):
+            return projected_readout(x, self.gate_proj, self.out_proj, state, **options)
+        return project(self.out_proj, polynomial_readout(project(self.gate_proj, x), state, **options))
 
-    def _keeps(self, *inputs):
-        """Whether projections are stored whole, because there will be gradients that need them."""
+    def _folds(self, x, groups, even=True):
+        """Whether the readout is folded into the output projection."""
+        return is_plain(self.out_proj) and folding_pays(x, groups, self.state_width, self.n_sel_heads, even=even)
+
+    def _streams(self, *inputs):
+        """Whether projections are not stored: gradients are to make them again, or there are none, on the CPU."""
+        if self.memory == "recompute":
+            return True
         differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.parameters()))
-        return differentiated and self.memory == "store"
+        return inputs[0].device.type == "cpu" and not differentiated

@@ -15,6 +15,8 @@ from .ops import angles_of, coefficients_of, context_of, only_one, polynomial_re
 from .rotary import Rotary
 from .state import State
 
+# Queries from which on a GPU gains by folding more than its dozen small kernels take. By arithmetic; not measured.
+LEAST_ON_GPU = 4096
 CHUNK = 16_384  # tokens whose gates are held at once where nothing keeps them for a gradient
 
 
@@ -32,16 +34,17 @@ def is_plain(projection):
     )
 
 
-def is_streamed(x, *projections):
-    """Whether tokens can be projected a block at a time: on the CPU, by plain projections."""
-    return x.device.type == "cpu" and not is_traceable_wrapper_subclass(x) and all(map(is_plain, projections))
+def are_plain(x, *projections):
+    """Whether the operations of this module may take the place of these projections of x."""
+    return not is_traceable_wrapper_subclass(x) and all(map(is_plain, projections))
 
 
 def _cast(*tensors):
     """As torch's matrix products take them: under autocast in its dtype."""
-    if not torch.is_autocast_enabled("cpu"):
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
         return tensors
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
@@ -58,7 +61,7 @@ def _same_dtype(x, projection):
 
 def project(projection, x):
     """projection(x), by the fastest product of matrices that torch has for it."""
-    if not is_streamed(x, projection):
+    if x.device.type != "cpu" or not are_plain(x, projection):
         return projection(x)
     return _projections.linear(*_same_dtype(x, projection))
 
@@ -99,12 +102,13 @@ def projected_readout(
     )  # fmt: skip
 
 
-def folding_pays(x, state, n_sel_heads, seen):
-    """Whether `folded_readout` of queries (B, M, D) takes less arithmetic than an output projection of all of them."""
-    if n_sel_heads == 1:
+def folding_pays(x, groups, channels, n_sel_heads, *, even=True):
+    """Whether `folded_readout` of queries (B, M, D) takes less arithmetic than an output projection of all of them.
+
+    even: whether the queries are dealt evenly to the groups, with no need of offsets.
+    """
+    if n_sel_heads == 1 or (x.device.type == "cuda" and x.shape[0] * x.shape[1] < LEAST_ON_GPU):
         return False
-    groups, channels = state.total.shape[1:]
-    even = seen.get("cu_seqlens") is None and not isinstance(seen.get("frames"), (list, tuple, torch.Tensor))
     gates = n_sel_heads if even else n_sel_heads * groups  # that a token is multiplied with
     return groups * channels + x.shape[1] * gates < x.shape[1] * channels
 

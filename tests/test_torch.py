@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pom_ext import PoM, State, polynomial_mix, polynomial_readout, polynomial_state, polynomial_update
 
-GRADIENTS = {"state_backward", "readout_backward", "causal_mix_backward", "project_state_backward"}
+GRADIENTS = {
+    f"{name}_backward" for name in ("state", "readout", "causal_mix", "project_state", "project_readout")
+}
 PROJECTED = {"linear", "project_state", "project_readout"}  # on the CPU alone
 OPS = {"state", "readout", "causal_mix", "mix", "update", *PROJECTED, *GRADIENTS}
 

@@ -124,14 +124,15 @@ struct Projected {
     return matrix_of(x);
   }
 
+  static Optional part_of(const Optional& table, const Block& block) {
+    return table ? Optional(rows_of(*table, block.token, block.tokens)) : Optional();
+  }
+
  private:
   Optional weights(const Block& block) const {
     if (!token_weight) return {};
     Tensor samples = rows_of(*token_weight, block.sample, block.samples);
     return torch::stable::narrow(samples, 1, block.token, block.tokens);
-  }
-  static Optional part_of(const Optional& table, const Block& block) {
-    return table ? Optional(rows_of(*table, block.token, block.tokens)) : Optional();
   }
 };
 
@@ -245,38 +246,107 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> project_state_backward(
           grad_coeff.as(acc, {power ? channels : 0, power ? degree : 0})};
 }
 
+// Queries and what they read: as Projected, of gates.
+struct ProjectedGates {
+  Tensor x, rows, weight, out_weight;
+  Optional bias, cos, sin;
+  State state;
+  Plain offsets;
+  Bounds bounds;
+  int64_t axes, form, heads, groups, channels;
+
+  ProjectedGates(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& total,
+                 const Tensor& residual, const Tensor& count, const Tensor& out_weight, const Optional& offsets_,
+                 const Optional& cos, const Optional& sin, int64_t axes, int64_t form, int64_t heads)
+      : x(x), rows(Projected::projected_rows(x, weight, bias, "gate_weight")), weight(weight), out_weight(out_weight),
+        bias(bias), cos(cos), sin(sin), state(total, residual, count, x, x.size(0), total.size(1), total.size(2)),
+        offsets(offsets_, x, ScalarType::Long, {total.size(1) + 1}, "offsets"),
+        bounds(offsets, x.size(1), total.size(1)), axes(axes), form(form), heads(heads), groups(total.size(1)),
+        channels(total.size(2)) {
+    STD_TORCH_CHECK(out_weight.dim() == 2 && out_weight.size(1) == channels, "out_weight: unexpected shape");
+  }
+
+  Tensor tokens(const Block& block, int64_t first) const { return rows_of(rows, first, block.rows()); }
+  Gates gates(const Block& block, int64_t first) const {
+    const Tensor gate = linear(tokens(block, first), weight, bias);
+    return Gates(torch::stable::view(gate, {block.samples, block.tokens, weight.size(0)}), {}, channels,
+                 Projected::part_of(cos, block), Projected::part_of(sin, block), axes, form, heads);
+  }
+  // The groups of a block: the row of the first, and their state.
+  int64_t row(const Block& block, const Bounds::Local& local) const { return block.sample * groups + local.first; }
+  pom::StateView view(int64_t row) const {
+    const int64_t bytes = row * channels * state.total.tensor->element_size();
+    return {static_cast<const char*>(state.view.total) + bytes, static_cast<const char*>(state.view.residual) + bytes,
+            state.view.count + row};
+  }
+  // (rows, C): what the queries of a block read
+  Tensor read(const Block& block, const Gates& gates, const Bounds::Local& local) const {
+    Tensor mixed = torch::stable::new_empty(x, {block.rows(), channels});
+    call(pom::ReadoutArgs{gates.args, local.count, local.data(), view(row(block, local)), mixed.mutable_data_ptr(), {}},
+         gates.gate, POM_OPERATION(readout));
+    return mixed;
+  }
+};
+
 Tensor project_readout(const Tensor& x, const Tensor& gate_weight, const Optional& gate_bias, const Tensor& total,
                        const Tensor& residual, const Tensor& count, const Tensor& out_weight, const Optional& out_bias,
-                       const Optional& offsets_, const Optional& cos, const Optional& sin, int64_t axes, int64_t form,
+                       const Optional& offsets, const Optional& cos, const Optional& sin, int64_t axes, int64_t form,
                        int64_t heads) {
-  const int64_t groups = total.size(1), channels = total.size(2), dim = out_weight.size(0);
-  const Tensor rows = Projected::projected_rows(x, gate_weight, gate_bias, "gate_weight");
-  STD_TORCH_CHECK(out_weight.dim() == 2 && out_weight.size(1) == channels, "out_weight: unexpected shape");
-  const State state(total, residual, count, x, x.size(0), groups, channels);
-  const Plain offsets(offsets_, x, ScalarType::Long, {groups + 1}, "offsets");
-  const Bounds bounds(offsets, x.size(1), groups);
-  const int64_t acc_size = state.total.tensor->element_size();
-  Tensor y = new_result(x, {x.size(0), x.size(1), dim}, x.scalar_type());
+  const ProjectedGates in(x, gate_weight, gate_bias, total, residual, count, out_weight, offsets, cos, sin, axes, form,
+                          heads);
+  Tensor y = new_result(x, {x.size(0), x.size(1), out_weight.size(0)}, x.scalar_type());
   const Tensor y_rows = matrix_of(y);
-  each_block(x, channels, [&](const Block& block, int64_t first) {
-    const Tensor gate = linear(rows_of(rows, first, block.rows()), gate_weight, gate_bias);
-    const auto table = [&](const Optional& t) {
-      return t ? Optional(rows_of(*t, block.token, block.tokens)) : Optional();
-    };
-    const Gates gates(torch::stable::view(gate, {block.samples, block.tokens, gate_weight.size(0)}), {}, channels,
-                      table(cos), table(sin), axes, form, heads);
-    const Bounds::Local local = bounds.within(block);
-    const int64_t row = block.sample * groups + local.first;
-    const pom::StateView view = {static_cast<const char*>(state.view.total) + row * channels * acc_size,
-                                 static_cast<const char*>(state.view.residual) + row * channels * acc_size,
-                                 state.view.count + row};
-    Tensor mixed = torch::stable::new_empty(x, {block.rows(), channels});
-    call(pom::ReadoutArgs{gates.args, local.count, local.data(), view, mixed.mutable_data_ptr(), {}}, gates.gate,
-         POM_OPERATION(readout));
+  each_block(x, in.channels, [&](const Block& block, int64_t first) {
+    const Tensor mixed = in.read(block, in.gates(block, first), in.bounds.within(block));
     Tensor part = rows_of(y_rows, first, block.rows());
     torch::stable::copy_(part, linear(mixed, out_weight, out_bias));
   });
   return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> project_readout_backward(
+    const Tensor& grad_y, const Tensor& x, const Tensor& gate_weight, const Optional& gate_bias, const Tensor& total,
+    const Tensor& residual, const Tensor& count, const Tensor& out_weight, const Optional& out_bias,
+    const Optional& offsets, const Optional& cos, const Optional& sin, int64_t axes, int64_t form, int64_t heads) {
+  const ProjectedGates in(x, gate_weight, gate_bias, total, residual, count, out_weight, offsets, cos, sin, axes, form,
+                          heads);
+  const int64_t dim = out_weight.size(0);
+  STD_TORCH_CHECK(grad_y.scalar_type() == x.scalar_type(), "grad_y: unexpected dtype");
+  expect_shape(grad_y, {x.size(0), x.size(1), dim}, "grad_y");
+  const Tensor grad_y_rows = matrix_of(grad_y), back = transposed(out_weight), gate_back = transposed(gate_weight);
+  Tensor grad_x = new_like(x), grad_total = new_like(*in.state.total.tensor);
+  const Tensor grad_rows = matrix_of(grad_x);
+  std::vector<double> sums(grad_total.numel());
+  Sum grad_gate_weight, grad_gate_bias, grad_out_weight, grad_out_bias;
+  each_block(x, in.channels, [&](const Block& block, int64_t first) {
+    const Gates gates = in.gates(block, first);
+    const Bounds::Local local = in.bounds.within(block);
+    const Tensor dy = rows_of(grad_y_rows, first, block.rows()), dmixed = linear(dy, back);
+    grad_out_weight.add(linear(transposed(dy), transposed(in.read(block, gates, local))));
+    if (out_bias) grad_out_bias.add(column_sums(dy));
+    Tensor dgate = new_like(gates.gate);
+    Tensor dtotal = torch::stable::new_empty(x, {block.samples, local.count, in.channels}, acc_of(x));
+    const int64_t row = in.row(block, local);
+    call(pom::ReadoutBackwardArgs{gates.args, local.count, local.data(), in.view(row), dmixed.const_data_ptr(),
+                                  block.tokens * in.channels, in.channels, dgate.mutable_data_ptr(),
+                                  dtotal.mutable_data_ptr()},
+         gates.gate, POM_OPERATION(readout_backward));
+    with_acc(x, [&](auto acc) {
+      const auto* const part = static_cast<const decltype(acc)*>(dtotal.const_data_ptr());
+      for (int64_t i = 0; i < dtotal.numel(); ++i) sums[row * in.channels + i] += part[i];
+    });
+    const Tensor dgate_rows = matrix_of(dgate);
+    Tensor part = rows_of(grad_rows, first, block.rows());
+    torch::stable::copy_(part, linear(dgate_rows, gate_back));
+    grad_gate_weight.add(linear(transposed(dgate_rows), transposed(in.tokens(block, first))));
+    if (gate_bias) grad_gate_bias.add(column_sums(dgate_rows));
+  });
+  with_acc(x, [&](auto acc) {
+    std::copy(sums.begin(), sums.end(), static_cast<decltype(acc)*>(grad_total.mutable_data_ptr()));
+  });
+  return {grad_x, grad_gate_weight.as(x, {gate_weight.size(0), gate_weight.size(1)}),
+          grad_gate_bias.as(x, {gate_bias ? gate_weight.size(0) : 0}), grad_total,
+          grad_out_weight.as(x, {dim, in.channels}), grad_out_bias.as(x, {out_bias ? dim : 0})};
 }
 
 Tensor linear_of_tokens(const Tensor& x, const Tensor& weight, const Optional& bias) {
@@ -301,6 +371,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pom_ext, m) {
       "project_readout(Tensor x, Tensor gate_weight, Tensor? gate_bias, Tensor total, Tensor residual, Tensor count, "
       "Tensor out_weight, Tensor? out_bias, Tensor? offsets, Tensor? cos, Tensor? sin, int axes, int form, int heads) "
       "-> Tensor");
+  m.def(
+      "project_readout_backward(Tensor grad_y, Tensor x, Tensor gate_weight, Tensor? gate_bias, Tensor total, "
+      "Tensor residual, Tensor count, Tensor out_weight, Tensor? out_bias, Tensor? offsets, Tensor? cos, Tensor? sin, "
+      "int axes, int form, int heads) -> (Tensor grad_x, Tensor grad_gate_weight, Tensor grad_gate_bias, "
+      "Tensor grad_total, Tensor grad_out_weight, Tensor grad_out_bias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pom_ext, CPU, m) {
@@ -308,4 +383,5 @@ STABLE_TORCH_LIBRARY_IMPL(pom_ext, CPU, m) {
   m.impl("project_state", TORCH_BOX(&project_state));
   m.impl("project_state_backward", TORCH_BOX(&project_state_backward));
   m.impl("project_readout", TORCH_BOX(&project_readout));
+  m.impl("project_readout_backward", TORCH_BOX(&project_readout_backward));
 }
