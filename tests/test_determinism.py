@@ -1,4 +1,4 @@
-"""Bit-identical results, whatever runs beside them, and memory that does not grow with the tokens."""
+"""Bit-identical results, whatever runs beside them and however torch is set, and memory that does not grow with the tokens."""
 
 import os
 import subprocess
@@ -8,16 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import FORMS, MODES, Case, draw_inputs, run_op
+from cases import FORMS, MODES, Case, draw_inputs, op_function, run_op
 
-from pom_ext import State, polynomial_update
+from pom_ext import PoM, State, polynomial_mix, polynomial_update
 
+DTYPES = (torch.float32, torch.bfloat16)
 LONG = ("whole", "weight", "causal", "frames_unequal")
 
 
 def assert_bit_identical(results, others):
     for name, result in results.items():
         assert torch.equal(result, others[name]), name
+
+
+def inputs_of(form, mode, dtype=torch.float32, **sizes):
+    """A case with whatever the mode allows: a state from before, rotary positions, a gate for several channels."""
+    prior = mode.split("+")[0] not in ("mask", "cu_seqlens")
+    extras = {"axes": 1} if form == "power" else {"heads": 3}
+    sizes = {"batch": 3, "tokens": 130, "width": 33, "queries": 3 if mode == "mask" else None, **sizes}
+    return draw_inputs(Case(form, 3, mode, dtype, **sizes, prior=prior, **extras))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -47,30 +56,114 @@ def test_the_number_of_threads_changes_nothing(form, mode, batch, tokens, width,
         assert_bit_identical(run_op(inputs), alone)
 
 
-def sample(inputs, index):
-    """The call with one sample of the batch."""
+def pick(inputs, samples):
+    """The call with these samples of the batch, in this order."""
 
-    def pick(tensors):
-        return {name: t if name == "coeff" else t[index : index + 1] for name, t in tensors.items()}
+    def of(tensors):
+        return {name: t if name == "coeff" else t[samples] for name, t in tensors.items()}
 
-    context = {name: value for name, value in inputs.context.items() if name not in ("weight", "mask")}
     weights = {name: value for name, value in inputs.context.items() if name in ("weight", "mask")}
     return replace(
-        inputs, leaves=pick(inputs.leaves), output_grads=pick(inputs.output_grads), context=context | pick(weights)
-    )
+        inputs, leaves=of(inputs.leaves), context=inputs.context | of(weights), output_grads=of(inputs.output_grads),
+        prior_residual=inputs.prior_residual[samples], prior_count=inputs.prior_count[samples],
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("tokens, width", [(7, 33), (5_000, 9)])
-@pytest.mark.parametrize("mode", (*LONG, "cu_seqlens", "mask"))
+def of_samples(results, samples):
+    """Results of these samples. The gradient of the coefficients is the sum over all of them, and left out."""
+    return {name: result[samples] for name, result in results.items() if name != "grad coeff"}
+
+
+@pytest.mark.parametrize(
+    "tokens, width, dtype", [(7, 33, torch.float32), (130, 33, torch.bfloat16), (5000, 9, torch.float32)]
+)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("form", FORMS)
-def test_batch_neighbours_change_nothing(form, mode, tokens, width, device):
-    queries = 3 if mode == "mask" else None
-    inputs = draw_inputs(Case(form, 2, mode, batch=4, tokens=tokens, width=width, queries=queries))
+def test_a_sample_is_the_same_in_any_batch_and_place(form, mode, tokens, width, dtype, device):
+    inputs = inputs_of(form, mode, dtype, batch=5, tokens=tokens, width=width)
+    expected = run_op(inputs, device)
+    for samples in ([0], [4], [3, 1], [2, 2, 0], [4, 3, 2, 1, 0]):
+        assert_bit_identical(of_samples(expected, samples), run_op(pick(inputs, samples), device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_query_does_not_know_the_others(form, dtype, device):
+    """More queries than tokens or fewer: the answer to each, and the gradient of its gate, are the same bits."""
+    inputs = draw_inputs(Case(form, 3, "whole", dtype, tokens=7, queries=130, width=33))
     together = run_op(inputs, device)
-    for index in range(4):
-        alone = run_op(sample(inputs, index), device)
-        own = {name: result[index : index + 1] for name, result in together.items() if name != "grad coeff"}
-        assert_bit_identical(own, alone)
+    for queries in (slice(0, 1), slice(64, 66), slice(3, 130)):
+        gate, grad = inputs.leaves["gate"][:, queries], inputs.output_grads["y"][:, queries]
+        alone = replace(inputs, leaves=inputs.leaves | {"gate": gate}, output_grads=inputs.output_grads | {"y": grad})
+        expected = {name: together[name][:, queries] for name in ("y", "grad gate")}
+        assert_bit_identical(expected | {"state": together["state"]}, run_op(alone, device))
+
+
+@pytest.fixture
+def deterministic():
+    """Deterministic algorithms alone, for a call. Outputs that torch allocates are then filled with NaN first."""
+
+    def call(function, *arguments):
+        torch.use_deterministic_algorithms(True)
+        try:
+            return function(*arguments)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    return call
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("form", FORMS)
+def test_deterministic_algorithms_change_no_bit(form, mode, dtype, device, deterministic):
+    inputs = inputs_of(form, mode, dtype)
+    assert_bit_identical(deterministic(run_op, inputs, device), run_op(inputs, device))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_deterministic_layers_and_streams_change_no_bit(form, deterministic):
+    """On the CPU: for a GPU's matrix products torch wants an environment variable."""
+    layer, x = PoM(13, 3, form=form, rope="1d" if form == "power" else None), torch.randn(3, 70, 13)
+    u, gate = torch.randn(2, 3, 70, layer.state_width).unbind()
+
+    def run():
+        y, state = layer(x, return_state=True)
+        grads = torch.autograd.grad(y.sum() + state.mean().sum(), list(layer.parameters()))
+        with torch.no_grad():
+            results = {"y": y, **dict(enumerate(grads)), "next": layer(x, state=state)}
+            results["update"] = polynomial_update(u, gate, state, layer.coeff, form=form, degree=3)
+        return results | state.state_dict()
+
+    assert_bit_identical(deterministic(run), run())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("form", FORMS)
+def test_inference_mode_changes_no_bit(form, mode, device):
+    inputs = inputs_of(form, mode)
+    leaves = {name: leaf.to(device) for name, leaf in inputs.leaves.items()}
+    expected = op_function(inputs, device)(**leaves)
+    with torch.inference_mode():
+        assert_bit_identical(expected, op_function(inputs, device)(**leaves))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_stream_in_and_out_of_inference_mode(form, device):
+    """States made in it are read and written outside, and the other way round."""
+    frames, gate = torch.randn(4, 2, 5, 12, device=device), torch.randn(2, 3, 12, device=device)
+    coeff = torch.randn(12, 2, device=device) if form == "power" else None
+
+    def stream(modes):
+        state, outputs = State.empty(2, 12, device=device), {}
+        for i, (frame, inference) in enumerate(zip(frames, modes, strict=True)):
+            with torch.inference_mode(inference):
+                _, state = polynomial_mix(frame, gate, coeff, form=form, degree=2, state=state, return_state=True)
+                outputs[i] = polynomial_update(frame, gate, state, coeff, form=form, degree=2)
+        return outputs | state.state_dict()
+
+    assert_bit_identical(stream([False] * 4), stream([True, False, True, False]))
 
 
 @pytest.mark.parametrize("form", FORMS)
