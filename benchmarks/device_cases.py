@@ -76,9 +76,12 @@ def layer_cases():
     for train in (False, True):
         for tokens in TOKENS:
             # Attention grows with the square of the tokens.
-            targets = tuple(Target(name, at_least=1) for name in ("attention",) * (tokens >= 4096) + AUTHORS)
-            power = {"dim": 1024, "heads": 16, "against": ("attention", "compiled", *AUTHORS)}
-            yield LayerCase("power", 3, tokens, train, dtype=BF16, **power, **GPU, targets=targets)
+            targets = tuple(Target(name, at_least=1) for name in ("attention",) * (tokens >= 512) + AUTHORS)
+            if tokens >= 16384 and not train:
+                targets += (Target("context projection", at_least=1 / 1.25),)
+            power = {"dim": 1024, "heads": 16, "against": ("attention", "compiled", "context projection", *AUTHORS)}
+            for memory in ("store", "recompute")[: 1 + train]:
+                yield LayerCase("power", 3, tokens, train, memory=memory, dtype=BF16, **power, **GPU, targets=targets)
         for batch in (1, 16):
             product = {"dim": 1152, "batch": batch, "against": ("attention", "compiled")}
             yield LayerCase("product", 2, 256, train, dtype=BF16, **product, **GPU)
