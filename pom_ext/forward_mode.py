@@ -1,7 +1,7 @@
 """Forward-mode derivatives of whole models, without products by zero and passes over memory that torch's own make.
 
 torch multiplies by the tangent of the weights of a linear map too where there is none: a model then costs three products
-for every one. Here it costs two. A layer norm costs torch some ten passes more; here it costs one.
+for every one. Here it costs two. A layer norm takes torch some ten passes more, here one.
 """
 
 import torch
@@ -51,6 +51,28 @@ def _addcmul(function, input, tensor1, tensor2, **options):
     return y if moved is None else make_dual(y, moved.to(y.dtype).expand_as(y))
 
 
+def _dual(x):
+    return unpack_dual(x) if isinstance(x, torch.Tensor) else (x, None)
+
+
+def _bilinear(function, input, other):
+    """A product, or a quotient by what stands still."""
+    (x, along_x), (y, along_y) = _dual(input), _dual(other)
+    if function is torch.Tensor.div and along_y is not None:
+        return function(input, other)
+    parts = [function(a, b) for a, b in ((along_x, y), (x, along_y)) if a is not None and b is not None]
+    return make_dual(function(x, y), sum(parts[1:], parts[0])) if parts else function(x, y)
+
+
+def _add(function, input, other, **options):
+    """To what stands still: torch decomposes that in Python, which takes longer than the sum."""
+    (x, along_x), (y, along_y) = _dual(input), _dual(other)
+    if options or (along_x is None) == (along_y is None):
+        return function(input, other, **options)
+    total, tangent = function(x, y), along_y if along_x is None else along_x
+    return make_dual(total, tangent.to(total.dtype).expand_as(total))
+
+
 def _method(function, *args, **options):
     """As a function of torch: the method, which is Python, cannot be compiled in a mode."""
     return getattr(torch, function.__name__)(*args, **options)
@@ -60,6 +82,8 @@ _RULES = {
     **dict.fromkeys((F.linear, F.conv1d, F.conv2d, F.conv3d), _linear_in_input),
     F.layer_norm: _layer_norm,
     torch.addcmul: _addcmul,
+    **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.mul, torch.Tensor.div), _bilinear),
+    torch.Tensor.add: _add,
     **dict.fromkeys((torch.Tensor.unflatten, torch.Tensor.split), _method),
 }
 

@@ -33,8 +33,8 @@ def products(call):
     return counted.count
 
 
-def image_model(mixer):
-    model = ImageDiT(3, 5, 8, patch=2, dim=16, n_layers=2, n_heads=2, mixer=mixer).double()
+def image_model(mixer, n_layers=2):
+    model = ImageDiT(3, 5, 8, patch=2, dim=16, n_layers=n_layers, n_heads=2, mixer=mixer).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -146,6 +146,21 @@ def test_addcmul(shapes):
         )
 
 
+@pytest.mark.parametrize("other", ((2, 4, 5), (4, 1)))
+def test_products_sums_and_quotients(other):
+    at = double(2, 3, 4), double(*other)
+    assert_same_along(torch.matmul, lambda x, y: torch.einsum("...ij,...jk->...ik", x, y), *at)
+    at = double(2, 3, 4), double(3, 1)
+    for call in (
+        lambda x, y: x.mT @ y @ y.mT,
+        lambda x, y: 2 * x * y,
+        lambda x, y: x / (3 + y.square()) / 2,
+        lambda x, y: 1 + x + y + torch.add(x, y, alpha=2) + y,
+        lambda x, y: x.add(3, alpha=2) * y,
+    ):
+        assert_same_along(call, call, *at)
+
+
 def test_half_precision():
     x, scale, weight = torch.randn(2, 5, 8), torch.randn(2, 1, 8), torch.randn(8, 8)
 
@@ -172,7 +187,7 @@ def test_of_every_sample():
 
 @pytest.mark.parametrize("mixer", ("power", "product"))
 def test_compiled(mixer):
-    function, _, at, direction = image_model(mixer)
+    function, _, at, direction = image_model(mixer, n_layers=1)
     compiled = torch.compile(lambda *at: jvp(function, at, direction), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*at), jvp(function, at, direction))
 
