@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pom_ext import PoM
 from pom_ext.forward_mode import jvp
 from pom_ext.models import ImageDiT
+from pom_ext.models.blocks import AdaLN
 
 PRODUCTS = (
     *(torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.convolution.default),
@@ -98,6 +99,26 @@ def test_convolutions_with_all_their_options():
         lambda x: conv2d(x, weight, groups=4),
     ):
         torch.testing.assert_close(jvp(call, (x,), (x,)), torch.func.jvp(call, (x,), (x,)))
+
+
+def test_passes_over_the_tokens():
+    """A modulated norm: two as it is, one more for the norm, and two for the product rule."""
+    norm, x, cond = AdaLN(8), torch.randn(2, 5, 8), torch.randn(2, 1, 8)
+    passes = []
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            found = operation(*args, **(kwargs or {}))
+            y = found[0] if isinstance(found, tuple) else found
+            if not operation.is_view and isinstance(y, torch.Tensor) and y.shape == x.shape:
+                passes.append(operation)
+            return found
+
+    with Counted():
+        norm(x, cond)
+        once = len(passes)
+        jvp(norm, (x, cond), (x, cond))
+    assert (once, len(passes) - once) == (2, 5), passes
 
 
 def double(*shape):
