@@ -119,7 +119,7 @@ class ImageDiT(nn.Module):
             x = x + blocks.sincos_positions(grid, self.dim, like=self.patch_in.weight)  # (B, N, D)
         else:
             x = x + self.positions(grid)  # (B, N, D)
-            x = torch.cat([self.registers.expand(len(x), -1, -1), x], dim=1)  # (B, R + N, D)
+            x = torch.cat([self.registers.expand(x.shape[0], -1, -1), x], dim=1)  # (B, R + N, D)
             cond = cond + torch.cat([self.register_cond[None], self.position_cond(grid)], dim=1)  # (B, R + N, D)
         cond = F.silu(cond)  # (B, 1 or R + N, D)
 

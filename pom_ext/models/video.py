@@ -186,7 +186,7 @@ class VideoDiT(nn.Module):
             raise ValueError("finished_time: expected None where no finished frames are given")
         t, h, w = self.patch
         grid, frames = Grid(video.shape[3] // h, video.shape[4] // w), video.shape[2] // t
-        self._check_past(past, frame_causal, return_past, len(video), grid)
+        self._check_past(past, frame_causal, return_past, video.shape[0], grid)
         first = 0 if past is None else past.frames
         if paired:
             finished_time = torch.zeros_like(time) if finished_time is None else finished_time
@@ -265,7 +265,7 @@ class VideoDiT(nn.Module):
                 f"got {' x '.join(map(str, video.shape[2:]))}; pad or resize them"
             )
         self._check_marks(video, time=time, labels=labels)
-        if text is not None and (text.dim() != 3 or text.shape[::2] != (len(video), self.text_dim)):
+        if text is not None and (text.dim() != 3 or text.shape[::2] != (video.shape[0], self.text_dim)):
             raise ValueError(f"text: expected shape ({len(video)}, L, {self.text_dim}), got {tuple(text.shape)}")
         if text_weight is not None and text_weight.shape != text.shape[:2]:
             raise ValueError(f"text_weight: expected shape {tuple(text.shape[:2])}, got {tuple(text_weight.shape)}")
@@ -273,7 +273,7 @@ class VideoDiT(nn.Module):
             blocks.check_labels(labels, self.n_classes)
 
     def _check_marks(self, video, **marks):
-        one, many = (len(video),), (len(video), video.shape[2] // self.patch[0])
+        one, many = (video.shape[0],), (video.shape[0], video.shape[2] // self.patch[0])
         for name, tensor in marks.items():
             if tensor is not None and tensor.shape not in (one, many):
                 raise ValueError(

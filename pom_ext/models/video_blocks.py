@@ -116,7 +116,7 @@ class FrameMixer(PoM):
         own = self.state_of(tokens, cu_seqlens=offsets, rotary=rotary)  # (B, T, C)
         finished = own.map(layout.finished)
         if memory is None:
-            memory = self.empty_memory(len(finished.total), 0, layout.forgetting, tokens.device)
+            memory = self.empty_memory(finished.total.shape[0], 0, layout.forgetting, tokens.device)
         before, memory = layout.forgetting.sums(memory, finished)
         if layout.paired:
             before = State.cat([before, before], dim=0)
@@ -194,7 +194,7 @@ class FrameConv(nn.Module):
         """(B, T, S, D) and the two frames before, None at the start -> (B, T, S, D) and the last two frames."""
         finished = layout.finished(x)
         if tail is None:
-            tail = finished.new_zeros(len(finished), KERNEL - 1, *x.shape[2:])
+            tail = finished.new_zeros(finished.shape[0], KERNEL - 1, *x.shape[2:])
         padded = torch.cat([tail, finished], dim=1)  # (B, 2 + T, S, D)
         sizes = layout.grid.height, layout.grid.width
         video = padded.unflatten(2, sizes).permute(0, 4, 1, 2, 3)  # (B, D, 2 + T, h, w), a view
