@@ -97,7 +97,7 @@ setup(
             ["csrc/torch/binding.cpp", "csrc/torch/module.cpp", "csrc/torch/projected.cpp"],
             include_dirs=[os.path.abspath(path) for path in INCLUDE],
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", "0x030A0000")],
-            extra_compile_args={"cxx": ["-O2", "-fvisibility=hidden"]},
+            extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden"]},
             py_limited_api=True,
         ),
         Extension(

@@ -70,7 +70,8 @@ def projected_cases():
                 if form == "power" and not options["train"]:
                     targets += (Target("attention", at_least=faster),)
                 if form == "power" and options["train"]:
-                    targets += (Target("attention", at_least=1), *(Target(name, at_least=5) for name in AUTHORS))
+                    targets += (Target("attention", at_least=1),)
+                    targets += tuple(Target(name, at_least=5) for name in AUTHORS if tokens >= 1024)
                 yield LayerCase(form, 3, tokens, dtype=FP32, against=against, targets=targets, **options)
 
 

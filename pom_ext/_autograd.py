@@ -10,6 +10,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+WITHOUT_GRADIENT = ("count", "kept")  # results
+
 
 def differentiable(library, operation, vjp, jvp=None, *, keeps=0, parts=None):
     """Give an operation its derivatives.
@@ -39,8 +41,7 @@ def differentiable(library, operation, vjp, jvp=None, *, keeps=0, parts=None):
         ctx.save_for_forward(*saved)
         ctx.rest = [None if isinstance(value, torch.Tensor) else value for value in arguments]
         ctx.set_materialize_grads(False)
-        if "count" in results:
-            ctx.mark_non_differentiable(output[results.index("count")])
+        ctx.mark_non_differentiable(*(output[i] for i, name in enumerate(results) if name in WITHOUT_GRADIENT))
 
     def arguments_of(ctx):
         saved = ctx.saved_tensors

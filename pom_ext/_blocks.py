@@ -36,31 +36,43 @@ def _add(sums, grads, dtype):
         sums[name] = grad.to(dtype) if name not in sums else sums[name].add_(grad)
 
 
-def project_state(x, weight, bias, coeff, token_weight, offsets, cumulative, cos, sin, axes, form, degree):
+def project_state(x, weight, bias, coeff, token_weight, offsets, cumulative, cos, sin, axes, form, degree, keep=False):
     def of(samples, tokens):
         weights = None if token_weight is None else token_weight[samples, tokens]
         context = weights, None, False, _part(cos, tokens), _part(sin, tokens), axes, form, degree
-        return State(*whole.project_state(x[samples, tokens], weight, bias, coeff, *context))
+        return State(*whole.project_state(x[samples, tokens], weight, bias, coeff, *context)[:3])
 
     if offsets is not None or len(x) == 0:
         rest = token_weight, offsets, cumulative, cos, sin, axes, form, degree
         return whole.project_state(x, weight, bias, coeff, *rest)
     states = [reduce(State.merge, (of(samples, n) for n in parts)) for samples, parts in blocks(x, len(weight))]
-    return tuple(State.cat(states, dim=0).state_dict().values())
+    return *State.cat(states, dim=0).state_dict().values(), x.new_empty(0, 0, 0)
 
 
 def project_state_backward(
-    grad_total, x, weight, bias, coeff, token_weight, offsets, cumulative, cos, sin, axes, form, degree, needs_x,
+    grad_total, x, weight, bias, coeff, token_weight, offsets, cumulative, cos, sin, axes, form, degree, kept, needs_x,
     needs_weight,
 ):  # fmt: skip
     if offsets is not None or len(x) == 0:
-        rest = token_weight, offsets, cumulative, cos, sin, axes, form, degree, needs_x, needs_weight
+        rest = token_weight, offsets, cumulative, cos, sin, axes, form, degree, None, needs_x, needs_weight
         return whole.project_state_backward(grad_total, x, weight, bias, coeff, *rest)
     grad_x, sums = torch.empty_like(x if needs_x else x[:0, :0, :0]), {}
     for samples, parts in blocks(x, len(weight)):
         for n in parts:
             weights = None if token_weight is None else token_weight[samples, n]
-            context = weights, None, False, _part(cos, n), _part(sin, n), axes, form, degree, needs_x, needs_weight
+            context = (
+                weights,
+                None,
+                False,
+                _part(cos, n),
+                _part(sin, n),
+                axes,
+                form,
+                degree,
+                None,
+                needs_x,
+                needs_weight,
+            )
             found = whole.project_state_backward(grad_total[samples], x[samples, n], weight, bias, coeff, *context)
             if needs_x:
                 grad_x[samples, n] = found[0]
@@ -69,45 +81,33 @@ def project_state_backward(
 
 
 def project_readout(
-    x, gate_weight, gate_bias, total, residual, count, out_weight, out_bias, offsets, cos, sin, axes, form, heads
-):
-    rest = out_weight, out_bias, offsets, cos, sin, axes, form, heads
+    x, gate_weight, gate_bias, total, residual, count, out_weight, out_bias, offsets, cos, sin, axes, form, heads,
+    keep=False,
+):  # fmt: skip
     if total.shape[1] != 1 or len(x) == 0:
+        rest = out_weight, out_bias, offsets, cos, sin, axes, form, heads
         return whole.project_readout(x, gate_weight, gate_bias, total, residual, count, *rest)
     y = x.new_empty(x.shape[0], x.shape[1], len(out_weight))
     for samples, parts in blocks(x, total.shape[2]):
         state = total[samples], residual[samples], count[samples]
         for n in parts:
             rest = out_weight, out_bias, None, _part(cos, n), _part(sin, n), axes, form, heads
-            y[samples, n] = whole.project_readout(x[samples, n], gate_weight, gate_bias, *state, *rest)
-    return y
+            y[samples, n] = whole.project_readout(x[samples, n], gate_weight, gate_bias, *state, *rest)[0]
+    return y, x.new_empty(0, 0, 0)
 
 
 def project_readout_backward(
-    grad_y,
-    x,
-    gate_weight,
-    gate_bias,
-    total,
-    residual,
-    count,
-    out_weight,
-    out_bias,
-    offsets,
-    cos,
-    sin,
-    axes,
-    form,
-    heads,
-):
-    rest = out_weight, out_bias, offsets, cos, sin, axes, form, heads
+    grad_y, x, gate_weight, gate_bias, total, residual, count, out_weight, out_bias, offsets, cos, sin, axes, form, heads,
+    kept,
+):  # fmt: skip
     if total.shape[1] != 1 or len(x) == 0:
+        rest = out_weight, out_bias, offsets, cos, sin, axes, form, heads, None
         return whole.project_readout_backward(grad_y, x, gate_weight, gate_bias, total, residual, count, *rest)
     grad_x, grad_total, sums = torch.empty_like(x), torch.zeros_like(total), {}
     for samples, parts in blocks(x, total.shape[2]):
         state = total[samples], residual[samples], count[samples]
         for n in parts:
-            rest = out_weight, out_bias, None, _part(cos, n), _part(sin, n), axes, form, heads
+            rest = out_weight, out_bias, None, _part(cos, n), _part(sin, n), axes, form, heads, None
             found = whole.project_readout_backward(
                 grad_y[samples, n], x[samples, n], gate_weight, gate_bias, *state, *rest
             )

@@ -65,13 +65,15 @@ def _linear_batched(info, dims, x, weight, bias):
     return ops.linear(rows.flatten(0, 1), weight, bias).unflatten(0, rows.shape[:2]), 0
 
 
-def project_state(x, weight, bias, coeff, token_weight, offsets, cumulative, cos, sin, axes, form, degree):
+def project_state(x, weight, bias, coeff, token_weight, offsets, cumulative, cos, sin, axes, form, degree, keep=False):
+    """The State, and of the operation the projections u that it is to keep for gradients, or nothing."""
     u = linear(x, weight, bias)
-    return ops.state(u, coeff, *NO_TANGENTS, token_weight, None, offsets, cumulative, cos, sin, axes, form, degree)
+    state = ops.state(u, coeff, *NO_TANGENTS, token_weight, None, offsets, cumulative, cos, sin, axes, form, degree)
+    return *state, x.new_empty(0, 0, 0)
 
 
 def project_state_backward(
-    grad_total, x, weight, bias, coeff, token_weight, offsets, cumulative, cos, sin, axes, form, degree, needs_x,
+    grad_total, x, weight, bias, coeff, token_weight, offsets, cumulative, cos, sin, axes, form, degree, kept, needs_x,
     needs_weight,
 ):  # fmt: skip
     u = linear(x, weight, bias)
@@ -81,45 +83,40 @@ def project_state_backward(
     needs = {name for name, needed in (("x", needs_x), ("weight", needs_weight), ("bias", bias is not None)) if needed}
     grads = _linear_grads(x, weight, bias, grad_u, needs)
     nothing = _project_state_backward_fake(
-        grad_total, x, weight, bias, coeff, token_weight, offsets, cumulative, cos, sin, axes, form, degree, needs_x,
-        needs_weight,
+        grad_total, x, weight, bias, coeff, token_weight, offsets, cumulative, cos, sin, axes, form, degree, kept,
+        needs_x, needs_weight,
     )  # fmt: skip
     return *(grads.get(name, none) for name, none in zip(("x", "weight", "bias"), nothing)), grad_coeff
 
 
-def project_state_vjp(x, needs, grad_total, grad_residual, grad_count):
+def _kept(x):
+    """The arguments of the operation of the gradients, from those of the forward."""
+    rest = {name: value for name, value in x.items() if name not in ("keep", "out")}
+    return rest | {"kept": x["out"][0] if x["keep"] else None}
+
+
+def project_state_vjp(x, needs, grad_total, grad_residual, grad_count, grad_kept):
     # The residual is rounding error of the total: as a function of the inputs its derivative is zero.
     if grad_total is None:
         return {}
-    grads = ops.project_state_backward(grad_total, **x, needs_x="x" in needs, needs_weight="weight" in needs)
+    grads = ops.project_state_backward(grad_total, **_kept(x), needs_x="x" in needs, needs_weight="weight" in needs)
     return {name: grad for name, grad in zip(("x", "weight", "bias", "coeff"), grads) if name in needs}
 
 
 def project_readout(
-    x, gate_weight, gate_bias, total, residual, count, out_weight, out_bias, offsets, cos, sin, axes, form, heads
-):
+    x, gate_weight, gate_bias, total, residual, count, out_weight, out_bias, offsets, cos, sin, axes, form, heads,
+    keep=False,
+):  # fmt: skip
+    """What is read, projected, and of the operation the gates that it is to keep for gradients, or nothing."""
     gate = linear(x, gate_weight, gate_bias)
     mixed = ops.readout(gate, None, total, residual, *NO_TANGENTS, count, offsets, cos, sin, axes, form, heads)
-    return linear(mixed, out_weight, out_bias)
+    return linear(mixed, out_weight, out_bias), x.new_empty(0, 0, 0)
 
 
 def project_readout_backward(
-    grad_y,
-    x,
-    gate_weight,
-    gate_bias,
-    total,
-    residual,
-    count,
-    out_weight,
-    out_bias,
-    offsets,
-    cos,
-    sin,
-    axes,
-    form,
-    heads,
-):
+    grad_y, x, gate_weight, gate_bias, total, residual, count, out_weight, out_bias, offsets, cos, sin, axes, form, heads,
+    kept,
+):  # fmt: skip
     gate = linear(x, gate_weight, gate_bias)
     mixed = ops.readout(gate, None, total, residual, *NO_TANGENTS, count, offsets, cos, sin, axes, form, heads)
     needs = {"x", "weight", "bias"}
@@ -139,11 +136,43 @@ def project_readout_backward(
     )
 
 
-def project_readout_vjp(x, needs, grad_y):
+def project_readout_vjp(x, needs, grad_y, grad_kept):
+    if grad_y is None:
+        return {}
     names = ("x", "gate_weight", "gate_bias", "total", "out_weight", "out_bias")
-    grads = dict(zip(names, ops.project_readout_backward(grad_y, **x)))
+    grads = dict(zip(names, ops.project_readout_backward(grad_y, **_kept(x))))
     grads["residual"] = grads["total"]
     return {name: grad for name, grad in grads.items() if name in needs}
+
+
+def folded_readout(x, gate_weight, gate_bias, folded, bias, offsets, cos, sin, axes, form):
+    """y_m = Σ_h γ(g)_mh folded[group of m, h] + bias, of folded (B, G, heads, D)."""
+    return read_folded(linear(x, gate_weight, gate_bias), folded, bias, offsets, cos, sin, axes, form)
+
+
+def read_folded(gate, folded, bias, offsets, cos, sin, axes, form):
+    """The same of gates (B, M, heads)."""
+    batch, groups, heads, dim = folded.shape
+    one = gate.new_ones(batch, 1, heads, dtype=accumulator(gate.dtype))
+    count = gate.new_ones(batch, 1, dtype=torch.float64)
+    value = ops.readout(gate, None, one, torch.zeros_like(one), *NO_TANGENTS, count, None, cos, sin, axes, form, 1)
+    if groups == 1:
+        return _product(value, folded[:, 0], bias)
+    if offsets is None:
+        even = value.reshape(batch * groups, value.shape[1] // groups, heads)
+        return _product(even, folded.flatten(0, 1), bias).reshape(batch, value.shape[1], dim)
+    # A token's gates stand in the columns of its group, zeros in the others.
+    group = torch.searchsorted(offsets[1:], torch.arange(value.shape[1], device=value.device), right=True)
+    own = group[:, None] == torch.arange(groups, device=value.device)  # (M, G)
+    spread = torch.where(own[..., None], value[:, :, None], 0)  # (B, M, G, heads)
+    return _product(spread.flatten(2), folded.flatten(1, 2), bias)
+
+
+def _product(value, folded, bias):
+    """(B, M, heads) times (B, heads, D), plus (D,)."""
+    if value.shape[0] == 1 and value.device.type == "cpu":
+        return linear(value[0], folded[0].t(), bias)[None]
+    return value @ folded if bias is None else torch.baddbmm(bias, value, folded)
 
 
 def _linear_fake(x, weight, bias):
@@ -153,11 +182,13 @@ def _linear_fake(x, weight, bias):
 def _project_state_fake(x, weight, bias, coeff, token_weight, offsets, *rest):
     groups = 1 if offsets is None else offsets.shape[0] - 1
     total = x.new_empty(x.shape[0], groups, weight.shape[0], dtype=accumulator(x.dtype))
-    return total, torch.empty_like(total), x.new_empty(x.shape[0], groups, dtype=torch.float64)
+    kept = (*x.shape[:2], weight.shape[0]) if rest[-1] else (0, 0, 0)
+    count = x.new_empty(x.shape[0], groups, dtype=torch.float64)
+    return total, torch.empty_like(total), count, x.new_empty(kept)
 
 
 def _project_state_backward_fake(grad_total, x, weight, bias, coeff, *rest):
-    form, degree, needs_x, needs_weight = rest[-4:]
+    form, degree, _, needs_x, needs_weight = rest[-5:]
     power = form == FORMS.index("power")
     return (
         x.new_empty(x.shape if needs_x else (0, 0, 0)),
@@ -168,7 +199,12 @@ def _project_state_backward_fake(grad_total, x, weight, bias, coeff, *rest):
 
 
 def _project_readout_fake(x, gate_weight, gate_bias, total, residual, count, out_weight, *rest):
-    return x.new_empty(x.shape[0], x.shape[1], out_weight.shape[0])
+    kept = (*x.shape[:2], gate_weight.shape[0]) if rest[-1] else (0, 0, 0)
+    return x.new_empty(x.shape[0], x.shape[1], out_weight.shape[0]), x.new_empty(kept)
+
+
+def _folded_readout_fake(x, gate_weight, gate_bias, folded, *rest):
+    return x.new_empty(x.shape[0], x.shape[1], folded.shape[3])
 
 
 def _project_readout_backward_fake(
@@ -187,11 +223,12 @@ def register(library):
         (project_state_backward, _project_state_backward_fake),
         (project_readout, _project_readout_fake),
         (project_readout_backward, _project_readout_backward_fake),
+        (folded_readout, _folded_readout_fake),
     ):
         torch.library.register_fake(f"pom_ext::{parts.__name__}", fake)
         operation = getattr(ops, parts.__name__).default
         torch.library.register_vmap(f"pom_ext::{parts.__name__}", _one_by_one(operation))
-    differentiable(library, ops.project_state.default, project_state_vjp, parts=project_state)
-    differentiable(library, ops.project_readout.default, project_readout_vjp, parts=project_readout)
-    made_of(library, ops.project_state_backward.default, project_state_backward)
-    made_of(library, ops.project_readout_backward.default, project_readout_backward)
+    differentiable(library, ops.project_state.default, project_state_vjp, parts=project_state, keeps=1)
+    differentiable(library, ops.project_readout.default, project_readout_vjp, parts=project_readout, keeps=1)
+    for parts in (project_state_backward, project_readout_backward, folded_readout):
+        made_of(library, getattr(ops, parts.__name__).default, parts)

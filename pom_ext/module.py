@@ -187,7 +187,7 @@ class PoM(nn.Module):
                 f"{context.shape[1]} of these and {x.shape[1]} queries"
             )
         # On a GPU a short context and its queries are one kernel.
-        together = x.is_cuda and not grouped and not self._streams(x, context) and not self._folds(x, 1)
+        together = x.is_cuda and not grouped and self.memory == "store" and not self._folds(x, 1)
         if causal or mask is not None or together:
             mixed = polynomial_mix(
                 project(self.context_proj, context), project(self.gate_proj, x), self.coeff, form=self.form,
@@ -204,8 +204,8 @@ class PoM(nn.Module):
     def state_of(self, context, **seen):
         """The State of context tokens (B, N, dim), which may see each other as `polynomial_state` lets them."""
         options = {"form": self.form, "degree": self.degree, **seen}
-        if self._streams(context) and are_plain(context, self.context_proj):
-            return projected_state(context, self.context_proj, self.coeff, **options)
+        if self._fuses(context, self.context_proj):
+            return projected_state(context, self.context_proj, self.coeff, keep=self._keeps(context), **options)
         return polynomial_state(project(self.context_proj, context), self.coeff, **options)
 
     def read(self, x, state, **seen):
@@ -214,17 +214,20 @@ class PoM(nn.Module):
         even = seen.get("cu_seqlens") is None and not isinstance(seen.get("frames"), (list, tuple, torch.Tensor))
         if self._folds(x, state.total.shape[1], even):
             return folded_readout(x, self.gate_proj, self.out_proj, state, **options)
-        if self._streams(x, state.total) and are_plain(x, self.gate_proj, self.out_proj):
-            return projected_readout(x, self.gate_proj, self.out_proj, state, **options)
+        if self._fuses(x, self.gate_proj, self.out_proj):
+            keep = self._keeps(x, state.total)
+            return projected_readout(x, self.gate_proj, self.out_proj, state, keep=keep, **options)
         return project(self.out_proj, polynomial_readout(project(self.gate_proj, x), state, **options))
 
     def _folds(self, x, groups, even=True):
         """Whether the readout is folded into the output projection."""
         return is_plain(self.out_proj) and folding_pays(x, groups, self.state_width, self.n_sel_heads, even=even)
 
-    def _streams(self, *inputs):
-        """Whether projections are not stored: gradients are to make them again, or there are none, on the CPU."""
-        if self.memory == "recompute":
-            return True
+    def _fuses(self, x, *projections):
+        """Whether one operation projects and sums, or reads and projects. On a GPU only where that is to save memory."""
+        return (x.device.type == "cpu" or self.memory == "recompute") and are_plain(x, *projections)
+
+    def _keeps(self, *inputs):
+        """Whether projections are stored, because there will be gradients that need them."""
         differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.parameters()))
-        return inputs[0].device.type == "cpu" and not differentiated
+        return differentiated and self.memory == "store"

@@ -5,19 +5,18 @@ with one gate per head the readout is folded into the output projection, which t
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _projections
-from .checks import FORMS, accumulator, check_state, is_integer
-from .ops import angles_of, coefficients_of, context_of, only_one, polynomial_readout, query_offsets
-from .rotary import Rotary
+from .checks import FORMS, check_state, is_integer
+from .ops import angles_of, coefficients_of, context_of, only_one, query_offsets
 from .state import State
 
 # Queries from which on a GPU gains by folding more than its dozen small kernels take. By arithmetic; not measured.
 LEAST_ON_GPU = 4096
-CHUNK = 16_384  # tokens whose gates are held at once where nothing keeps them for a gradient
 
 
 def is_plain(projection):
@@ -67,11 +66,13 @@ def project(projection, x):
 
 
 def projected_state(
-    x, projection, coeff, *, form, degree, weight=None, frames=None, cu_seqlens=None, rotary=None, state=None
-):
-    """`polynomial_state` of projection(x), a plain nn.Linear, without storing it. Gradients project again.
+    x, projection, coeff, *, form, degree, weight=None, frames=None, cu_seqlens=None, rotary=None, state=None,
+    keep=False,
+):  # fmt: skip
+    """`polynomial_state` of projection(x), a plain nn.Linear, without storing it.
 
-    Arguments but the first two, returns and raises: as of `polynomial_state`.
+    keep: store it after all, for the gradients, which otherwise project again. The other arguments but the first two,
+    returns and raises: as of `polynomial_state`.
     """
     tokens, matrix, bias = _same_dtype(x, projection)
     only_one(frames=frames, cu_seqlens=cu_seqlens)
@@ -79,27 +80,30 @@ def projected_state(
         only_one(state=state, cu_seqlens=cu_seqlens)
         check_state("state", state, x.shape[0], len(matrix), tokens.dtype, x)
     weight, _, offsets, cumulative = context_of(tokens, weight, None, frames, cu_seqlens)
-    new = torch.ops.pom_ext.project_state(
+    *new, _ = torch.ops.pom_ext.project_state(
         tokens, matrix, bias, coefficients_of(coeff, tokens), weight, offsets, cumulative, *angles_of(rotary),
-        FORMS.index(form), degree,
+        FORMS.index(form), degree, keep,
     )  # fmt: skip
     return State(*new) if state is None else state + State(*new)
 
 
 def projected_readout(
-    x, gate_projection, out_projection, state, *, form, n_sel_heads=1, frames=None, cu_seqlens=None, rotary=None
-):
+    x, gate_projection, out_projection, state, *, form, n_sel_heads=1, frames=None, cu_seqlens=None, rotary=None,
+    keep=False,
+):  # fmt: skip
     """out_projection(polynomial_readout(gate_projection(x), state)), both plain nn.Linear, a block of tokens at a time.
 
-    Arguments but the first three and raises: as of `polynomial_readout`. Returns (B, M, D).
+    keep: store the gates for the gradients, which otherwise project again. The other arguments but the first three and
+    raises: as of `polynomial_readout`. Returns (B, M, D).
     """
     tokens, gate_matrix, gate_bias = _same_dtype(x, gate_projection)
     _, out_matrix, out_bias = _same_dtype(x, out_projection)
     offsets = query_offsets(x, state.total.shape[1], frames, cu_seqlens)
-    return torch.ops.pom_ext.project_readout(
+    y, _ = torch.ops.pom_ext.project_readout(
         tokens, gate_matrix, gate_bias, state.total, state.residual, state.count, out_matrix, out_bias, offsets,
-        *angles_of(rotary), FORMS.index(form), n_sel_heads,
+        *angles_of(rotary), FORMS.index(form), n_sel_heads, keep,
     )  # fmt: skip
+    return y
 
 
 def folding_pays(x, groups, channels, n_sel_heads, *, even=True):
@@ -110,7 +114,7 @@ def folding_pays(x, groups, channels, n_sel_heads, *, even=True):
     if n_sel_heads == 1 or (x.device.type == "cuda" and x.shape[0] * x.shape[1] < LEAST_ON_GPU):
         return False
     gates = n_sel_heads if even else n_sel_heads * groups  # that a token is multiplied with
-    return groups * channels + x.shape[1] * gates < x.shape[1] * channels
+    return groups * n_sel_heads * channels + x.shape[1] * gates < x.shape[1] * channels
 
 
 def folded_readout(
@@ -129,45 +133,21 @@ def folded_readout(
     Returns:
         (B, M, D).
     """
-    weight, bias = out_projection.weight, out_projection.bias
-    (batch, groups, channels), heads, dim = state.total.shape, n_sel_heads, len(weight)
+    weight, bias = _cast(out_projection.weight, out_projection.bias)
+    (batch, groups, channels), heads = state.total.shape, n_sel_heads
     # One frame length deals the queries evenly.
     offsets = None if is_integer(frames) else query_offsets(x, groups, frames, cu_seqlens)
-    mean = state.mean().reshape(batch * groups, heads, channels // heads)
-    by_heads = weight.to(mean.dtype).reshape(dim, heads, channels // heads).transpose(0, 1)
-    folded = by_heads @ mean.permute(1, 2, 0)  # (heads, D, B G)
-    folded = folded.permute(2, 0, 1).to(weight.dtype).reshape(batch, groups, heads, dim)
-
-    def read(tokens, angles):
-        gate = project(gate_projection, tokens)
-        one = gate.new_ones(batch, 1, heads, dtype=accumulator(gate.dtype))
-        ones = State(one, torch.zeros_like(one), gate.new_ones(batch, 1, dtype=torch.float64))
-        value = polynomial_readout(gate, ones, form=form, rotary=angles)  # γ (B, M, heads)
-        if groups == 1:
-            return _product(value, folded[:, 0], bias)
-        if offsets is None:
-            even = value.reshape(batch * groups, value.shape[1] // groups, heads)
-            return _product(even, folded.flatten(0, 1), bias).reshape(batch, value.shape[1], dim)
-        # A token's gates stand in the columns of its group, zeros in the others.
-        group = torch.searchsorted(offsets[1:], torch.arange(value.shape[1], device=value.device), right=True)
-        own = group[:, None] == torch.arange(groups, device=value.device)  # (M, G)
-        spread = torch.where(own[..., None], value[:, :, None], 0)  # (B, M, G, heads)
-        return _product(spread.flatten(2), folded.flatten(1, 2), bias)
-
-    queries = x.shape[1]
-    if torch.compiler.is_compiling() or groups > 1 or queries <= CHUNK or torch.is_grad_enabled():
-        return read(x, rotary)
-    y = None
-    for first in range(0, queries, CHUNK):
-        chunk = slice(first, first + CHUNK)
-        part = read(x[:, chunk], rotary and Rotary(rotary.cos[chunk], rotary.sin[chunk], rotary.axes))
-        y = part.new_empty(batch, queries, dim) if y is None else y
-        y[:, chunk] = part
-    return y
+    rest = offsets, *angles_of(rotary), FORMS.index(form)
+    # Row h of a group: the mean features of head h, zeros for the others.
+    mean = state.mean().to(weight.dtype).reshape(batch * groups, 1, heads, channels // heads)
+    own = torch.eye(heads, dtype=torch.bool, device=mean.device)[..., None]
+    rows = torch.where(own, mean, 0).reshape(batch * groups * heads, channels)
+    folded = _linear(rows, weight).reshape(batch, groups, heads, len(weight))
+    if torch.is_grad_enabled() or x.device.type != "cpu" or not are_plain(x, gate_projection):
+        return _projections.read_folded(project(gate_projection, x), folded, bias, *rest)
+    tokens, gate_matrix, gate_bias = _same_dtype(x, gate_projection)
+    return torch.ops.pom_ext.folded_readout(tokens, gate_matrix, gate_bias, folded, bias, *rest)
 
 
-def _product(value, folded, bias):
-    """(B, M, heads) times (B, heads, D), plus (D,)."""
-    if value.shape[0] == 1 and value.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        return torch.ops.pom_ext.linear(value[0], folded[0].t(), bias)[None]
-    return value @ folded if bias is None else torch.baddbmm(bias, value, folded)
+def _linear(x, weight):
+    return _projections.linear(x, weight, None) if x.device.type == "cpu" else F.linear(x, weight)

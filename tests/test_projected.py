@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from cases import FLOOR, norm_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pom_ext import PoM, _blocks, reference
+from pom_ext import PoM, _blocks, module, reference
 from pom_ext.ops import angles_of
-from pom_ext.projected import CHUNK, folding_pays
+from pom_ext.projected import folding_pays
 
 LAYERS = {
     "power-heads": {"form": "power", "degree": 3, "n_sel_heads": 4},
@@ -82,16 +82,25 @@ def check(layer, x, context, dtype):
         assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
 
 
+@pytest.fixture(params=(None, True, False), ids=("as it pays", "folded", "direct"))
+def folding(request, monkeypatch):
+    """Which way a readout with heads takes."""
+    if request.param is not None:
+        monkeypatch.setattr(
+            module, "folding_pays", lambda x, groups, channels, heads, even: request.param and heads > 1
+        )
+
+
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers(name, context, memory):
+def test_layers(name, context, memory, folding):
     check(build(name, memory=memory), torch.randn(2, TOKENS, DIM), CONTEXTS[context], torch.float32)
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("name", LAYERS)
-def test_dtypes(name, dtype):
+def test_dtypes(name, dtype, folding):
     for memory in MEMORY:
         check(build(name, memory=memory), torch.randn(2, TOKENS, DIM), CONTEXTS["frames_unequal"], dtype)
 
@@ -115,8 +124,8 @@ def test_blocks(name, context, batch, tokens):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_long_sequences_are_read_in_chunks(name):
-    layer, x = build(name, 8), torch.randn(1, CHUNK + 77, 8)
+def test_long_sequences(name):
+    layer, x = build(name, 8), torch.randn(1, 20_077, 8)
     positions = positions_of(layer, x.shape[1])
     recorded = layer(x, **positions)
     with torch.no_grad():
@@ -158,7 +167,7 @@ def directional(layer, x, context):
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("context", ("whole", "frames_unequal"))
 @pytest.mark.parametrize("name", ("power-heads", "power", "product"))
-def test_derivatives(name, context, memory):
+def test_derivatives(name, context, memory, folding):
     layer = build(name, 4 if name == "product" else 8, dtype=torch.float64, memory=memory)
     contexts = {"whole": {}, "frames_unequal": {"frames": [0, 2, 2, 5]}}
     function, given = directional(layer, torch.randn(2, 5, layer.dim, dtype=torch.float64), contexts[context])
@@ -169,7 +178,7 @@ def test_derivatives(name, context, memory):
 
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("name", LAYERS)
-def test_function_transforms(name, memory):
+def test_function_transforms(name, memory, folding):
     layer = build(name, dtype=torch.float64, memory=memory)
     function, given = directional(layer, torch.randn(2, 6, DIM, dtype=torch.float64), positions_of(layer, 6))
     loss = lambda *values: function(*values).square().sum()
@@ -249,7 +258,7 @@ def test_runs_and_threads_change_no_bit(name, memory):
 
 def test_when_folding_pays():
     x = torch.empty(1, 64, 512)
-    assert folding_pays(x, 1, 1024, 8) and folding_pays(x, 8, 1024, 8) and folding_pays(x, 8, 1024, 8, even=False)
+    assert folding_pays(x, 1, 1024, 8) and folding_pays(x, 4, 1024, 8) and folding_pays(x, 4, 1024, 8, even=False)
     assert not folding_pays(x, 1, 1024, 1)
     assert not folding_pays(x, 64, 1024, 8, even=False)
     assert not folding_pays(x[:, :1], 1, 1024, 8)
@@ -273,11 +282,17 @@ def test_blocks_of_a_gpu(form, tokens, batch, monkeypatch):
     def run(ops):
         projection = x, layer.context_proj.weight, layer.context_proj.bias, layer.coeff
         context = weights, None, False, *angles_of(rotary), *rest
-        state = ops.project_state(*projection, *context)
-        back = ops.project_state_backward(grad_total.double(), *projection, *context, True, True)
+        *state, kept = ops.project_state(*projection, *context, False)
+        back = ops.project_state_backward(grad_total.double(), *projection, *context, None, True, True)
+        assert kept.numel() == 0
         reading = (x, layer.gate_proj.weight, layer.gate_proj.bias, *state, layer.out_proj.weight, layer.out_proj.bias, None,
                    *angles_of(gate_rotary), rest[0], 1)  # fmt: skip
-        return *state, *back, ops.project_readout(*reading), *ops.project_readout_backward(grad_y, *reading)
+        return (
+            *state,
+            *back,
+            ops.project_readout(*reading, False)[0],
+            *ops.project_readout_backward(grad_y, *reading, None),
+        )
 
     found, expected = run(_blocks), run(torch.ops.pom_ext)
     for i, (one, other) in enumerate(zip(found, expected, strict=True)):

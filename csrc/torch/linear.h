@@ -7,6 +7,7 @@
 #include <cpuid.h>
 #endif
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 
@@ -20,10 +21,40 @@ extern "C" AOTI_TORCH_EXPORT __attribute__((weak)) AOTITorchError aoti_torch_cpu
 
 namespace pom_torch {
 
-// Whether oneDNN reads the matrix as it lies: one of the two dimensions is dense.
+// Whether the rows or the columns of a matrix are dense, as oneDNN reads the weight of a product.
 inline bool is_plain_matrix(const Tensor& t) {
   const int64_t rows = t.size(0), columns = t.size(1);
   return (t.stride(1) == 1 && t.stride(0) >= columns) || (t.stride(0) == 1 && t.stride(1) >= rows);
+}
+
+// The transpose of a matrix (rows, columns), dense, tile by tile: row after row of a tile is read, then written.
+template <class T>
+void transpose_to(const T* from, int64_t rows, int64_t columns, int64_t stride, T* to) {
+  constexpr int64_t kTile = 32;
+  const int64_t across = (columns + kTile - 1) / kTile;
+  torch::stable::parallel_for(0, (rows + kTile - 1) / kTile * across, 16, [&](int64_t begin, int64_t end) {
+    T turned[kTile][kTile];
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t r0 = tile / across * kTile, r1 = std::min(rows, r0 + kTile);
+      const int64_t c0 = tile % across * kTile, c1 = std::min(columns, c0 + kTile);
+      for (int64_t r = r0; r < r1; ++r)
+        for (int64_t c = c0; c < c1; ++c) turned[c - c0][r - r0] = from[r * stride + c];
+      for (int64_t c = c0; c < c1; ++c) std::copy_n(turned[c - c0], r1 - r0, to + c * rows + r0);
+    }
+  });
+}
+
+// A matrix with its rows dense.
+inline Tensor dense(const Tensor& t) {
+  if (!t.is_cpu() || t.stride(0) != 1 || t.stride(1) < t.size(0) || t.size(1) < 2) return torch::stable::contiguous(t);
+  Tensor out = torch::stable::new_empty(t, {t.size(0), t.size(1)});
+  const auto copy = [&](auto element) {
+    using T = decltype(element);
+    transpose_to(static_cast<const T*>(t.const_data_ptr()), t.size(1), t.size(0), t.stride(1),
+                 static_cast<T*>(out.mutable_data_ptr()));
+  };
+  t.element_size() == 2 ? copy(uint16_t{}) : t.element_size() == 4 ? copy(uint32_t{}) : copy(uint64_t{});
+  return out;
 }
 
 // Whether the processor multiplies numbers of this type as they are.
@@ -40,15 +71,17 @@ inline bool has_products_of(ScalarType dtype) {
 }
 
 // y (n, out) = x (n, in) weightᵀ (in, out) + bias
-inline Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias = {}) {
+inline Tensor linear(const Tensor& x_, const Tensor& weight, const Optional& bias = {}) {
+  const Tensor x = x_.stride(1) == 1 ? x_ : dense(x_);  // torch would copy it number by number
   if (aoti_torch_cpu__linear_pointwise && x.is_cpu() && x.scalar_type() == ScalarType::Float && x.numel() &&
       weight.numel()) {
     const Tensor a = is_plain_matrix(x) ? x : torch::stable::contiguous(x);
     const Tensor b = is_plain_matrix(weight) ? weight : torch::stable::contiguous(weight);
-    AtenTensorHandle bias_handle = bias ? bias->get() : nullptr, y = nullptr;
+    const Optional c = bias ? Optional(torch::stable::contiguous(*bias)) : bias;  // oneDNN reads it as dense
+    AtenTensorHandle bias_handle = c ? c->get() : nullptr, y = nullptr;
     const char* algorithm = "";
     const AOTITorchError failed = aoti_torch_cpu__linear_pointwise(
-        a.get(), b.get(), bias ? &bias_handle : nullptr, "none", nullptr, 0, &algorithm, &y);
+        a.get(), b.get(), c ? &bias_handle : nullptr, "none", nullptr, 0, &algorithm, &y);
     STD_TORCH_CHECK(!failed, "pom_ext: oneDNN refuses a product of (", x.size(0), ", ", x.size(1), ") and (",
                     weight.size(0), ", ", weight.size(1), ")");
     return Tensor(y);

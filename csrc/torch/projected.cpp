@@ -14,7 +14,8 @@ namespace {
 
 using namespace pom_torch;
 
-constexpr int64_t kBlockBytes = 1 << 20;             // of what is projected at once: it stays in the second cache
+constexpr int64_t kBlockBytes = 1 << 20;      // of what is projected at once: it stays in the second cache
+constexpr int64_t kBackBlockBytes = 2 << 20;  // of gradients, where every block adds to those of the weights
 constexpr int64_t kLeastRows = 128, kMostRows = 1024;  // of a block: a product of fewer is slow, of more no faster
 
 // Tokens that are projected at once: of whole samples, or of a part of one. The shape alone decides, so that neither
@@ -25,10 +26,10 @@ struct Block {
 };
 
 template <class Body>
-void each_block(const Tensor& x, int64_t width, Body body) {
+void each_block(const Tensor& x, int64_t width, Body body, int64_t bytes = kBlockBytes) {
   const int64_t batch = x.size(0), tokens = x.size(1), row = width * x.element_size();
   if (tokens == 0) return;
-  const int64_t rows = std::clamp(kBlockBytes / std::max<int64_t>(1, row) / 64 * 64, kLeastRows, kMostRows);
+  const int64_t rows = std::clamp(bytes / std::max<int64_t>(1, row) / 64 * 64, kLeastRows, kMostRows);
   const int64_t samples = std::max<int64_t>(1, rows / tokens);
   for (int64_t b = 0; b < batch; b += samples)
     for (int64_t n = 0; n < tokens; n += rows)
@@ -44,6 +45,7 @@ class Bounds {
       bounds_[g] = given ? given[g] : g == groups ? tokens : g * (tokens / std::max<int64_t>(1, groups));
   }
   int64_t count() const { return int64_t(bounds_.size()) - 1; }
+  const int64_t* data() const { return count() > 1 ? bounds_.data() : nullptr; }
 
   struct Local {
     int64_t first, count;
@@ -65,21 +67,6 @@ class Bounds {
 };
 
 
-// A sum of tensors of one shape, kept in the accumulator's dtype whatever theirs is.
-class Sum {
- public:
-  void add(const Tensor& part) {
-    sum_ = sum_ ? torch::stable::subtract(*sum_, part, -1) : torch::stable::to(part, acc_of(part));
-  }
-  // In the dtype of `like`; zeros of the shape where nothing was added.
-  Tensor as(const Tensor& like, std::initializer_list<int64_t> shape) const {
-    return sum_ ? torch::stable::to(*sum_, like.scalar_type()) : torch::stable::new_zeros(like, shape);
-  }
-
- private:
-  Optional sum_;
-};
-
 template <class Body>
 void parallel(int64_t n, Body body) {
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
@@ -91,6 +78,32 @@ template <class Body>
 void with_acc(const Tensor& like, Body body) {
   acc_of(like) == ScalarType::Double ? body(double{}) : body(float{});
 }
+
+// A sum of tensors of one shape, kept in the accumulator's dtype whatever theirs is.
+class Sum {
+ public:
+  void add(const Tensor& part) {
+    if (!sum_)
+      sum_ = torch::stable::to(part, acc_of(part));
+    else if (part.scalar_type() != acc_of(part) || !part.is_contiguous() || !sum_->is_contiguous())
+      sum_ = torch::stable::subtract(*sum_, part, -1);
+    else
+      with_acc(part, [&](auto acc) {
+        auto* const sum = static_cast<decltype(acc)*>(sum_->mutable_data_ptr());
+        const auto* const p = static_cast<const decltype(acc)*>(part.const_data_ptr());
+        torch::stable::parallel_for(0, part.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) sum[i] += p[i];
+        });
+      });
+  }
+  // In the dtype of `like`; zeros of the shape where nothing was added.
+  Tensor as(const Tensor& like, std::initializer_list<int64_t> shape) const {
+    return sum_ ? torch::stable::to(*sum_, like.scalar_type()) : torch::stable::new_zeros(like, shape);
+  }
+
+ private:
+  Optional sum_;
+};
 
 // Tokens and what their projections are summed with.
 struct Projected {
@@ -110,8 +123,8 @@ struct Projected {
 
   // The tokens of a block as a matrix, and their projections as the operations take them.
   Tensor tokens(const Block& block, int64_t first) const { return rows_of(rows, first, block.rows()); }
-  Features features(const Block& block, int64_t first) const {
-    const Tensor u = linear(tokens(block, first), weight, bias);
+  Features features(const Block& block, int64_t first, const Optional& kept = {}) const {
+    const Tensor u = kept ? rows_of(*kept, first, block.rows()) : linear(tokens(block, first), weight, bias);
     return Features(torch::stable::view(u, {block.samples, block.tokens, weight.size(0)}), coeff, {}, {},
                     weights(block), part_of(cos, block), part_of(sin, block), axes, form, degree);
   }
@@ -135,6 +148,13 @@ struct Projected {
     return torch::stable::narrow(samples, 1, block.token, block.tokens);
   }
 };
+
+// What the forward kept of its projections (B, N, C), as a matrix.
+Optional kept_matrix(const Optional& kept, const Tensor& x, int64_t width) {
+  if (!kept || kept->size(0) != x.size(0) || kept->size(1) != x.size(1) || kept->size(2) != width) return {};
+  STD_TORCH_CHECK(kept->is_contiguous() && kept->scalar_type() == x.scalar_type(), "kept: expected as it was returned");
+  return matrix_of(*kept);
+}
 
 // sums (rows, C) += total + residual of as many states
 template <class Acc>
@@ -162,14 +182,23 @@ void finish_states(const NewState& out, int64_t batch, int64_t groups, int64_t c
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> project_state(const Tensor& x, const Tensor& weight, const Optional& bias,
-                                                 const Optional& coeff, const Optional& token_weight,
-                                                 const Optional& offsets_, bool cumulative, const Optional& cos,
-                                                 const Optional& sin, int64_t axes, int64_t form, int64_t degree) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> project_state(const Tensor& x, const Tensor& weight, const Optional& bias,
+                                                         const Optional& coeff, const Optional& token_weight,
+                                                         const Optional& offsets_, bool cumulative,
+                                                         const Optional& cos, const Optional& sin, int64_t axes,
+                                                         int64_t form, int64_t degree, bool keep) {
   const Projected in(x, weight, bias, coeff, token_weight, cos, sin, axes, form, degree);
   const Plain offsets(offsets_, x, ScalarType::Long, {offsets_ ? offsets_->size(0) : 0}, "offsets");
   const Bounds bounds(offsets, x.size(1), offsets_ ? offsets_->size(0) - 1 : 1);
   const int64_t groups = bounds.count(), channels = weight.size(0);
+  NewState out(x, x.size(0), groups, channels);
+  if (keep) {
+    const Block everything = {0, x.size(0), 0, x.size(1)};
+    const Features features = in.features(everything, 0);
+    call(pom::StateArgs{features.args, {groups, bounds.data(), cumulative}, out.out}, features.u,
+         POM_OPERATION(state));
+    return {out.total, out.residual, out.count, features.u};
+  }
   std::vector<double> sums(x.size(0) * groups * channels), counts(x.size(0) * groups);
   each_block(x, channels, [&](const Block& block, int64_t first) {
     const Features features = in.features(block, first);
@@ -181,11 +210,10 @@ std::tuple<Tensor, Tensor, Tensor> project_state(const Tensor& x, const Tensor& 
       add_states<decltype(acc)>(part, block.samples * local.count, channels, &sums[row * channels], &counts[row]);
     });
   });
-  NewState out(x, x.size(0), groups, channels);
   with_acc(x, [&](auto acc) {
     finish_states<decltype(acc)>(out, x.size(0), groups, channels, cumulative, sums.data(), counts.data());
   });
-  return {out.total, out.residual, out.count};
+  return {out.total, out.residual, out.count, torch::stable::new_empty(x, {0, 0, 0})};
 }
 
 // Gradients of every group's own tokens: with cumulative groups those of the groups behind it too.
@@ -210,20 +238,21 @@ Tensor own_gradients(const Tensor& grad_total, bool cumulative) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> project_state_backward(
     const Tensor& grad_total, const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& coeff,
     const Optional& token_weight, const Optional& offsets_, bool cumulative, const Optional& cos, const Optional& sin,
-    int64_t axes, int64_t form, int64_t degree, bool needs_x, bool needs_weight) {
+    int64_t axes, int64_t form, int64_t degree, const Optional& kept, bool needs_x, bool needs_weight) {
   const Projected in(x, weight, bias, coeff, token_weight, cos, sin, axes, form, degree);
   const Plain offsets(offsets_, x, ScalarType::Long, {offsets_ ? offsets_->size(0) : 0}, "offsets");
   const Bounds bounds(offsets, x.size(1), offsets_ ? offsets_->size(0) - 1 : 1);
   const int64_t groups = bounds.count(), channels = weight.size(0), dim = x.size(2);
   STD_TORCH_CHECK(grad_total.scalar_type() == acc_of(x), "grad_total: unexpected dtype");
   expect_shape(grad_total, {x.size(0), groups, channels}, "grad_total");
+  const Optional kept_rows = kept_matrix(kept, x, channels);
   const Tensor own = own_gradients(grad_total, cumulative);
   const Tensor back = transposed(weight);
   Tensor grad_x = needs_x ? new_like(x) : torch::stable::new_empty(x, {0, 0, 0});
   const Tensor grad_rows = needs_x ? matrix_of(grad_x) : grad_x;
   Sum grad_weight, grad_bias, grad_coeff;
   each_block(x, channels, [&](const Block& block, int64_t first) {
-    const Features features = in.features(block, first);
+    const Features features = in.features(block, first, kept_rows);
     const Bounds::Local local = bounds.within(block);
     Tensor grad_u = new_like(features.u), grad_c = new_coeff_grad(features);
     const char* const grad = static_cast<const char*>(own.const_data_ptr()) +
@@ -239,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> project_state_backward(
     if (needs_weight) grad_weight.add(linear(transposed(grad_matrix), transposed(in.tokens(block, first))));
     if (bias) grad_bias.add(column_sums(grad_matrix));
     grad_coeff.add(grad_c);
-  });
+  }, kBackBlockBytes);
   const bool power = form_of(form) == pom::Form::power;
   const Tensor acc = torch::stable::new_empty(x, {0}, acc_of(x));
   return {grad_x, grad_weight.as(x, {needs_weight ? channels : 0, dim}), grad_bias.as(x, {bias ? channels : 0}),
@@ -267,8 +296,8 @@ struct ProjectedGates {
   }
 
   Tensor tokens(const Block& block, int64_t first) const { return rows_of(rows, first, block.rows()); }
-  Gates gates(const Block& block, int64_t first) const {
-    const Tensor gate = linear(tokens(block, first), weight, bias);
+  Gates gates(const Block& block, int64_t first, const Optional& kept = {}) const {
+    const Tensor gate = kept ? rows_of(*kept, first, block.rows()) : linear(tokens(block, first), weight, bias);
     return Gates(torch::stable::view(gate, {block.samples, block.tokens, weight.size(0)}), {}, channels,
                  Projected::part_of(cos, block), Projected::part_of(sin, block), axes, form, heads);
   }
@@ -288,38 +317,45 @@ struct ProjectedGates {
   }
 };
 
-Tensor project_readout(const Tensor& x, const Tensor& gate_weight, const Optional& gate_bias, const Tensor& total,
-                       const Tensor& residual, const Tensor& count, const Tensor& out_weight, const Optional& out_bias,
-                       const Optional& offsets, const Optional& cos, const Optional& sin, int64_t axes, int64_t form,
-                       int64_t heads) {
+std::tuple<Tensor, Tensor> project_readout(const Tensor& x, const Tensor& gate_weight, const Optional& gate_bias,
+                                           const Tensor& total, const Tensor& residual, const Tensor& count,
+                                           const Tensor& out_weight, const Optional& out_bias, const Optional& offsets,
+                                           const Optional& cos, const Optional& sin, int64_t axes, int64_t form,
+                                           int64_t heads, bool keep) {
   const ProjectedGates in(x, gate_weight, gate_bias, total, residual, count, out_weight, offsets, cos, sin, axes, form,
                           heads);
   Tensor y = new_result(x, {x.size(0), x.size(1), out_weight.size(0)}, x.scalar_type());
   const Tensor y_rows = matrix_of(y);
+  const Tensor gate = keep ? torch::stable::view(linear(in.rows, gate_weight, gate_bias),
+                                                 {x.size(0), x.size(1), gate_weight.size(0)})
+                           : torch::stable::new_empty(x, {0, 0, 0});
+  const Optional kept = keep ? Optional(matrix_of(gate)) : Optional();
   each_block(x, in.channels, [&](const Block& block, int64_t first) {
-    const Tensor mixed = in.read(block, in.gates(block, first), in.bounds.within(block));
+    const Tensor mixed = in.read(block, in.gates(block, first, kept), in.bounds.within(block));
     Tensor part = rows_of(y_rows, first, block.rows());
     torch::stable::copy_(part, linear(mixed, out_weight, out_bias));
   });
-  return y;
+  return {y, gate};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> project_readout_backward(
     const Tensor& grad_y, const Tensor& x, const Tensor& gate_weight, const Optional& gate_bias, const Tensor& total,
     const Tensor& residual, const Tensor& count, const Tensor& out_weight, const Optional& out_bias,
-    const Optional& offsets, const Optional& cos, const Optional& sin, int64_t axes, int64_t form, int64_t heads) {
+    const Optional& offsets, const Optional& cos, const Optional& sin, int64_t axes, int64_t form, int64_t heads,
+    const Optional& kept_) {
   const ProjectedGates in(x, gate_weight, gate_bias, total, residual, count, out_weight, offsets, cos, sin, axes, form,
                           heads);
   const int64_t dim = out_weight.size(0);
   STD_TORCH_CHECK(grad_y.scalar_type() == x.scalar_type(), "grad_y: unexpected dtype");
   expect_shape(grad_y, {x.size(0), x.size(1), dim}, "grad_y");
+  const Optional kept = kept_matrix(kept_, x, gate_weight.size(0));
   const Tensor grad_y_rows = matrix_of(grad_y), back = transposed(out_weight), gate_back = transposed(gate_weight);
   Tensor grad_x = new_like(x), grad_total = new_like(*in.state.total.tensor);
   const Tensor grad_rows = matrix_of(grad_x);
   std::vector<double> sums(grad_total.numel());
   Sum grad_gate_weight, grad_gate_bias, grad_out_weight, grad_out_bias;
   each_block(x, in.channels, [&](const Block& block, int64_t first) {
-    const Gates gates = in.gates(block, first);
+    const Gates gates = in.gates(block, first, kept);
     const Bounds::Local local = in.bounds.within(block);
     const Tensor dy = rows_of(grad_y_rows, first, block.rows()), dmixed = linear(dy, back);
     grad_out_weight.add(linear(transposed(dy), transposed(in.read(block, gates, local))));
@@ -340,13 +376,52 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> project_readout_backw
     torch::stable::copy_(part, linear(dgate_rows, gate_back));
     grad_gate_weight.add(linear(transposed(dgate_rows), transposed(in.tokens(block, first))));
     if (gate_bias) grad_gate_bias.add(column_sums(dgate_rows));
-  });
+  }, kBackBlockBytes);
   with_acc(x, [&](auto acc) {
     std::copy(sums.begin(), sums.end(), static_cast<decltype(acc)*>(grad_total.mutable_data_ptr()));
   });
   return {grad_x, grad_gate_weight.as(x, {gate_weight.size(0), gate_weight.size(1)}),
           grad_gate_bias.as(x, {gate_bias ? gate_weight.size(0) : 0}), grad_total,
           grad_out_weight.as(x, {dim, in.channels}), grad_out_bias.as(x, {out_bias ? dim : 0})};
+}
+
+// The readout with one gate per head, of H folded into the output projection: folded (B, G, heads, D).
+Tensor folded_readout(const Tensor& x, const Tensor& gate_weight, const Optional& gate_bias, const Tensor& folded_,
+                      const Optional& bias, const Optional& offsets_, const Optional& cos, const Optional& sin,
+                      int64_t axes, int64_t form) {
+  const int64_t heads = gate_weight.size(0), groups = folded_.size(1), dim = folded_.size(3);
+  const Tensor rows = Projected::projected_rows(x, gate_weight, gate_bias, "gate_weight");
+  STD_TORCH_CHECK(folded_.dim() == 4 && folded_.size(0) == x.size(0) && folded_.size(2) == heads &&
+                      folded_.scalar_type() == x.scalar_type(),
+                  "folded: unexpected shape or dtype");
+  const Plain offsets(offsets_, x, ScalarType::Long, {groups + 1}, "offsets");
+  const Bounds bounds(offsets, x.size(1), groups);
+  const Tensor folded = torch::stable::reshape(folded_, {x.size(0) * groups * heads, dim});
+  Tensor y = new_result(x, {x.size(0), x.size(1), dim}, x.scalar_type());
+  const Tensor y_rows = matrix_of(y);
+  each_block(x, dim, [&](const Block& block, int64_t first) {
+    const Tensor gate = linear(rows_of(rows, first, block.rows()), gate_weight, gate_bias);
+    const Gates gates(torch::stable::view(gate, {block.samples, block.tokens, heads}), {}, heads,
+                      Projected::part_of(cos, block), Projected::part_of(sin, block), axes, form, 1);
+    Tensor value = torch::stable::new_empty(x, {block.rows(), heads});  // γ, read of a state of ones
+    with_acc(x, [&](auto acc) {
+      const std::vector<decltype(acc)> ones(block.samples * heads, 1), zeros(block.samples * heads, 0);
+      const std::vector<double> counts(block.samples, 1);
+      call(pom::ReadoutArgs{gates.args, 1, nullptr, {ones.data(), zeros.data(), counts.data()},
+                            value.mutable_data_ptr(), {}},
+           gates.gate, POM_OPERATION(readout));
+    });
+    const Bounds::Local local = bounds.within(block);
+    for (int64_t s = 0; s < block.samples; ++s)
+      for (int64_t g = 0; g < local.count; ++g) {
+        const int64_t begin = local.offsets[g], count = local.offsets[g + 1] - begin, at = s * block.tokens + begin;
+        if (count == 0) continue;
+        const Tensor map = rows_of(folded, ((block.sample + s) * groups + local.first + g) * heads, heads);
+        Tensor part = rows_of(y_rows, first + at, count);
+        torch::stable::copy_(part, linear(rows_of(value, at, count), transposed(map), bias));
+      }
+  });
+  return y;
 }
 
 Tensor linear_of_tokens(const Tensor& x, const Tensor& weight, const Optional& bias) {
@@ -360,22 +435,25 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pom_ext, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
       "project_state(Tensor x, Tensor weight, Tensor? bias, Tensor? coeff, Tensor? token_weight, Tensor? offsets, "
-      "bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, int degree) "
-      "-> (Tensor total, Tensor residual, Tensor count)");
+      "bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, int degree, bool keep) "
+      "-> (Tensor total, Tensor residual, Tensor count, Tensor kept)");
   m.def(
       "project_state_backward(Tensor grad_total, Tensor x, Tensor weight, Tensor? bias, Tensor? coeff, "
       "Tensor? token_weight, Tensor? offsets, bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, "
-      "int degree, bool needs_x, bool needs_weight) "
+      "int degree, Tensor? kept, bool needs_x, bool needs_weight) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_coeff)");
   m.def(
       "project_readout(Tensor x, Tensor gate_weight, Tensor? gate_bias, Tensor total, Tensor residual, Tensor count, "
-      "Tensor out_weight, Tensor? out_bias, Tensor? offsets, Tensor? cos, Tensor? sin, int axes, int form, int heads) "
-      "-> Tensor");
+      "Tensor out_weight, Tensor? out_bias, Tensor? offsets, Tensor? cos, Tensor? sin, int axes, int form, int heads, "
+      "bool keep) -> (Tensor y, Tensor kept)");
   m.def(
       "project_readout_backward(Tensor grad_y, Tensor x, Tensor gate_weight, Tensor? gate_bias, Tensor total, "
       "Tensor residual, Tensor count, Tensor out_weight, Tensor? out_bias, Tensor? offsets, Tensor? cos, Tensor? sin, "
-      "int axes, int form, int heads) -> (Tensor grad_x, Tensor grad_gate_weight, Tensor grad_gate_bias, "
+      "int axes, int form, int heads, Tensor? kept) -> (Tensor grad_x, Tensor grad_gate_weight, Tensor grad_gate_bias, "
       "Tensor grad_total, Tensor grad_out_weight, Tensor grad_out_bias)");
+  m.def(
+      "folded_readout(Tensor x, Tensor gate_weight, Tensor? gate_bias, Tensor folded, Tensor? bias, Tensor? offsets, "
+      "Tensor? cos, Tensor? sin, int axes, int form) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pom_ext, CPU, m) {
@@ -384,4 +462,5 @@ STABLE_TORCH_LIBRARY_IMPL(pom_ext, CPU, m) {
   m.impl("project_state_backward", TORCH_BOX(&project_state_backward));
   m.impl("project_readout", TORCH_BOX(&project_readout));
   m.impl("project_readout_backward", TORCH_BOX(&project_readout_backward));
+  m.impl("folded_readout", TORCH_BOX(&folded_readout));
 }
