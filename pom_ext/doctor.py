@@ -26,7 +26,8 @@ def diagnose():
     yield f"cuda       {_describe_cuda(torch)}"
     for purpose, extra, wanted in (("training", "train", TRAINING), ("playing", "play", PLAYING)):
         missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-        yield f"{purpose:10} {'ready' if not missing else f'missing {missing}: pip install pom_ext[{extra}]'}"
+        remedy = f"lacks {', '.join(missing)}: pip install 'pom_ext[{extra}]'"
+        yield f"{purpose:10} {remedy if missing else 'ready'}"
     yield from _describe_build(build_note(), __version__, sysconfig.get_platform(), BUILD)
     yield from _describe_changes(package, BUILD)
     yield f"engine     {_describe_engine()}"
