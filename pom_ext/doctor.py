@@ -38,7 +38,16 @@ def diagnose():
     if library.resolve().parent != package:
         yield f"mismatch   that is the library of another pom_ext. Build the one of {package}, in its folder: {BUILD}"
     yield f"kernels    {_describe_kernels(torch, BUILD)}"
-    yield f"cpu        runs the kernels for {torch.ops.pom_ext.instruction_set()}"
+    yield f"cpu        runs the kernels for {torch.ops.pom_ext.instruction_set()}; {_describe_products(torch)}"
+
+
+def _describe_products(torch):
+    """What matrix products in 16 bits are worth on this processor."""
+    native = torch.ops.pom_ext.native_products().split()
+    wide = [name for name in ("bfloat16", "float16") if name not in native]
+    parts = [f"has matrix products in {' and '.join(native)}"] * bool(native)
+    parts += [f"takes those in {' and '.join(wide)} in float32: half the memory, no more speed"] * bool(wide)
+    return ", ".join(parts)
 
 
 def _describe_cuda(torch):
