@@ -1,6 +1,7 @@
 # Two commands for a fresh machine with Python 3.10 or later and g++:
 #   make demo   train on real images, draw new ones, move them, stream them as video; report in out/demo
-#   make test   build and run every test; make test-cpp only those of the C and C++ library
+#   make test   build and run every test; make test-cpp only those of the C and C++ library; make fuzz
+#               40,000 random calls against the definition, the second half of them drawn by SEED
 # and one for a machine with a GPU and nvcc, whose python3 has torch and pytest; it installs nothing:
 #   make gpu-report OUT=folder   build for that GPU, test, sanitize and measure, within nine minutes
 # and for those who pass it on:
@@ -17,9 +18,10 @@ BIN := $(VENV)/bin
 OUT ?= out/gpu-report
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.10' || echo 'torch==2.13.0')
 TORCHES ?= 2.12.0 2.14.1
+SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 SOURCES := setup.py build_objects.py build_cuda.py build_note.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-cpp bench gpu-report wheel sdist check-wheel clean
+.PHONY: demo test test-cpp fuzz bench gpu-report wheel sdist check-wheel clean
 
 demo: $(VENV)/built
 	$(BIN)/pom-ext demo --out out/demo
@@ -29,6 +31,12 @@ test: $(VENV)/built $(VENV)/browser
 
 test-cpp: $(VENV)/built
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS) $(addprefix tests/test_,$(addsuffix .py,cpp cuda_on_cpu cmake engine export))
+
+fuzz: $(VENV)/built
+	for seed in 0 $(SEED); do \
+	  echo "seed $$seed"; \
+	  POM_EXT_FUZZ_CASES=20000 POM_EXT_FUZZ_SEED=$$seed $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/test_fuzz.py || exit 1; \
+	done
 
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks.run

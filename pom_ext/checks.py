@@ -96,12 +96,14 @@ def offsets_tensor(name, offsets, tokens, like):
 
 
 def frame_offsets(frames, tokens, like):
-    """Offsets of frames given as one length or as offsets."""
+    """Offsets of frames given as one length or as offsets. No frames are one without tokens: there is a state after it."""
     if is_integer(frames):
         if frames < 1 or tokens % frames:
             raise ValueError(f"frames: expected a frame length that divides the {tokens} context tokens, got {frames}")
-        return torch.arange(0, tokens + 1, frames, dtype=torch.int64, device=like.device)
-    return offsets_tensor("frames", frames, tokens, like)
+        offsets = torch.arange(0, tokens + 1, frames, dtype=torch.int64, device=like.device)
+    else:
+        offsets = offsets_tensor("frames", frames, tokens, like)
+    return offsets if offsets.shape[0] > 1 else offsets.repeat(2)
 
 
 def check_gate(gate, channels, n_sel_heads, form):
