@@ -6,7 +6,7 @@ more than one gradient is asked for: a derivative of these then costs what it co
 
 import torch
 
-from ._autograd import differentiable, made_of
+from ._autograd import differentiable, has_tangent, made_of, needs_gradient
 from .checks import FORMS, accumulator
 
 ops = torch.ops.pom_ext
@@ -67,9 +67,25 @@ def _linear_batched(info, dims, x, weight, bias):
 
 def project_state(x, weight, bias, coeff, token_weight, offsets, cumulative, cos, sin, axes, form, degree, keep=False):
     """The State, and of the operation the projections u that it is to keep for gradients, or nothing."""
+    given, tangent = torch._VF._unpack_dual(x, level=0)
+    rest = weight, bias, coeff
+    if tangent is not None and x.device.type == "cpu" and not has_tangent(rest) and not needs_gradient((x, *rest)):
+        context = token_weight, offsets, cumulative, cos, sin, axes, form, degree
+        total, residual, count, *along = ops.project_state_along(given, tangent, *rest, *context)
+        total, residual = (torch._VF._make_dual(t, d, level=0) for t, d in zip((total, residual), along))
+        return total, residual, count, x.new_empty(0, 0, 0)
     u = linear(x, weight, bias)
     state = ops.state(u, coeff, *NO_TANGENTS, token_weight, None, offsets, cumulative, cos, sin, axes, form, degree)
     return *state, x.new_empty(0, 0, 0)
+
+
+def project_state_along(x, x_tangent, weight, bias, coeff, *context):
+    """The State, and its derivative along a direction of x."""
+    token_weight, rest = context[0], context[1:]
+    u, along = linear(x, weight, bias), linear(x_tangent, weight, None)
+    state = ops.state(u, coeff, *NO_TANGENTS, token_weight, None, *rest)
+    still = None if coeff is None else torch.zeros_like(coeff)
+    return *state, *ops.state(u, coeff, along, still, token_weight, None, *rest)[:2]
 
 
 def project_state_backward(
@@ -187,6 +203,11 @@ def _project_state_fake(x, weight, bias, coeff, token_weight, offsets, *rest):
     return total, torch.empty_like(total), count, x.new_empty(kept)
 
 
+def _project_state_along_fake(x, x_tangent, *rest):
+    total, residual, count, _ = _project_state_fake(x, *rest, False)
+    return total, residual, count, torch.empty_like(total), torch.empty_like(total)
+
+
 def _project_state_backward_fake(grad_total, x, weight, bias, coeff, *rest):
     form, degree, _, needs_x, needs_weight = rest[-5:]
     power = form == FORMS.index("power")
@@ -220,6 +241,7 @@ def register(library):
     differentiable(library, ops.linear.default, linear_vjp, linear_jvp)
     for parts, fake in (
         (project_state, _project_state_fake),
+        (project_state_along, _project_state_along_fake),
         (project_state_backward, _project_state_backward_fake),
         (project_readout, _project_readout_fake),
         (project_readout_backward, _project_readout_backward_fake),
@@ -230,5 +252,5 @@ def register(library):
         torch.library.register_vmap(f"pom_ext::{parts.__name__}", _one_by_one(operation))
     differentiable(library, ops.project_state.default, project_state_vjp, parts=project_state, keeps=1)
     differentiable(library, ops.project_readout.default, project_readout_vjp, parts=project_readout, keeps=1)
-    for parts in (project_state_backward, project_readout_backward, folded_readout):
+    for parts in (project_state_along, project_state_backward, project_readout_backward, folded_readout):
         made_of(library, getattr(ops, parts.__name__).default, parts)

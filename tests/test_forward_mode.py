@@ -14,17 +14,18 @@ from pom_ext.forward_mode import jvp
 from pom_ext.models import ImageDiT
 from pom_ext.models.blocks import AdaLN
 
-PRODUCTS = (
-    *(torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.convolution.default),
-    torch.ops.pom_ext.linear.default,
-)
+PRODUCTS = {  # of matrices, by operation
+    **dict.fromkeys((torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.convolution.default), 1),
+    **{torch.ops.pom_ext.linear.default: 1, torch.ops.pom_ext.project_state.default: 1},
+    **{torch.ops.pom_ext.project_state_along.default: 2, torch.ops.pom_ext.project_readout.default: 2},
+}
 
 
 class CountProducts(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.count += operation in PRODUCTS
+        self.count += PRODUCTS.get(operation, 0)
         return operation(*args, **(kwargs or {}))
 
 
@@ -74,9 +75,11 @@ def test_a_model_along_a_direction(mixer, monkeypatch):
 def test_two_products_for_one():
     layer, x = PoM(16, 3), torch.randn(2, 5, 16)
     feed_forward = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 16))
-    for module, count in ((layer, 3), (feed_forward, 2)):
-        assert products(lambda: module(x)) == count
-        assert products(lambda: jvp(module, (x,), (x,))) == 2 * count
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded):
+            for module, count in ((layer, 3), (feed_forward, 2)):
+                assert products(lambda module=module: module(x)) == count
+                assert products(lambda module=module: jvp(module, (x,), (x,))) == 2 * count
     by_torch = products(lambda: torch.func.jvp(feed_forward, (x,), (x,)))
     assert by_torch > 2 * count, "torch has learned it: this module can go"
 
@@ -162,9 +165,7 @@ def test_layer_norm(shape):
 def test_addcmul(shapes):
     at = [double(*shape) for shape in shapes]
     for value in (1, -0.5):
-        assert_same_along(
-            lambda x, a, b: torch.addcmul(x, a, b, value=value), lambda x, a, b: x + value * a * b, *at
-        )
+        assert_same_along(lambda x, a, b: torch.addcmul(x, a, b, value=value), lambda x, a, b: x + value * a * b, *at)
 
 
 @pytest.mark.parametrize("other", ((2, 4, 5), (4, 1)))

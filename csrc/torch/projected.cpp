@@ -34,8 +34,15 @@ struct Projected {
   Tensor tokens(const Block& block, int64_t first) const { return rows_of(rows, first, block.rows()); }
   Features features(const Block& block, int64_t first, const Optional& kept = {}) const {
     const Tensor u = kept ? rows_of(*kept, first, block.rows()) : linear(tokens(block, first), weight, bias);
-    return Features(torch::stable::view(u, {block.samples, block.tokens, weight.size(0)}), coeff, {}, {},
-                    weights(block), part_of(cos, block), part_of(sin, block), axes, form, degree);
+    return Features(as_tokens(u, block), coeff, {}, {}, weights(block), part_of(cos, block), part_of(sin, block), axes,
+                    form, degree);
+  }
+  // The derivative of these, at u, along a direction of the tokens, a matrix.
+  Features features_along(const Block& block, int64_t first, const Tensor& u, const Tensor& direction) const {
+    const Tensor along = as_tokens(linear(rows_of(direction, first, block.rows()), weight), block);
+    const Optional still = coeff ? Optional(torch::stable::new_zeros(*coeff, {coeff->size(0), coeff->size(1)})) : coeff;
+    return Features(u, coeff, along, still, weights(block), part_of(cos, block), part_of(sin, block), axes, form,
+                    degree);
   }
 
   static Tensor projected_rows(const Tensor& x, const Tensor& weight, const Optional& bias, const char* name) {
@@ -46,6 +53,9 @@ struct Projected {
     return matrix_of(x);
   }
 
+  Tensor as_tokens(const Tensor& matrix, const Block& block) const {
+    return torch::stable::view(matrix, {block.samples, block.tokens, weight.size(0)});
+  }
   static Optional part_of(const Optional& table, const Block& block) {
     return table ? Optional(rows_of(*table, block.token, block.tokens)) : Optional();
   }
@@ -65,64 +75,104 @@ Optional kept_matrix(const Optional& kept, const Tensor& x, int64_t width) {
   return matrix_of(*kept);
 }
 
-// sums (rows, C) += total + residual of as many states
-template <class Acc>
-void add_states(const NewState& part, int64_t rows, int64_t channels, double* sums, double* counts) {
-  const Acc *total = static_cast<const Acc*>(part.out.total), *residual = static_cast<const Acc*>(part.out.residual);
-  parallel(rows, [&](int64_t row) {
-    for (int64_t i = row * channels; i < (row + 1) * channels; ++i) sums[i] += double(total[i]) + double(residual[i]);
-    counts[row] += part.out.count[row];
-  });
-}
+// The states of all groups, summed from those of the blocks.
+class BlockStates {
+ public:
+  BlockStates(const Tensor& x, int64_t groups, int64_t channels)
+      : out(x, x.size(0), groups, channels), x_(x), groups_(groups), channels_(channels),
+        sums_(x.size(0) * groups * channels), counts_(x.size(0) * groups) {}
 
-template <class Acc>
-void finish_states(const NewState& out, int64_t batch, int64_t groups, int64_t channels, bool cumulative, double* sums,
-                   double* counts) {
-  Acc *total = static_cast<Acc*>(out.out.total), *residual = static_cast<Acc*>(out.out.residual);
-  parallel(batch, [&](int64_t b) {
-    for (int64_t row = b * groups; row < (b + 1) * groups; ++row) {
-      if (cumulative && row > b * groups) {
-        for (int64_t i = row * channels; i < (row + 1) * channels; ++i) sums[i] += sums[i - channels];
-        counts[row] += counts[row - 1];
-      }
-      for (int64_t i = row * channels; i < (row + 1) * channels; ++i) pom::split(sums[i], 0.0, total[i], residual[i]);
-      out.out.count[row] = counts[row];
-    }
-  });
-}
+  void add(const Features& features, const Block& block, const Bounds::Local& local) {
+    NewState part(features.u, block.samples, local.count, channels_);
+    call(pom::StateArgs{features.args, {local.count, local.data()}, part.out}, features.u, POM_OPERATION(state));
+    const int64_t first = block.sample * groups_ + local.first;
+    with_acc(x_, [&](auto acc) {
+      const auto* const total = static_cast<const decltype(acc)*>(part.out.total);
+      const auto* const residual = static_cast<const decltype(acc)*>(part.out.residual);
+      parallel(block.samples * local.count, [&](int64_t row) {
+        double* const sums = &sums_[(first + row) * channels_];
+        for (int64_t c = 0, i = row * channels_; c < channels_; ++c, ++i) sums[c] += double(total[i]) + double(residual[i]);
+        counts_[first + row] += part.out.count[row];
+      });
+    });
+  }
+
+  void finish(bool cumulative) {
+    with_acc(x_, [&](auto acc) {
+      auto *const total = static_cast<decltype(acc)*>(out.out.total), *const residual = static_cast<decltype(acc)*>(out.out.residual);
+      parallel(x_.size(0), [&](int64_t b) {
+        for (int64_t row = b * groups_; row < (b + 1) * groups_; ++row) {
+          double* const sums = &sums_[row * channels_];
+          if (cumulative && row > b * groups_) {
+            for (int64_t c = 0; c < channels_; ++c) sums[c] += sums[c - channels_];
+            counts_[row] += counts_[row - 1];
+          }
+          for (int64_t c = 0, i = row * channels_; c < channels_; ++c, ++i) pom::split(sums[c], 0.0, total[i], residual[i]);
+          out.out.count[row] = counts_[row];
+        }
+      });
+    });
+  }
+
+  NewState out;
+
+ private:
+  Tensor x_;
+  int64_t groups_, channels_;
+  std::vector<double> sums_, counts_;
+};
+
+// The groups of the tokens x (B, N, D) by their offsets.
+struct Grouped {
+  Plain offsets;
+  Bounds bounds;
+  Grouped(const Optional& offsets_, const Tensor& x)
+      : offsets(offsets_, x, ScalarType::Long, {offsets_ ? offsets_->size(0) : 0}, "offsets"),
+        bounds(offsets, x.size(1), offsets_ ? offsets_->size(0) - 1 : 1) {}
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> project_state(const Tensor& x, const Tensor& weight, const Optional& bias,
                                                          const Optional& coeff, const Optional& token_weight,
-                                                         const Optional& offsets_, bool cumulative,
-                                                         const Optional& cos, const Optional& sin, int64_t axes,
-                                                         int64_t form, int64_t degree, bool keep) {
+                                                         const Optional& offsets, bool cumulative, const Optional& cos,
+                                                         const Optional& sin, int64_t axes, int64_t form,
+                                                         int64_t degree, bool keep) {
   const Projected in(x, weight, bias, coeff, token_weight, cos, sin, axes, form, degree);
-  const Plain offsets(offsets_, x, ScalarType::Long, {offsets_ ? offsets_->size(0) : 0}, "offsets");
-  const Bounds bounds(offsets, x.size(1), offsets_ ? offsets_->size(0) - 1 : 1);
-  const int64_t groups = bounds.count(), channels = weight.size(0);
-  NewState out(x, x.size(0), groups, channels);
+  const Bounds bounds = Grouped(offsets, x).bounds;
   if (keep) {
-    const Block everything = {0, x.size(0), 0, x.size(1)};
-    const Features features = in.features(everything, 0);
-    call(pom::StateArgs{features.args, {groups, bounds.data(), cumulative}, out.out}, features.u,
+    NewState out(x, x.size(0), bounds.count(), weight.size(0));
+    const Features features = in.features({0, x.size(0), 0, x.size(1)}, 0);
+    call(pom::StateArgs{features.args, {bounds.count(), bounds.data(), cumulative}, out.out}, features.u,
          POM_OPERATION(state));
     return {out.total, out.residual, out.count, features.u};
   }
-  std::vector<double> sums(x.size(0) * groups * channels), counts(x.size(0) * groups);
-  each_block(x, channels, [&](const Block& block, int64_t first) {
-    const Features features = in.features(block, first);
+  BlockStates states(x, bounds.count(), weight.size(0));
+  each_block(x, weight.size(0), [&](const Block& block, int64_t first) {
+    states.add(in.features(block, first), block, bounds.within(block));
+  });
+  states.finish(cumulative);
+  return {states.out.total, states.out.residual, states.out.count, torch::stable::new_empty(x, {0, 0, 0})};
+}
+
+// The state, and its derivative along a direction of the tokens, in one pass over them.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_state_along(
+    const Tensor& x, const Tensor& x_tangent, const Tensor& weight, const Optional& bias, const Optional& coeff,
+    const Optional& token_weight, const Optional& offsets, bool cumulative, const Optional& cos, const Optional& sin,
+    int64_t axes, int64_t form, int64_t degree) {
+  const Projected in(x, weight, bias, coeff, token_weight, cos, sin, axes, form, degree);
+  const Bounds bounds = Grouped(offsets, x).bounds;
+  STD_TORCH_CHECK(x_tangent.scalar_type() == x.scalar_type(), "x_tangent: unexpected dtype");
+  expect_shape(x_tangent, {x.size(0), x.size(1), x.size(2)}, "x_tangent");
+  const Tensor direction = matrix_of(x_tangent);
+  BlockStates states(x, bounds.count(), weight.size(0)), along(x, bounds.count(), weight.size(0));
+  each_block(x, weight.size(0), [&](const Block& block, int64_t first) {
     const Bounds::Local local = bounds.within(block);
-    NewState part(features.u, block.samples, local.count, channels);
-    call(pom::StateArgs{features.args, {local.count, local.data()}, part.out}, features.u, POM_OPERATION(state));
-    const int64_t row = block.sample * groups + local.first;
-    with_acc(x, [&](auto acc) {
-      add_states<decltype(acc)>(part, block.samples * local.count, channels, &sums[row * channels], &counts[row]);
-    });
+    const Features features = in.features(block, first);
+    states.add(features, block, local);
+    along.add(in.features_along(block, first, features.u, direction), block, local);
   });
-  with_acc(x, [&](auto acc) {
-    finish_states<decltype(acc)>(out, x.size(0), groups, channels, cumulative, sums.data(), counts.data());
-  });
-  return {out.total, out.residual, out.count, torch::stable::new_empty(x, {0, 0, 0})};
+  states.finish(cumulative);
+  along.finish(cumulative);
+  return {states.out.total, states.out.residual, states.out.count, along.out.total, along.out.residual};
 }
 
 // Gradients of every group's own tokens: with cumulative groups those of the groups behind it too.
@@ -146,11 +196,10 @@ Tensor own_gradients(const Tensor& grad_total, bool cumulative) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> project_state_backward(
     const Tensor& grad_total, const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& coeff,
-    const Optional& token_weight, const Optional& offsets_, bool cumulative, const Optional& cos, const Optional& sin,
+    const Optional& token_weight, const Optional& offsets, bool cumulative, const Optional& cos, const Optional& sin,
     int64_t axes, int64_t form, int64_t degree, const Optional& kept, bool needs_x, bool needs_weight) {
   const Projected in(x, weight, bias, coeff, token_weight, cos, sin, axes, form, degree);
-  const Plain offsets(offsets_, x, ScalarType::Long, {offsets_ ? offsets_->size(0) : 0}, "offsets");
-  const Bounds bounds(offsets, x.size(1), offsets_ ? offsets_->size(0) - 1 : 1);
+  const Bounds bounds = Grouped(offsets, x).bounds;
   const int64_t groups = bounds.count(), channels = weight.size(0), dim = x.size(2);
   STD_TORCH_CHECK(grad_total.scalar_type() == acc_of(x), "grad_total: unexpected dtype");
   expect_shape(grad_total, {x.size(0), groups, channels}, "grad_total");
@@ -356,6 +405,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pom_ext, m) {
       "bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, int degree, bool keep) "
       "-> (Tensor total, Tensor residual, Tensor count, Tensor kept)");
   m.def(
+      "project_state_along(Tensor x, Tensor x_tangent, Tensor weight, Tensor? bias, Tensor? coeff, "
+      "Tensor? token_weight, Tensor? offsets, bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, "
+      "int degree) -> (Tensor total, Tensor residual, Tensor count, Tensor total_tangent, Tensor residual_tangent)");
+  m.def(
       "project_state_backward(Tensor grad_total, Tensor x, Tensor weight, Tensor? bias, Tensor? coeff, "
       "Tensor? token_weight, Tensor? offsets, bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, "
       "int degree, Tensor? kept, bool needs_x, bool needs_weight) "
@@ -377,6 +430,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pom_ext, m) {
 STABLE_TORCH_LIBRARY_IMPL(pom_ext, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear_of_tokens));
   m.impl("project_state", TORCH_BOX(&project_state));
+  m.impl("project_state_along", TORCH_BOX(&project_state_along));
   m.impl("project_state_backward", TORCH_BOX(&project_state_backward));
   m.impl("project_readout", TORCH_BOX(&project_readout));
   m.impl("project_readout_backward", TORCH_BOX(&project_readout_backward));
