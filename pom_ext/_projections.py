@@ -34,12 +34,12 @@ def linear_vjp(x, needs, grad_y):
 
 
 def linear_jvp(x, t):
-    parts = []
-    if "x" in t:
-        parts.append(ops.linear(t["x"], x["weight"], t.get("bias")))
-    if "weight" in t:
-        parts.append(ops.linear(x["x"], t["weight"], None if "x" in t else t.get("bias")))
-    return sum(parts[1:], parts[0]) if parts else t["bias"].expand(x["x"].shape[0], -1)
+    if "x" in t and "weight" in t:  # both terms as one product, of twice the inputs
+        rows, weight = torch.cat([t["x"], x["x"]], dim=1), torch.cat([x["weight"], t["weight"]], dim=1)
+        return ops.linear(rows, weight, t.get("bias"))
+    if "x" in t or "weight" in t:
+        return ops.linear(t.get("x", x["x"]), t.get("weight", x["weight"]), t.get("bias"))
+    return t["bias"].expand(len(x["x"]), -1)
 
 
 def _one_by_one(operation):
