@@ -64,7 +64,8 @@ def projected_cases():
         for passes, bound in bounds.items():
             options = {"heads": heads, "train": passes != "forward"}
             options |= {"memory": passes} if options["train"] else {}
-            against = ("attention", "projections", "context projection", *AUTHORS * (form == "power"))
+            against = ("attention", "projections", "context projection", "the same by oneDNN")
+            against += AUTHORS * (form == "power")
             for tokens, faster in ATTENTION.items():
                 targets = (bound,) * (tokens >= 1024)
                 if form == "power" and not options["train"]:

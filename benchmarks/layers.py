@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from pom_ext import PoM
+from pom_ext.projected import project
 
 from .baselines import Attention, plain_layer
 from .measure import OURS, Setup, Target, as_tuple, forward, measure_times, training_step
@@ -94,6 +95,7 @@ class LayerCase:
                 "authors": authors,
                 "projections": projected,
                 "context projection": lambda: forward(lambda: layer.context_proj(x), [{}]),
+                "the same by oneDNN": lambda: forward(lambda: project(layer.context_proj, x), [{}]),
             },
             lambda: self.expected(layer, x),
         )
