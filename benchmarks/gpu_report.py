@@ -25,7 +25,7 @@ SECONDS = {"build": 120, "tests": 200, "sanitizer": 80, "benchmark": 130}  # the
 LONGEST_LOG = 8 * 2**20  # bytes; of a longer one the end is kept
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 WORKERS = 8  # of the tests
-# Tests that cannot run without a package that only training needs.
+# Tests that cannot run without a package that only they or training need.
 NEEDS = {
     "diffusers": (
         "tests/test_diffusion.py",
@@ -37,6 +37,7 @@ NEEDS = {
         "tests/test_data.py::test_mnist_images_lie_the_right_way_up",
         "tests/test_cli.py::test_demo_writes_all_its_files",
     ),
+    "peft": ("tests/test_changed_projections.py::test_lora_of_peft",),
 }
 HAS_KERNELS = (
     "from pom_ext import _library; _library.load(); "

@@ -40,7 +40,7 @@ class FrameStep(nn.Module):
 
     def inputs(self):
         """{name: tensor} of the call that begins a stream, all zeros. None share memory: torch would trace them as one."""
-        weight, past = self.model.patch_in.weight, self.start.clone()
+        weight, past = self.model.like, self.start.clone()
         batch, size = past.memories[0].count.shape[0], (past.height, past.width)
         t, *patch = self.model.patch
         pixels = [count * side for count, side in zip(size, patch)]

@@ -16,6 +16,11 @@ def accumulator(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def under_autocast(tensor):
+    """Whether autocast chooses dtypes where the tensor is. Of the meta device torch cannot even be asked."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
 def is_integer(value):
     """An int, or what stands for one while torch traces with dynamic shapes; True and False are none."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.overrides import TorchFunctionMode
 
+from .checks import under_autocast
+
 
 def _still(*tensors):
     return all(tensor is None or unpack_dual(tensor).tangent is None for tensor in tensors)
@@ -30,7 +32,7 @@ def _layer_norm(function, input, normalized_shape, weight=None, bias=None, eps=1
     if _still(input, weight, bias):
         return function(input, normalized_shape, weight, bias, eps)
     x, tangent = unpack_dual(input)
-    if torch.is_autocast_enabled(x.device.type):
+    if under_autocast(x):
         x = x.to(function(x.new_empty((0, *normalized_shape)), normalized_shape).dtype)
     y, mean, scale = torch.native_layer_norm(x, normalized_shape, None, None, eps)
     if tangent is not None:

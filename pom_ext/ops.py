@@ -15,6 +15,7 @@ from .checks import (
     check_weights,
     frame_offsets,
     offsets_tensor,
+    under_autocast,
 )
 from .state import State
 
@@ -44,7 +45,7 @@ def _require(tensor, name):
 
 def _of_one_dtype(u, gate):
     """Under autocast the wider dtype of the two, as torch has it for its operations of several tensors."""
-    if u.dtype == gate.dtype or not torch.is_autocast_enabled(u.device.type):
+    if u.dtype == gate.dtype or not under_autocast(u):
         return u, gate
     dtype = torch.promote_types(u.dtype, gate.dtype)
     return u.to(dtype), gate.to(dtype)

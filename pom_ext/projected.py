@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _projections
-from .checks import FORMS, check_state, is_integer
+from .checks import FORMS, check_state, is_integer, under_autocast
 from .ops import angles_of, coefficients_of, context_of, only_one, query_offsets
 from .state import State
 
@@ -40,10 +40,9 @@ def are_plain(x, *projections):
 
 def _cast(*tensors):
     """As torch's matrix products take them: under autocast in its dtype."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not under_autocast(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 

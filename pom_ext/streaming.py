@@ -114,7 +114,7 @@ class VideoStream:
 
         video: (B, C, T, H, W) in [-1, 1]; labels: (B,) or (B, T / patch[0]).
         """
-        weight = self.model.patch_in.weight
+        weight = self.model.like
         if not isinstance(video, torch.Tensor) or video.dim() != 5 or video.shape[0] != self.batch:
             got = tuple(video.shape) if isinstance(video, torch.Tensor) else type(video).__name__
             raise ValueError(f"video: expected {self.batch} videos (B, C, T, H, W), got {got}")
@@ -172,7 +172,7 @@ class VideoStream:
             raise ValueError(
                 f"path: {path} is a stream of a model like this one, but with other weights or of another dtype"
             )
-        device = model.patch_in.weight.device
+        device = model.like.device
         options = dict(settings["stream"])
         frame, objective = options.pop("frame"), build_objective(options.pop("objective"), options.pop("shift"))
         conditions = {name: tensor.to(device) for name, tensor in parts.pop("conditions", {}).items()}
@@ -188,7 +188,7 @@ class VideoStream:
         return 1 if self.guidance == 1 else 2
 
     def _labels(self, labels):
-        labels = torch.as_tensor(labels).to(self.model.patch_in.weight.device)
+        labels = torch.as_tensor(labels).to(self.model.like.device)
         if labels.is_floating_point() or labels.dim() not in (1, 2) or len(labels) != self.batch:
             raise ValueError(
                 f"labels: expected one integer for each of {self.batch} videos, got {labels.dtype} {tuple(labels.shape)}"
@@ -228,7 +228,7 @@ class VideoStream:
         return self._evaluate(video, time, past, arguments, return_past=True)[1]
 
     def _noise(self, frames, purpose):
-        weight, unit = self.model.patch_in.weight, self.model.patch[0]
+        weight, unit = self.model.like, self.model.patch[0]
         shape = (self.model.in_channels, unit, *self.size)
 
         def of_frame(video, frame):

@@ -294,7 +294,7 @@ def test_forgetting_is_a_mask_with_those_weights(form, heads, window, decay):
     )
     expected = PoM.forward(mixer, x.flatten(1, 2), mask=mask).view_as(x)
     layout = Layout(Grid(1, size), causal=True, forgetting=Forgetting(window, decay))
-    empty = mixer.empty_memory(2, 0, layout.forgetting, "cpu")
+    empty = mixer.empty_memory(2, 0, layout.forgetting, torch.float64, "cpu")
     for chunks in ((5,), (1,) * 5, (2, 3), (4, 1)):
         memory, outs = empty, []
         for part in x.split(chunks, dim=1):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..checks import under_autocast
 from ..module import PoM
 
 MAX_TIME = 1000  # diffusion time runs over [0, 1000)
@@ -99,11 +100,11 @@ class TimeEmbedding(nn.Module):
         self.dim, self.fastest = dim, fastest
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
 
-    def forward(self, time):
-        weight = self.mlp[0].weight
-        frequencies = self.fastest * time_frequencies(self.dim, like=weight)  # (D/2,)
+    def forward(self, time, like):
+        """Computes in the dtype of `like`, at least in float32."""
+        frequencies = self.fastest * time_frequencies(self.dim, like)  # (D/2,)
         angles = time.to(frequencies.dtype)[..., None] * frequencies  # (..., D/2)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(weight.dtype))  # (..., D)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(like.dtype))  # (..., D)
 
 
 # Checks that the models share
@@ -144,7 +145,7 @@ def check_placed(weight, **inputs):
 def check_dtype(weight, **inputs):
     """TypeError unless every input has the dtype of the model's weight, or autocast takes care of it."""
     for name, tensor in inputs.items():
-        if tensor is not None and tensor.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+        if tensor is not None and tensor.dtype != weight.dtype and not under_autocast(weight):
             raise TypeError(f"{name}: expected {weight.dtype} as the model, got {tensor.dtype}; use .to() on either")
 
 
@@ -152,7 +153,8 @@ def check_labels(labels, n_classes):
     """Integers in 0..n_classes. The range is checked on the CPU only: reading it back from a GPU would stop it."""
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels: expected int64 or int32, got {labels.dtype}")
-    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+    readable = labels.device.type == "cpu" and type(labels) is torch.Tensor and not torch.compiler.is_compiling()
+    if readable and labels.numel():
         low, high = labels.min().item(), labels.max().item()
         if low < 0 or high > n_classes:
             raise ValueError(f"labels: expected 0 to {n_classes} (no class), got values from {low} to {high}")

@@ -90,6 +90,11 @@ class ImageDiT(nn.Module):
         for parameter in (self.registers, self.register_cond) if n_registers else ():
             nn.init.trunc_normal_(parameter, std=0.02)
 
+    @property
+    def like(self):
+        """A parameter, for its dtype and device. (Of a quantised layer the weight is none.)"""
+        return next(self.parameters())
+
     def forward(self, images, time, labels, span=None):
         """Predict noise, velocity or whatever the model is trained for.
 
@@ -111,12 +116,12 @@ class ImageDiT(nn.Module):
         grid = Grid(height, width, self.n_registers)
 
         x = self.patch_in(patchify(images, self.patch))  # (B, N, D), N = height * width
-        cond = self.time_embed(time) + self.label_embed(labels)  # (B, D)
+        cond = self.time_embed(time, self.like) + self.label_embed(labels)  # (B, D)
         if self.span_embed is not None:
-            cond = cond + self.span_embed(torch.zeros_like(time) if span is None else span)  # (B, D)
+            cond = cond + self.span_embed(torch.zeros_like(time) if span is None else span, self.like)  # (B, D)
         cond = cond[:, None]  # (B, 1, D)
         if self.registers is None:
-            x = x + blocks.sincos_positions(grid, self.dim, like=self.patch_in.weight)  # (B, N, D)
+            x = x + blocks.sincos_positions(grid, self.dim, like=self.like)  # (B, N, D)
         else:
             x = x + self.positions(grid)  # (B, N, D)
             x = torch.cat([self.registers.expand(x.shape[0], -1, -1), x], dim=1)  # (B, R + N, D)
@@ -132,7 +137,7 @@ class ImageDiT(nn.Module):
         return unpatchify(self.patch_out(x), grid, self.patch)  # (B, C, H, W)
 
     def _check_inputs(self, images, time, labels, span):
-        weight = self.patch_in.weight
+        weight = self.like
         blocks.check_placed(weight, images=images, time=time, labels=labels, span=span)
         if span is not None and self.span_embed is None:
             raise ValueError("span: expected None, for this model has one time; build it with two_times=True")

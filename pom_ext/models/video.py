@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..checks import under_autocast
 from . import blocks
 from .blocks import AdaLN, Grid, TimeEmbedding, polynomial
 from .image import SIZES
@@ -119,6 +120,11 @@ class VideoDiT(nn.Module):
         if text_dim:
             nn.init.normal_(self.text_embed.weight, std=0.02)
 
+    @property
+    def like(self):
+        """A parameter, for its dtype and device. (Of a quantised layer the weight is none.)"""
+        return next(self.parameters())
+
     def start(self, batch=1, size=None, *, window=0, decay=1.0):
         """The `Past` before the first frame of a stream, for `forward(past=...)`.
 
@@ -141,14 +147,16 @@ class VideoDiT(nn.Module):
         if decay != 1 and (window or "attention" in self.config["mixer"]):
             raise ValueError("decay: it goes without a window, and fades the sums of polynomial mixers, not attention")
         grid = Grid(height // self.patch[1], width // self.patch[2])
-        return self._empty_past(batch, grid, 0, Forgetting(window, decay), self.patch_in.weight.device)
+        return self._empty_past(batch, grid, 0, Forgetting(window, decay), self.like.device)
 
     def _empty_past(self, batch, grid, frames, forgetting, device):
         """A past of so many frames, all of them zero."""
         patches = grid.height * grid.width
         held = min(frames, forgetting.window - 1) if forgetting.window else frames
-        memories = tuple(block.mixer.empty_memory(batch, held * patches, forgetting, device) for block in self.blocks)
-        tail = self.patch_in.weight.new_zeros(batch, KERNEL - 1, patches, self.dim, device=device)
+        memories = tuple(
+            block.mixer.empty_memory(batch, held * patches, forgetting, self.like.dtype, device) for block in self.blocks
+        )
+        tail = self.like.new_zeros(batch, KERNEL - 1, patches, self.dim, device=device)
         tails = tuple(tail for block in self.blocks if block.local_conv is not None)
         return Past(frames, grid.height, grid.width, memories, tails, forgetting)
 
@@ -202,7 +210,7 @@ class VideoDiT(nn.Module):
 
         x = self.patch_in(patchify_video(video, self.patch))  # (B, T', S, D), S = height * width; 2 B where paired
         x = x + self._position_embedding(first, frames, grid)  # (B, T', S, D)
-        cond = self._per_frame(self.time_embed(time), time)  # (B, 1 or T', 1, D)
+        cond = self._per_frame(self.time_embed(time, self.like), time)  # (B, 1 or T', 1, D)
         if labels is not None:
             cond = cond + self._per_frame(self.label_embed(labels), labels)  # (B, 1 or T', 1, D)
         cond = F.silu(cond)
@@ -229,7 +237,7 @@ class VideoDiT(nn.Module):
         return out, Past(first + frames, grid.height, grid.width, tuple(memories), tuple(tails), forgetting)
 
     def _position_embedding(self, first, frames, grid):  # -> (1, 1 or T', S, D)
-        weight = self.patch_in.weight
+        weight = self.like
         if self.positions != "sincos":
             return blocks.sincos_positions(grid, self.dim, like=weight)[None]
         length = self.length // self.patch[0]
@@ -246,7 +254,7 @@ class VideoDiT(nn.Module):
         return (embedding[:, None] if given.dim() == 1 else embedding)[:, :, None]
 
     def _check_inputs(self, video, time, text, labels, text_weight):
-        weight = self.patch_in.weight
+        weight = self.like
         for name, given, size in (("text", text, self.text_dim), ("labels", labels, self.n_classes)):
             argument = {"text": "text_dim", "labels": "n_classes"}[name]
             if given is None and size:
@@ -284,7 +292,7 @@ class VideoDiT(nn.Module):
     def _check_finished(self, finished, finished_time, video, frame_causal):
         if not frame_causal:
             raise ValueError("frame_causal: expected True with finished frames, which later ones must not change")
-        blocks.check_placed(self.patch_in.weight, finished=finished, finished_time=finished_time)
+        blocks.check_placed(self.like, finished=finished, finished_time=finished_time)
         self._check_marks(video, finished_time=finished_time)
         if finished.shape != video.shape or finished.dtype != video.dtype:
             raise ValueError(
@@ -305,10 +313,10 @@ class VideoDiT(nn.Module):
             raise ValueError(
                 f"past: its frames have {past.height} x {past.width} patches, the video {grid.height} x {grid.width}"
             )
-        weight = self.patch_in.weight
+        weight = self.like
         expected = self._empty_past(batch, grid, past.frames, past.forgetting, "meta").state_dict()
         given = past.state_dict()
-        exact = not torch.is_autocast_enabled(weight.device.type)
+        exact = not under_autocast(weight)
         for name in [name for name in {**expected, **given} if name not in ("seen", "forgetting")]:
             a, b = expected.get(name), given.get(name)
             if a is None or b is None or a.shape != b.shape or (exact and a.dtype != b.dtype):

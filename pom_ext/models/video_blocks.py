@@ -91,11 +91,10 @@ class Layout(NamedTuple):
 class FrameMixer(PoM):
     """PoM over frames; its memory is a `State`, as `Forgetting.sums` takes it."""
 
-    def empty_memory(self, batch, tokens, forgetting, device):
+    def empty_memory(self, batch, tokens, forgetting, dtype, device):
         """The memory of no frames. `tokens` does not matter: a state is as large after many."""
         groups = forgetting.window - 1 if forgetting.window else 1
-        dtype = accumulator(self.out_proj.weight.dtype)
-        return State.empty(batch, self.state_width, groups, dtype=dtype, device=device)
+        return State.empty(batch, self.state_width, groups, dtype=accumulator(dtype), device=device)
 
     def forward(self, x, layout, memory=None):
         tokens = x.flatten(1, 2)  # (B, T * S, D)
@@ -116,7 +115,7 @@ class FrameMixer(PoM):
         own = self.state_of(tokens, cu_seqlens=offsets, rotary=rotary)  # (B, T, C)
         finished = own.map(layout.finished)
         if memory is None:
-            memory = self.empty_memory(finished.total.shape[0], 0, layout.forgetting, tokens.device)
+            memory = self.empty_memory(finished.total.shape[0], 0, layout.forgetting, own.total.dtype, tokens.device)
         before, memory = layout.forgetting.sums(memory, finished)
         if layout.paired:
             before = State.cat([before, before], dim=0)
@@ -126,10 +125,9 @@ class FrameMixer(PoM):
 class FrameAttention(Attention):
     """Attention with the same choices of who sees whom; its memory is a key-value cache. The yardstick."""
 
-    def empty_memory(self, batch, tokens, forgetting, device):
+    def empty_memory(self, batch, tokens, forgetting, dtype, device):
         """A memory of so many tokens, all of them zero."""
-        weight = self.out_proj.weight
-        return KeyValues(*weight.new_zeros(2, batch, tokens, len(weight), device=device))
+        return KeyValues(*torch.zeros(2, batch, tokens, self.out_proj.out_features, dtype=dtype, device=device))
 
     def extend(self, memory, keys, values):
         """Keys and values of the memory and, behind them, these."""
