@@ -29,32 +29,51 @@ FORMS = {
     "power": {"form": "power", "degree": 3},
     "product": {"form": "product", "degree": 2},
 }
+NAMES = (*FORMS, "attention")
 PASSES = ("forward", "forward+backward")
 
 
 def make_layer(name, dim, heads, layer=PoM):
     if name == "attention":
-        return Attention(dim, heads)
+        return Attention(dim, heads) if layer is PoM else blocks.Attention(dim, heads)
     options = dict(FORMS[name])
     return layer(dim, n_sel_heads=heads if options.pop("heads", False) else 1, **options)
 
 
-def layer_calls(name, size, tokens):
-    """The layer, and its input."""
-    dim, heads = SIZES[size]
-    return make_layer(name, dim, heads), (torch.randn(1, tokens, dim),)
+class Layers:
+    """The layers of a size, side by side."""
+
+    def __init__(self, size):
+        self.dim, heads = SIZES[size]
+        self.layers = {name: make_layer(name, self.dim, heads) for name in NAMES}
+
+    def inputs(self, tokens):
+        return (torch.randn(1, tokens, self.dim),)
+
+    def named(self, name):
+        return self.layers[name]
 
 
-def model_calls(name, size, tokens):
-    """The image model with such layers, and an image of so many patches."""
-    model = image_dit(
-        size, in_channels=4, n_classes=10, image_size=32, mixer="attention" if name == "attention" else "power"
-    )
-    if name != "attention":
-        for block in model.blocks:
-            block.mixer = make_layer(name, *SIZES[size], layer=blocks.PolynomialMixer)
-    side = 2 * round(tokens**0.5)
-    return model, (torch.randn(1, 4, side, side), torch.tensor([500.0]), torch.tensor([3]))
+class Models:
+    """The image model of a size, and the mixers that it takes by turns: everything else is there once."""
+
+    def __init__(self, size):
+        self.model = image_dit(size, in_channels=4, n_classes=10, image_size=32)
+        dim, heads = SIZES[size]
+        kinds = {name: blocks.PolynomialMixer for name in FORMS}
+        self.mixers = {
+            name: [make_layer(name, dim, heads, kinds.get(name)) for _ in self.model.blocks] for name in NAMES
+        }
+
+    def inputs(self, tokens):
+        """An image of so many patches."""
+        side = 2 * round(tokens**0.5)
+        return torch.randn(1, 4, side, side), torch.tensor([500.0]), torch.tensor([3])
+
+    def named(self, name):
+        for block, mixer in zip(self.model.blocks, self.mixers[name], strict=True):
+            block.mixer = mixer
+        return self.model
 
 
 def run(module, inputs, passes):
@@ -74,25 +93,24 @@ def predicted(seconds):
     return seconds[-1] * max(4, seconds[-1] / seconds[-2] if len(seconds) > 1 else 4)
 
 
-def measure(what, size, passes, options):
+def measure(what, size, contenders, passes, options):
     """Median seconds by contender, a list over the lengths. None: not measured, and neither are longer ones."""
-    build = {"layer": layer_calls, "model": model_calls}[what]
-    names = (*FORMS, "attention")
-    medians = {name: [] for name in names}
+    medians = {name: [] for name in NAMES}
     for tokens in options.tokens:
         torch.manual_seed(0)
-        going = [n for n in names if None not in medians[n] and predicted(medians[n]) <= options.limit]
-        calls = {name: build(name, size, tokens) for name in going}
-        seconds = {name: [] for name in going}
+        going = [n for n in NAMES if None not in medians[n] and predicted(medians[n]) <= options.limit]
+        inputs, seconds = contenders.inputs(tokens), {name: [] for name in going}
         start = time.perf_counter()
         while going and (not seconds[going[0]] or time.perf_counter() - start < options.seconds):
-            for name, (module, inputs) in calls.items():
+            for name in going:
+                module = contenders.named(name)
                 if not seconds[name] and predicted(medians[name]) < 1:
                     run(module, inputs, passes)  # the first call takes memory from the system
                 seconds[name].append(run(module, inputs, passes))
-        for name in names:
+        for name in NAMES:
             medians[name].append(statistics.median(seconds[name]) if name in going else None)
-        print(f"{what:6}{size:5}{passes:17}{tokens:7} tokens  " + "  ".join(shown(n, medians[n][-1], medians["attention"][-1]) for n in names), flush=True)  # fmt: skip
+        row = "  ".join(shown(name, medians[name][-1], medians["attention"][-1]) for name in NAMES)
+        print(f"{what:6}{size:5}{passes:17}{tokens:7} tokens  {row}", flush=True)
     return medians
 
 
@@ -164,14 +182,16 @@ def main(arguments=None):
         print(f"layer {size}: kept bytes per token: " + ", ".join(f"{n} {b}" for n, b in rows.items()), flush=True)
     for what in options.what:
         for size in options.sizes:
+            contenders = {"layer": Layers, "model": Models}[what](size)
             for passes in PASSES:
-                seconds = measure(what, size, passes, options)
+                seconds = measure(what, size, contenders, passes, options)
                 even = {n: break_even(options.tokens, seconds[n], seconds["attention"]) for n in FORMS}
                 print(f"{what:6}{size:5}{passes:17}faster than attention from: {even}", flush=True)
                 case = {"what": what, "size": size, "passes": passes, "seconds": seconds, "break_even": even}
                 content["cases"].append(case)
                 if options.json:
                     save(content, options.json)
+            del contenders  # before the next ones are made
     if options.plot:
         save_crossover(content, options.plot)
     return 0
