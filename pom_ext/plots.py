@@ -106,18 +106,19 @@ def save_stream_costs(costs, path, title=None):
 
 
 def save_crossover(results, path):
-    """Draw what `benchmarks.crossover` measured: seconds over tokens, a row for each pass, a column for each size.
+    """Draw what `benchmarks.crossover` measured: seconds over tokens, a column for each size.
 
     A ring marks the length from which on a form is faster than attention.
     """
     from matplotlib.figure import Figure
 
-    cases = [case for case in results["cases"] if case["what"] == results["cases"][-1]["what"]]
-    sizes, passes = (list(dict.fromkeys(case[key] for case in cases)) for key in ("size", "passes"))
-    figure = Figure(figsize=(4 * len(sizes), 3.2 * len(passes)), layout="constrained")
-    grid = figure.subplots(len(passes), len(sizes), squeeze=False, sharex=True)
+    cases = results["cases"]
+    sizes = list(dict.fromkeys(case["size"] for case in cases))
+    rows = list(dict.fromkeys((case["what"], case["passes"]) for case in cases))
+    figure = Figure(figsize=(4 * len(sizes), 2.8 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(sizes), squeeze=False, sharex=True)
     for case in cases:
-        axes = grid[passes.index(case["passes"])][sizes.index(case["size"])]
+        axes = grid[rows.index((case["what"], case["passes"]))][sizes.index(case["size"])]
         for name, seconds in case["seconds"].items():
             (line,) = axes.loglog(
                 results["tokens"], [value or np.nan for value in seconds], "o-", markersize=3, label=name,
