@@ -77,7 +77,7 @@ class Call:
             inputs.leaves["coeff"] = inputs.leaves["coeff"].to(self.coeff)
         if self.every_group:
             shape = self.definition(inputs, torch.float64)(**move(inputs.leaves, dtype=torch.float64))["state"].shape
-            grad = (1 + torch.randn(shape, dtype=state_dtype(self.case.dtype))) / max(self.case.tokens, 1)
+            grad = (1 + torch.randn(shape, dtype=state_dtype(self.case.dtype))) / max(self.case.tokens, 1) ** 0.5
             inputs.output_grads["state"] = grad
         return laid_out(inputs if self.signed else positive(inputs), self.layouts)
 
@@ -87,7 +87,7 @@ class Call:
                 context[name] = torch.tensor(self.offsets) if name == "cu_seqlens" else self.offsets
         for name in ("weight", "mask"):
             if name in context and self.weights is not None:
-                weights = context[name].ne(0) if self.weights == torch.bool else context[name] * 5
+                weights = context[name].ne(0) if self.weights == torch.bool else context[name] * 3
                 context[name] = weights.to(self.weights)
 
     def operation(self, inputs, device):
@@ -168,15 +168,20 @@ class Call:
     def directions(self, inputs):
         """Short ones, so that plain torch stays within float16."""
         torch.manual_seed(self.seed + 1)
-        directions = {name: torch.randn(inputs.leaves[name].shape) / 8 for name in self.moved}
+        directions = {name: torch.randn(inputs.leaves[name].shape) / 16 for name in self.moved}
         directions = {name: d if self.signed else d.abs() for name, d in directions.items()}
         return {name: d.to(inputs.leaves[name].dtype) for name, d in directions.items()}
 
 
 def positive(inputs):
-    """The same call with positive numbers, so that nothing cancels whatever is added up."""
-    leaves = {name: leaf if name == "gate" else leaf.abs() for name, leaf in inputs.leaves.items()}
-    leaves["u"] = leaves["u"].clamp(0.25, 1.5)
+    """The same call with positive numbers, so that nothing cancels whatever is added up. All near 1 where the degree is
+    high, so that float16 holds sums of powers, and its normal numbers the products of so many factors."""
+    least = 1.0 if inputs.case.degree > 5 else 0.75
+    leaves = {name: leaf if name.startswith("gate") else leaf.abs() for name, leaf in inputs.leaves.items()}
+    leaves |= {name: leaves[name].clamp(least, 1.25) for name in ("u", "x", "context") if name in leaves}
+    if "context_proj.weight" in leaves:
+        weight = leaves["context_proj.weight"]
+        leaves["context_proj.weight"] = weight / weight.sum(-1, keepdim=True)
     output_grads = {name: grad.abs() for name, grad in inputs.output_grads.items()}
     return replace(inputs, leaves=leaves, output_grads=output_grads, prior_residual=inputs.prior_residual.abs())
 
@@ -326,10 +331,6 @@ class Layer(Call):
         shapes = {"x": (case.batch, queries, self.dim), "context": (case.batch, case.tokens, self.dim)}
         drawn = {name: torch.randn(shape) for name, shape in shapes.items()}
         drawn |= {name: parameter.detach() for name, parameter in self.build().named_parameters()}
-        if not self.signed:  # projections near 1, of which every power has weight, as in `draw_u`
-            drawn |= {name: (1 + 0.4 * drawn[name]).clamp(0.2, 1.5) for name in shapes}
-            weight = drawn["context_proj.weight"].abs()
-            drawn["context_proj.weight"] = weight / weight.sum(-1, keepdim=True)
         drawn = {name: value.to(case.dtype) for name, value in drawn.items()}
         drawn |= {"prior": inputs.leaves.get("prior")}
         inputs.leaves = {name: drawn[name] for name in self.leaves}
@@ -342,7 +343,8 @@ class Layer(Call):
                 stride = case.width // case.heads // 2 * case.axes
                 wide = {"channels": case.heads, "stride": stride, "table_channels": case.width}
             inputs.rotaries["gate_rotary"] = table(self.positions(queries), **wide)
-        return laid_out(replace(inputs, case=case), self.layouts)
+        inputs = replace(inputs, case=case)
+        return laid_out(inputs if self.signed else positive(inputs), self.layouts)
 
     def operation(self, inputs, device):
         case, layer = self.case, self.build().to(device)
@@ -365,9 +367,14 @@ class Layer(Call):
         mixed = super().definition(inputs, dtype)
 
         def run(x, context=None, prior=None, coeff=None, **parameters):
-            weight = parameters["context_proj.weight"]
-            weight = torch.block_diag(*weight) if weight.dim() == 3 else weight
-            u = F.linear(x if context is None else context, weight, parameters.get("context_proj.bias"))
+            weight, bias = parameters["context_proj.weight"], parameters.get("context_proj.bias")
+            tokens = x if context is None else context
+            if weight.dim() == 2:
+                u = F.linear(tokens, weight, bias)
+            else:  # a product each, as plain torch would: its sums are not those of one product with a block diagonal
+                groups = zip(tokens.chunk(len(weight), -1), weight, strict=True)
+                u = torch.cat([F.linear(part, matrix) for part, matrix in groups], -1)
+                u = u if bias is None else u + bias
             gate = F.linear(x, parameters["gate_proj.weight"], parameters.get("gate_proj.bias"))
             outputs = mixed(u, gate, coeff, prior)
             y = F.linear(outputs["y"], parameters["out_proj.weight"], parameters.get("out_proj.bias"))
