@@ -6,7 +6,7 @@
 #   make gpu-report OUT=folder   build for that GPU, test, sanitize and measure, within nine minutes
 # and for those who pass it on:
 #   make wheel, make sdist       into dist/
-#   make check-wheel             test that wheel beside the releases of torch in TORCHES; several GB, a quarter of an hour
+#   make check-wheel             test that wheel beside the releases of torch in TORCHES; several GB, half an hour
 #
 # The first two make their environment in .venv first. Where torch can be imported already, that torch is used; on a
 # machine without an NVIDIA GPU the CPU build is pinned, for a plain `torch` would bring several GB of CUDA libraries.
