@@ -77,7 +77,8 @@ class Call:
             inputs.leaves["coeff"] = inputs.leaves["coeff"].to(self.coeff)
         if self.every_group:
             shape = self.definition(inputs, torch.float64)(**move(inputs.leaves, dtype=torch.float64))["state"].shape
-            grad = (1 + torch.randn(shape, dtype=state_dtype(self.case.dtype))) / max(self.case.tokens, 1) ** 0.5
+            several = max(self.case.tokens * shape[1], 1) ** 0.5  # float16 must hold sums over groups, then over tokens
+            grad = (1 + torch.randn(shape, dtype=state_dtype(self.case.dtype))) / several
             inputs.output_grads["state"] = grad
         return laid_out(inputs if self.signed else positive(inputs), self.layouts)
 
@@ -178,7 +179,7 @@ def positive(inputs):
     high, so that float16 holds sums of powers, and its normal numbers the products of so many factors."""
     least = 1.0 if inputs.case.degree > 5 else 0.75
     leaves = {name: leaf if name.startswith("gate") else leaf.abs() for name, leaf in inputs.leaves.items()}
-    leaves |= {name: leaves[name].clamp(least, 1.25) for name in ("u", "x", "context") if name in leaves}
+    leaves |= {name: leaves[name].clamp(least, 1.2) for name in ("u", "x", "context") if name in leaves}
     if "context_proj.weight" in leaves:
         weight = leaves["context_proj.weight"]
         leaves["context_proj.weight"] = weight / weight.sum(-1, keepdim=True)

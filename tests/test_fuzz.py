@@ -20,6 +20,7 @@ from pom_ext.module import GroupedLinear
 CASES = int(os.environ.get("POM_EXT_FUZZ_CASES", "300"))
 SEED = int(os.environ.get("POM_EXT_FUZZ_SEED", "0"))
 
+PART = 1_000  # calls of one test: hypothesis remembers all of them
 FEW = 16  # numbers among which one that happens to cancel weighs too much: sums of so few are of positive numbers
 PIECES = ("merged", "continued", "update")  # entries that cut the tokens in two
 STRIDED = [name for name in LAYOUTS if not name.startswith("one ")]
@@ -138,11 +139,15 @@ def layers(draw):
     return draw_rest(draw, call, STRIDED)
 
 
-@settings(max_examples=CASES)
-@seed(SEED)
-@given(call=calls() | calls() | calls() | layers())
-def test_a_call_drawn_at_random(call, device):
-    call.check(device)
+@pytest.mark.parametrize("part", range(0, CASES, PART))
+def test_calls_drawn_at_random(part, device):
+    @settings(max_examples=min(PART, CASES - part))
+    @seed(SEED + part)
+    @given(call=calls() | calls() | calls() | layers())
+    def check(call):
+        call.check(device)
+
+    check()
 
 
 # What drawn calls have found.
