@@ -167,9 +167,9 @@ class Call:
         return results, outputs.get("count")
 
     def directions(self, inputs):
-        """Short ones, so that plain torch stays within float16."""
+        """Short ones, so that float16 holds the sums of plain torch."""
         torch.manual_seed(self.seed + 1)
-        directions = {name: torch.randn(inputs.leaves[name].shape) / 16 for name in self.moved}
+        directions = {name: torch.randn(inputs.leaves[name].shape) / 64 for name in self.moved}
         directions = {name: d if self.signed else d.abs() for name, d in directions.items()}
         return {name: d.to(inputs.leaves[name].dtype) for name, d in directions.items()}
 
