@@ -93,7 +93,10 @@ _RULES = {
 class _Rules(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        for known, rule in _RULES.items():  # no look-up: while compiling, a method is not found by its hash
+        if not torch.compiler.is_compiling():
+            rule = _RULES.get(function)
+            return function(*args, **kwargs) if rule is None else rule(function, *args, **kwargs)
+        for known, rule in _RULES.items():  # a method is not found by its hash
             if function is known:
                 return rule(function, *args, **kwargs)
         return function(*args, **kwargs)
