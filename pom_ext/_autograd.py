@@ -90,6 +90,12 @@ def made_of(library, operation, parts):
     library.impl(operation._opname, kernel, "Autograd", with_keyset=True)
 
 
+def below_autograd(operation, *arguments):
+    """A call of which no derivative is asked for: it need not be looked for in every argument."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operation(*arguments)
+
+
 def refuse_tangents(library, operation, message):
     """An operation that has no derivative raises where a tangent comes in."""
 

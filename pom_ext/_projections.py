@@ -6,8 +6,9 @@ more than one gradient is asked for: a derivative of these then costs what it co
 
 import torch
 
-from ._autograd import differentiable, has_tangent, made_of, needs_gradient
+from ._autograd import below_autograd, differentiable, has_tangent, made_of, needs_gradient
 from .checks import FORMS, accumulator
+from .state import State
 
 ops = torch.ops.pom_ext
 NO_TANGENTS = (None, None)
@@ -65,15 +66,31 @@ def _linear_batched(info, dims, x, weight, bias):
     return ops.linear(rows.flatten(0, 1), weight, bias).unflatten(0, rows.shape[:2]), 0
 
 
+def _directions(moving, still):
+    """Tensors, the first of them tokens, and the directions that they move in: where one pass takes both, else None.
+
+    It does on the CPU, where the tokens move, nothing of `still` does, and no gradient is to come.
+    """
+    if moving[0].device.type != "cpu" or has_tangent(still):
+        return None
+    given, along = zip(*(torch._VF._unpack_dual(t, level=0) for t in moving))
+    if along[0] is None or needs_gradient((*moving, *along, *still)):
+        return None
+    return given, [torch.zeros_like(t) if direction is None else direction for t, direction in zip(given, along)]
+
+
+def _dual(value, tangent):
+    return torch._VF._make_dual(value, tangent, level=0)
+
+
 def project_state(x, weight, bias, coeff, token_weight, offsets, cumulative, cos, sin, axes, form, degree, keep=False):
     """The State, and of the operation the projections u that it is to keep for gradients, or nothing."""
-    given, tangent = torch._VF._unpack_dual(x, level=0)
     rest = weight, bias, coeff
-    if tangent is not None and x.device.type == "cpu" and not has_tangent(rest) and not needs_gradient((x, *rest)):
+    if (found := _directions((x,), rest)) is not None:
+        (given,), (along,) = found
         context = token_weight, offsets, cumulative, cos, sin, axes, form, degree
-        total, residual, count, *along = ops.project_state_along(given, tangent, *rest, *context)
-        total, residual = (torch._VF._make_dual(t, d, level=0) for t, d in zip((total, residual), along))
-        return total, residual, count, x.new_empty(0, 0, 0)
+        total, residual, count, *moved = below_autograd(ops.project_state_along, given, along, *rest, *context)
+        return *map(_dual, (total, residual), moved), count, x.new_empty(0, 0, 0)
     u = linear(x, weight, bias)
     state = ops.state(u, coeff, *NO_TANGENTS, token_weight, None, offsets, cumulative, cos, sin, axes, form, degree)
     return *state, x.new_empty(0, 0, 0)
@@ -124,9 +141,26 @@ def project_readout(
     keep=False,
 ):  # fmt: skip
     """What is read, projected, and of the operation the gates that it is to keep for gradients, or nothing."""
+    weights = gate_weight, gate_bias, out_weight, out_bias
+    if (found := _directions((x, total, residual), weights)) is not None:
+        (x, total, residual), along = found
+        given = *along, x, gate_weight, gate_bias, total, residual, count, out_weight, out_bias
+        y, moved = below_autograd(ops.project_readout_along, *given, offsets, cos, sin, axes, form, heads)
+        return _dual(y, moved), x.new_empty(0, 0, 0)
     gate = linear(x, gate_weight, gate_bias)
     mixed = ops.readout(gate, None, total, residual, *NO_TANGENTS, count, offsets, cos, sin, axes, form, heads)
     return linear(mixed, out_weight, out_bias), x.new_empty(0, 0, 0)
+
+
+def project_readout_along(
+    x_tangent, total_tangent, residual_tangent, x, gate_weight, gate_bias, total, residual, count, out_weight, out_bias,
+    *rest,
+):  # fmt: skip
+    """The same, and its derivative along directions of x and of the state."""
+    gate, along = linear(x, gate_weight, gate_bias), linear(x_tangent, gate_weight, None)
+    mixed = ops.readout(gate, None, total, residual, *NO_TANGENTS, count, *rest)
+    moved = ops.readout(gate, along, total, residual, total_tangent, residual_tangent, count, *rest)
+    return linear(mixed, out_weight, out_bias), linear(moved, out_weight, None)
 
 
 def project_readout_backward(
@@ -161,17 +195,55 @@ def project_readout_vjp(x, needs, grad_y, grad_kept):
     return {name: grad for name, grad in grads.items() if name in needs}
 
 
-def folded_readout(x, gate_weight, gate_bias, folded, bias, offsets, cos, sin, axes, form):
+def fold(total, residual, count, weight, heads):
+    """(B, G, heads, D): the mean features of every head through its columns of a weight (D, C)."""
+    batch, groups, channels = total.shape
+    # On a processor without products of 16-bit numbers torch takes them one by one.
+    dtype = accumulator(weight.dtype) if weight.device.type == "cpu" else weight.dtype
+    mean = State(total, residual, count).mean().to(dtype).reshape(batch * groups, heads, channels // heads)
+    of_heads = mean.transpose(0, 1) @ weight.to(dtype).unflatten(1, (heads, -1)).permute(1, 2, 0)
+    return of_heads.transpose(0, 1).reshape(batch, groups, heads, len(weight)).to(weight.dtype)
+
+
+def folded_readout(
+    x, gate_weight, gate_bias, total, residual, count, out_weight, out_bias, offsets, cos, sin, axes, form
+):
     """y_m = Σ_h γ(g)_mh folded[group of m, h] + bias, of folded (B, G, heads, D)."""
-    return read_folded(linear(x, gate_weight, gate_bias), folded, bias, offsets, cos, sin, axes, form)
+    weights = gate_weight, gate_bias, out_weight, out_bias
+    if (found := _directions((x, total, residual), weights)) is not None:
+        (x, total, residual), along = found
+        given = *along, x, gate_weight, gate_bias, total, residual, count, out_weight, out_bias
+        return _dual(*below_autograd(ops.folded_readout_along, *given, offsets, cos, sin, axes, form))
+    folded = fold(total, residual, count, out_weight, len(gate_weight))
+    gate = linear(x, gate_weight, gate_bias)
+    return multiply_folded(gate_values(gate, None, cos, sin, axes, form), folded, out_bias, offsets)
 
 
-def read_folded(gate, folded, bias, offsets, cos, sin, axes, form):
-    """The same of gates (B, M, heads)."""
-    batch, groups, heads, dim = folded.shape
+def folded_readout_along(
+    x_tangent, total_tangent, residual_tangent, x, gate_weight, gate_bias, total, residual, count, out_weight, out_bias,
+    offsets, *rest,
+):  # fmt: skip
+    """The same, and its derivative along directions of x and of the state."""
+    heads = len(gate_weight)
+    folded = fold(total, residual, count, out_weight, heads)
+    folded_along = fold(total_tangent, residual_tangent, count, out_weight, heads)
+    gate, gate_along = linear(x, gate_weight, gate_bias), linear(x_tangent, gate_weight, None)
+    value, value_along = gate_values(gate, None, *rest), gate_values(gate, gate_along, *rest)
+    along = multiply_folded(value, folded_along, None, offsets) + multiply_folded(value_along, folded, None, offsets)
+    return multiply_folded(value, folded, out_bias, offsets), along
+
+
+def gate_values(gate, along, cos, sin, axes, form):
+    """γ (B, M, heads) of gates, or its derivative along a direction of them: what they read of a state of ones."""
+    batch, _, heads = gate.shape
     one = gate.new_ones(batch, 1, heads, dtype=accumulator(gate.dtype))
     count = gate.new_ones(batch, 1, dtype=torch.float64)
-    value = ops.readout(gate, None, one, torch.zeros_like(one), *NO_TANGENTS, count, None, cos, sin, axes, form, 1)
+    return ops.readout(gate, along, one, torch.zeros_like(one), *NO_TANGENTS, count, None, cos, sin, axes, form, 1)
+
+
+def multiply_folded(value, folded, bias, offsets):
+    """Values (B, M, heads) times what is folded for their groups (B, G, heads, D), plus (D,)."""
+    batch, groups, heads, dim = folded.shape
     if groups == 1:
         return _product(value, folded[:, 0], bias)
     if offsets is None:
@@ -224,8 +296,12 @@ def _project_readout_fake(x, gate_weight, gate_bias, total, residual, count, out
     return x.new_empty(x.shape[0], x.shape[1], out_weight.shape[0]), x.new_empty(kept)
 
 
-def _folded_readout_fake(x, gate_weight, gate_bias, folded, *rest):
-    return x.new_empty(x.shape[0], x.shape[1], folded.shape[3])
+def _folded_readout_fake(x, gate_weight, gate_bias, total, residual, count, out_weight, *rest):
+    return x.new_empty(x.shape[0], x.shape[1], out_weight.shape[0])
+
+
+def _readout_along_fake(x_tangent, total_tangent, residual_tangent, *arguments):
+    return tuple(_folded_readout_fake(*arguments) for _ in range(2))
 
 
 def _project_readout_backward_fake(
@@ -245,12 +321,17 @@ def register(library):
         (project_state_backward, _project_state_backward_fake),
         (project_readout, _project_readout_fake),
         (project_readout_backward, _project_readout_backward_fake),
+        (project_readout_along, _readout_along_fake),
         (folded_readout, _folded_readout_fake),
+        (folded_readout_along, _readout_along_fake),
     ):
         torch.library.register_fake(f"pom_ext::{parts.__name__}", fake)
         operation = getattr(ops, parts.__name__).default
         torch.library.register_vmap(f"pom_ext::{parts.__name__}", _one_by_one(operation))
     differentiable(library, ops.project_state.default, project_state_vjp, parts=project_state, keeps=1)
     differentiable(library, ops.project_readout.default, project_readout_vjp, parts=project_readout, keeps=1)
-    for parts in (project_state_along, project_state_backward, project_readout_backward, folded_readout):
+    for parts in (
+        project_state_along, project_state_backward, project_readout_along, project_readout_backward, folded_readout,
+        folded_readout_along,
+    ):  # fmt: skip
         made_of(library, getattr(ops, parts.__name__).default, parts)

@@ -5,7 +5,6 @@ with one gate per head the readout is folded into the output projection, which t
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -132,21 +131,14 @@ def folded_readout(
     Returns:
         (B, M, D).
     """
-    weight, bias = _cast(out_projection.weight, out_projection.bias)
-    (batch, groups, channels), heads = state.total.shape, n_sel_heads
     # One frame length deals the queries evenly.
-    offsets = None if is_integer(frames) else query_offsets(x, groups, frames, cu_seqlens)
-    rest = offsets, *angles_of(rotary), FORMS.index(form)
-    # Row h of a group: the mean features of head h, zeros for the others.
-    mean = state.mean().to(weight.dtype).reshape(batch * groups, 1, heads, channels // heads)
-    own = torch.eye(heads, dtype=torch.bool, device=mean.device)[..., None]
-    rows = torch.where(own, mean, 0).reshape(batch * groups * heads, channels)
-    folded = _linear(rows, weight).reshape(batch, groups, heads, len(weight))
-    if torch.is_grad_enabled() or x.device.type != "cpu" or not are_plain(x, gate_projection):
-        return _projections.read_folded(project(gate_projection, x), folded, bias, *rest)
-    tokens, gate_matrix, gate_bias = _same_dtype(x, gate_projection)
-    return torch.ops.pom_ext.folded_readout(tokens, gate_matrix, gate_bias, folded, bias, *rest)
-
-
-def _linear(x, weight):
-    return _projections.linear(x, weight, None) if x.device.type == "cpu" else F.linear(x, weight)
+    offsets = None if is_integer(frames) else query_offsets(x, state.total.shape[1], frames, cu_seqlens)
+    sums, rest = (state.total, state.residual, state.count), (*angles_of(rotary), FORMS.index(form))
+    if x.device.type == "cpu" and are_plain(x, gate_projection):
+        tokens, *gate = _same_dtype(x, gate_projection)
+        _, *out = _same_dtype(x, out_projection)
+        return torch.ops.pom_ext.folded_readout(tokens, *gate, *sums, *out, offsets, *rest)
+    weight, bias = _cast(out_projection.weight, out_projection.bias)
+    folded = _projections.fold(*sums, weight, n_sel_heads)
+    value = _projections.gate_values(project(gate_projection, x), None, *rest)
+    return _projections.multiply_folded(value, folded, bias, offsets)

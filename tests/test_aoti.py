@@ -17,7 +17,7 @@ from pom_ext.streaming import DRAWN, VideoStream
 from pom_ext.video_files import to_pixels
 
 # Operations of a layer: the readout before the output projection, or folded into it where that is less work.
-DIRECT, FOLDED = ["project_state", "project_readout"], ["project_state", "linear", "folded_readout"]
+DIRECT, FOLDED = ["project_state", "project_readout"], ["project_state", "folded_readout"]
 STEPS = {  # arguments of the model, of its start, and what the graph holds
     "product-space": ({"mixer": "product", "positions": "space", "n_classes": 4}, {"batch": 2, "size": (8, 4)}, 2 * DIRECT),
     "product-sincos-plain": ({"mixer": "product", "local_conv": False}, {}, 2 * DIRECT),

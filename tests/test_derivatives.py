@@ -5,7 +5,18 @@ import functools
 
 import pytest
 import torch
-from cases import FORMS, MODES, Case, assert_accurate, draw_inputs, grid, move, op_function, reference_function
+from cases import (
+    FORMS,
+    MODES,
+    Case,
+    assert_accurate,
+    draw_inputs,
+    grid,
+    move,
+    op_function,
+    reference_function,
+    twice_differentiable_gate,
+)
 
 from pom_ext import State, polynomial_mix, polynomial_readout, polynomial_state, polynomial_update, reference
 
@@ -32,15 +43,6 @@ def second_derivatives(function, leaves, output_grads, directions):
 def draw_directions(leaves):
     """Short ones, so that plain torch stays within float16."""
     return {name: (torch.randn(leaf.shape) / 8).to(leaf) for name, leaf in leaves.items()}
-
-
-def twice_differentiable_gate(gate, *, form):
-    """`reference.gate_value`; torch itself has no second derivative of hardsigmoid."""
-    if form == "product":
-        return torch.sigmoid(gate)
-    sixth = torch.tensor(1 / 6, dtype=torch.float32).to(gate.dtype)  # as torch's own slope, in float64 too
-    line = torch.where((gate > -3) & (gate < 3), gate * sixth, 0)
-    return torch.nn.functional.hardsigmoid(gate.detach()) + (line - line.detach())
 
 
 # Widths that a GPU reads 16 bytes at a time.

@@ -16,8 +16,11 @@ from pom_ext.models.blocks import AdaLN
 
 PRODUCTS = {  # of matrices, by operation
     **dict.fromkeys((torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.convolution.default), 1),
-    **{torch.ops.pom_ext.linear.default: 1, torch.ops.pom_ext.project_state.default: 1},
-    **{torch.ops.pom_ext.project_state_along.default: 2, torch.ops.pom_ext.project_readout.default: 2},
+    torch.ops.pom_ext.linear.default: 1,
+    torch.ops.pom_ext.project_state.default: 1,
+    torch.ops.pom_ext.project_state_along.default: 2,
+    torch.ops.pom_ext.project_readout.default: 2,
+    torch.ops.pom_ext.project_readout_along.default: 4,
 }
 
 

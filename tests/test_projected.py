@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import FLOOR, norm_error
+from cases import FLOOR, norm_error, twice_differentiable_gate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pom_ext import PoM, _blocks, module, reference
@@ -214,6 +214,138 @@ class Largest(TorchDispatchMode):
             if isinstance(t, torch.Tensor):
                 self.numbers = max(self.numbers, t.numel())
         return results
+
+
+def along(y, x, direction):
+    """The derivative along a direction of x by reverse mode alone: the gradients are linear in what comes back."""
+    back = torch.zeros_like(y, requires_grad=True)
+    (grad,) = torch.autograd.grad(y, x, back, create_graph=True)
+    return torch.autograd.grad(grad, back, direction.to(y.dtype))[0]
+
+
+def check_along(layer, x, context, dtype):
+    """Value and tangent without gradients, each by the operation for both; errors as in `check`."""
+    layer, x = layer.to(dtype), x.to(dtype)
+    direction = (torch.randn(x.shape) / 8).to(dtype)
+    with torch.no_grad(), Largest() as called:
+        results = torch.func.jvp(lambda x: layer(x, **context, **positions_of(layer, x.shape[1])), (x,), (direction,))
+    assert sum("_along" in name for name in called.names) == 2 and "pom_ext.readout" not in str(called.names)
+
+    def by_definition(dtype):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference, "gate_value", twice_differentiable_gate)
+            y, at, _ = definition(layer, x, context, dtype)
+        return y.detach(), along(y, at, direction)
+
+    exact, plain = by_definition(torch.float64), by_definition(dtype)
+    for name, result, expected, other in zip(("y", "tangent"), results, exact, plain):
+        assert result.dtype == dtype and result.shape == expected.shape, name
+        error, bound = norm_error(result, expected), 2 * norm_error(other, expected) + FLOOR[dtype]
+        assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_along_a_direction(name, context, folding):
+    check_along(build(name), torch.randn(2, TOKENS, DIM), CONTEXTS[context], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_along_a_direction_in_other_dtypes(name, dtype, folding):
+    check_along(build(name), torch.randn(2, TOKENS, DIM), CONTEXTS["frames_unequal"], dtype)
+
+
+@pytest.mark.parametrize("batch, tokens", [(1, 3000), (3, 1500), (70, 33), (2, 1)])
+@pytest.mark.parametrize("name", ("power-heads", "product"))
+def test_along_a_direction_in_blocks(name, batch, tokens):
+    for context in ({}, {"frames": [0, tokens // 7, tokens // 7, tokens]}):
+        check_along(build(name, 8), torch.randn(batch, tokens, 8), context, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_along_a_direction_of_nothing(name, shape, folding):
+    layer, x = build(name).requires_grad_(False), torch.randn(*shape, DIM)
+    for result in torch.func.jvp(lambda x: layer(x, **positions_of(layer, shape[1])), (x,), (x,)):
+        assert result.shape == x.shape
+
+
+@pytest.mark.parametrize("moving", ("x", "context", "both", "both and a gate"))
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_moves(name, moving, folding):
+    """Queries, what they read, or a weight too: the same derivative as by a layer whose projections are called."""
+    layer = build(name, dtype=torch.float64).requires_grad_(False)
+    hooked = copy.deepcopy(layer)
+    for projection in (hooked.context_proj, hooked.gate_proj, hooked.out_proj):
+        projection.register_forward_hook(lambda *_: None)
+    x, context = torch.randn(2, 2, TOKENS, DIM, dtype=torch.float64).unbind()
+    given = {"x": x, "context": context, "gate": layer.gate_proj.weight}
+    chosen = [n for n in given if n in moving or (moving.startswith("both") and n != "gate")]
+    across = positions_of(layer, TOKENS)
+    across |= {"context_positions": across["positions"]} if across else {}
+
+    def tangents(layer):
+        def function(*moved):
+            at = given | dict(zip(chosen, moved))
+            weights = {"gate_proj.weight": at["gate"]}
+            return torch.func.functional_call(layer, weights, (at["x"], at["context"]), across)
+
+        return torch.func.jvp(function, tuple(given[n] for n in chosen), tuple(given[n].flip(0) for n in chosen))
+
+    torch.testing.assert_close(tangents(layer), tangents(hooked))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_transforms_of_a_direction(name, folding):
+    """vmap, gradients and a compiled graph of what has no gradient by itself; the gradient of a gradient, along it."""
+    layer = build(name, dtype=torch.float64).requires_grad_(False)
+    x, *directions = torch.randn(4, 2, 6, DIM, dtype=torch.float64).unbind()
+    function = lambda x: layer(x, **positions_of(layer, 6))
+    tangent = lambda x, direction: torch.func.jvp(function, (x,), (direction,))[1]
+    one_by_one = torch.stack([tangent(x, direction) for direction in directions])
+    torch.testing.assert_close(torch.func.vmap(tangent, (None, 0))(x, torch.stack(directions)), one_by_one)
+    at_each = torch.stack([tangent(direction, direction) for direction in directions])
+    torch.testing.assert_close(torch.func.vmap(tangent)(*[torch.stack(directions)] * 2), at_each)
+    torch._dynamo.reset()
+    compiled = torch.compile(tangent, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, directions[0]), one_by_one[0])
+
+    weights = torch.randn_like(x)
+    scalar = lambda x: (weights * function(x)).sum()
+    over_forward = torch.func.grad(lambda x: (weights * tangent(x, directions[0])).sum())(x)
+    over_reverse = torch.func.jvp(torch.func.grad(scalar), (x,), (directions[0],))[1]
+    torch.testing.assert_close(over_forward, over_reverse)
+    x = x.clone().requires_grad_()
+    twice = torch.autograd.grad((weights * tangent(x, directions[0])).sum(), x)[0]
+    torch.testing.assert_close(twice, over_forward)
+
+
+@pytest.mark.parametrize("groups", (1, 2))
+@pytest.mark.parametrize("name", ("project_readout_along", "folded_readout_along"))
+def test_operations_along_directions(name, groups):
+    """By themselves: differentiable once more backward in everything, the directions too; and in batches."""
+    heads = 2
+    double = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    x, total, weights = (2, 4, 3), (2, groups, 4), [(heads, 3), (heads,), (3, 4), (3,)]
+    leaves = [double(*shape) for shape in (x, total, total, x, total, total, *weights)]
+    count = 1 + torch.rand(2, groups, dtype=torch.float64)
+    rest = None, None, None, 0, 1, *([heads] if name.startswith("project") else [])
+    operation = getattr(torch.ops.pom_ext, name)
+
+    def function(x_tangent, total_tangent, residual_tangent, x, total, residual, gate_weight, gate_bias, *out):
+        given = x_tangent, total_tangent, residual_tangent, x, gate_weight, gate_bias, total, residual
+        return operation(*given, count, *out, *rest)
+
+    torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    with pytest.raises(NotImplementedError, match="third derivatives"):
+        torch.func.jvp(function, tuple(leaves), tuple(leaves))
+    many = [torch.stack([t.detach(), t.detach() + 0.1]) for t in leaves]
+    one_by_one = [torch.stack(results) for results in zip(*(function(*values) for values in zip(*many)))]
+    torch.testing.assert_close(list(torch.func.vmap(function)(*many)), one_by_one)
+    with torch.no_grad():
+        unrecorded = function(*leaves)
+    torch.testing.assert_close(unrecorded, function(*leaves))  # by parts
 
 
 @pytest.mark.parametrize("name", ("power-heads", "product"))

@@ -16,7 +16,8 @@ from pom_ext import PoM, State, polynomial_mix, polynomial_readout, polynomial_s
 GRADIENTS = {
     f"{name}_backward" for name in ("state", "readout", "causal_mix", "project_state", "project_readout")
 }
-PROJECTED = {"linear", "project_state", "project_readout", "folded_readout", "project_state_along"}  # on the CPU alone
+ALONG = {f"{name}_along" for name in ("project_state", "project_readout", "folded_readout")}
+PROJECTED = {"linear", "project_state", "project_readout", "folded_readout", *ALONG}  # on the CPU alone
 OPS = {"state", "readout", "causal_mix", "mix", "update", *PROJECTED, *GRADIENTS}
 
 
@@ -55,9 +56,12 @@ def recorded_projections(form, context):
             layer = PoM(6, 3, form=form, rope="1d" if form == "power" else None, bias=True, memory=memory)
             layer(torch.randn(2, 7, 6, requires_grad=True), **context).sum().backward()
         with torch.no_grad():
-            layer, x = PoM(6, 3, form=form, n_sel_heads=2), torch.randn(2, 70, 6)
-            layer(x)
-            torch.func.jvp(layer, (x,), (x,))
+            x = torch.randn(2, 70, 6)
+            layer(x, causal=True)
+            for heads in (1, 2):
+                layer = PoM(6, 3, form=form, n_sel_heads=heads)
+                layer(x)
+                torch.func.jvp(layer, (x,), (x,))
     return [call for call in record.calls if call[0].__name__.startswith(("linear", "project", "folded"))]
 
 
