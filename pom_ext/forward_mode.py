@@ -6,8 +6,10 @@ for every one. Here it costs two. A layer norm takes torch some ten passes more,
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .checks import under_autocast
 
@@ -102,11 +104,21 @@ class _Rules(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def _by_duals(function, primals, tangents):
+    """torch.func.jvp by torch's dual tensors alone: without its levels, which every operation passes twice."""
+    with forward_ad.dual_level():
+        results, form = tree_flatten(function(*tree_map(make_dual, primals, tangents)))
+        values, along = zip(*map(unpack_dual, results))
+        along = [torch.zeros_like(y) if moved is None else moved for y, moved in zip(values, along)]
+    return tree_unflatten(values, form), tree_unflatten(along, form)
+
+
 def jvp(function, primals, tangents):
     """The value of a function and its derivative in a direction, as torch.func.jvp, faster where weights stand still.
 
     Args:
-        function: of tensors, or tuples and dictionaries of them; a model, say.
+        function: of tensors, or tuples and dictionaries of them; a model, say. Called again where it takes such
+            derivatives itself.
         primals, tangents: tuples: where, and in which direction.
 
     Returns:
@@ -117,4 +129,11 @@ def jvp(function, primals, tangents):
         with _Rules():
             return function(*primals)
 
+    alone = forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
+    if alone and not torch.compiler.is_compiling():
+        try:
+            return _by_duals(quickly, primals, tangents)
+        except RuntimeError as error:
+            if "Nested forward mode" not in str(error):
+                raise
     return torch.func.jvp(quickly, primals, tangents)

@@ -87,6 +87,35 @@ def test_two_products_for_one():
     assert by_torch > 2 * count, "torch has learned it: this module can go"
 
 
+def test_derivatives_within():
+    """Of a function that takes derivatives itself, forward or backward; and within a batch."""
+    x, direction = torch.randn(2, 3, 4, dtype=torch.float64).unbind()
+    cube = lambda x: (x * x * x).sum(-1)
+    for function in (
+        lambda x: jvp(cube, (x,), (x,))[1],
+        lambda x: torch.func.jvp(cube, (x,), (x,))[1],
+        lambda x: torch.func.jacfwd(cube)(x),
+        lambda x: torch.func.grad(lambda x: cube(x).sum())(x),
+        lambda x: torch.func.jacrev(cube)(x),
+    ):
+        expected = torch.func.jvp(function, (x,), (direction,))
+        torch.testing.assert_close(jvp(function, (x,), (direction,)), expected)
+        of_each = torch.vmap(lambda x, direction, f=function: jvp(f, (x[None],), (direction[None],))[1][0])
+        torch.testing.assert_close(of_each(x, direction).sum(), expected[1].sum())
+
+
+def test_structures():
+    x, y = torch.randn(2, 3, dtype=torch.float64).unbind()
+    function = lambda pair, named: {"product": pair[0] * named["b"], "others": (pair[1].exp(), torch.ones(2))}
+    at, along = ((x, y), {"b": y}), ((y, x), {"b": x})
+    found, expected = (each(function, at, along) for each in (jvp, torch.func.jvp))
+    assert found[1].keys() == {"product", "others"} and not found[1]["others"][1].any()
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(ZeroDivisionError):
+        jvp(lambda x: 1 / 0, (x,), (y,))
+    torch.testing.assert_close(jvp(torch.sin, (x,), (y,)), torch.func.jvp(torch.sin, (x,), (y,)))
+
+
 def test_weights_that_move_too():
     x, weight, bias = torch.randn(2, 5, 4), torch.randn(3, 4), torch.randn(3)
     for given in ((x, weight, bias), (x, weight)):
