@@ -178,7 +178,8 @@ class PoM(nn.Module):
         _library.load()
         context = x if context is None else context
         check_tensor("x", x, ("B", "M", self.dim))
-        check_tensor("context", context, (x.shape[0], "N", self.dim), like=x)
+        if context is not x:
+            check_tensor("context", context, (x.shape[0], "N", self.dim), like=x)
         rotary, gate_rotary = self._rotaries(x, context, positions, context_positions)
         grouped = frames is not None or cu_seqlens is not None
         if (grouped or causal) and context.shape[1] != x.shape[1]:

@@ -45,15 +45,16 @@ def _cast(*tensors):
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def _same_dtype(x, projection):
-    """What torch.nn.functional.linear says of tensors that do not go together, before a kernel sees them."""
-    x, weight, bias = _cast(x, projection.weight, projection.bias)
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.dtype != x.dtype:
-            raise TypeError(
-                f"x: expected {t.dtype} as the {name} of the projection, got {x.dtype}; use .to() on either"
-            )
-    return x, weight, bias
+def _same_dtype(x, *projections):
+    """x and the weights and biases of projections, or what torch.nn.functional.linear says of tensors that do not go
+    together, before a kernel sees them."""
+    parameters = [t for projection in projections for t in (projection.weight, projection.bias)]
+    x, *parameters = _cast(x, *parameters)
+    dtype = x.dtype
+    for name, t in zip(("weight", "bias") * len(projections), parameters):
+        if t is not None and t.dtype != dtype:
+            raise TypeError(f"x: expected {t.dtype} as the {name} of the projection, got {dtype}; use .to() on either")
+    return x, *parameters
 
 
 def project(projection, x):
@@ -94,8 +95,7 @@ def projected_readout(
     keep: store the gates for the gradients, which otherwise project again. The other arguments but the first three and
     raises: as of `polynomial_readout`. Returns (B, M, D).
     """
-    tokens, gate_matrix, gate_bias = _same_dtype(x, gate_projection)
-    _, out_matrix, out_bias = _same_dtype(x, out_projection)
+    tokens, gate_matrix, gate_bias, out_matrix, out_bias = _same_dtype(x, gate_projection, out_projection)
     offsets = query_offsets(x, state.total.shape[1], frames, cu_seqlens)
     y, _ = torch.ops.pom_ext.project_readout(
         tokens, gate_matrix, gate_bias, state.total, state.residual, state.count, out_matrix, out_bias, offsets,
@@ -135,9 +135,8 @@ def folded_readout(
     offsets = None if is_integer(frames) else query_offsets(x, state.total.shape[1], frames, cu_seqlens)
     sums, rest = (state.total, state.residual, state.count), (*angles_of(rotary), FORMS.index(form))
     if x.device.type == "cpu" and are_plain(x, gate_projection):
-        tokens, *gate = _same_dtype(x, gate_projection)
-        _, *out = _same_dtype(x, out_projection)
-        return torch.ops.pom_ext.folded_readout(tokens, *gate, *sums, *out, offsets, *rest)
+        tokens, gate_matrix, gate_bias, matrix, bias = _same_dtype(x, gate_projection, out_projection)
+        return torch.ops.pom_ext.folded_readout(tokens, gate_matrix, gate_bias, *sums, matrix, bias, offsets, *rest)
     weight, bias = _cast(out_projection.weight, out_projection.bias)
     folded = _projections.fold(*sums, weight, n_sel_heads)
     value = _projections.gate_values(project(gate_projection, x), None, *rest)
