@@ -138,7 +138,9 @@ def gencode(names):
     for name in names:
         number = name.removesuffix("+PTX").replace(".", "")
         for code in ("sm", "compute")[: 1 + name.endswith("+PTX")]:
-            flags += ["-gencode", f"arch=compute_{number},code={code}_{number}"]
+            # 9.0a is 9.0 with instructions that no later GPU has.
+            exact = "90a" if (code, number) == ("sm", "90") else number
+            flags += ["-gencode", f"arch=compute_{exact},code={code}_{exact}"]
     return flags
 
 

@@ -79,7 +79,8 @@ def layer_cases():
             targets = tuple(Target(name, at_least=1) for name in ("attention",) * (tokens >= 512) + AUTHORS)
             if tokens >= 16384 and not train:
                 targets += (Target("context projection", at_least=1 / 1.25),)
-            power = {"dim": 1024, "heads": 16, "against": ("attention", "compiled", "context projection", *AUTHORS)}
+            against = ("attention", "compiled", "context projection", "by blocks", "at once", *AUTHORS)
+            power = {"dim": 1024, "heads": 16, "against": against}
             for memory in ("store", "recompute")[: 1 + train]:
                 yield LayerCase("power", 3, tokens, train, memory=memory, dtype=BF16, **power, **GPU, targets=targets)
         for batch in (1, 16):

@@ -3,10 +3,11 @@
 import copy
 import importlib.util
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 
-from pom_ext import PoM
+from pom_ext import PoM, _blocks
 from pom_ext.projected import project
 
 from .baselines import Attention, plain_layer
@@ -74,6 +75,16 @@ class LayerCase:
         def plain(x):
             return plain_layer(layer, x)
 
+        def recomputing(at_once):
+            module = copy.deepcopy(layer)
+            module.memory = "recompute"
+
+            def run(x):
+                with mock.patch.object(_blocks, "AT_ONCE", at_once):
+                    return module(x)
+
+            return self.contender(run, [module], x=x)
+
         def attention():
             module = Attention(self.dim, max(1, self.dim // 64)).to(self.device, self.dtype)
             return self.contender(lambda x: module(x), [module], x=x)
@@ -91,6 +102,8 @@ class LayerCase:
                 OURS: lambda: self.contender(lambda x: layer(x), [layer], x=x),
                 "plain": lambda: self.contender(plain, [layer], x=x),
                 "compiled": lambda: self.contender(torch.compile(plain, dynamic=False), [layer], x=x),
+                "by blocks": lambda: recomputing(at_once=False),
+                "at once": lambda: recomputing(at_once=True),
                 "attention": attention,
                 "authors": authors,
                 "projections": projected,

@@ -40,7 +40,7 @@ class Kernel:
     """One kernel for one architecture. Sizes are bytes: of a thread, and static shared memory of a block."""
 
     name: str
-    arch: str  # "9.0"
+    arch: str  # "9.0", and so where it is compiled for 9.0a
     registers: int = 0
     stack: int = 0
     spill_stores: int = 0
@@ -103,7 +103,7 @@ def parse_log(text):
     """Kernels, by mangled name and architecture, in what `ptxas -v` said."""
     kernels, kernel = {}, None
     for line in text.splitlines():
-        if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\d+)(\d[af]?)'", line):
+        if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\d+)(\d)[af]?'", line):
             name, major, minor = match.groups()
             kernel = kernels[name, f"{major}.{minor}"] = Kernel(name, f"{major}.{minor}")
         elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
@@ -122,7 +122,7 @@ ACCESS = re.compile(r"\bld\.global\S*?(?:\.v(\d))?\.[busf](\d+)\s")
 
 def parse_ptx(text):
     """(architecture, {mangled name: (threads of a block, {bits of a load from global memory: how many})})."""
-    arch = re.search(r"^\.target sm_(\d+)(\d[af]?)", text, re.MULTILINE)
+    arch = re.search(r"^\.target sm_(\d+)(\d)[af]?", text, re.MULTILINE)
     kernels = {}
     for body in re.split(r"^(?:\.\w+ )*\.entry ", text, flags=re.MULTILINE)[1:]:
         threads, loads = re.search(r"\.(?:max|req)ntid (\d+)", body), {}
@@ -142,7 +142,7 @@ def parse_sass(text):
             bits = int(wide[1]) if wide else 32
             loads[bits] = loads.get(bits, 0) + 1
         elif "code for sm_" in line:
-            arch = re.sub(r".*sm_(\d+)(\d[af]?)", r"\1.\2", line)
+            arch = re.sub(r".*sm_(\d+)(\d)[af]?", r"\1.\2", line)
         elif "Function : " in line:
             loads = kernels[line.split()[-1], arch] = {}
     return kernels
@@ -174,7 +174,7 @@ def read_build(folder=BUILD):
     names = demangled(sorted({kernel.name for kernel in kernels.values()}))
     for kernel in kernels.values():
         kernel.name = names[kernel.name]
-    return sorted(kernels.values(), key=lambda kernel: (kernel.name, float(kernel.arch.rstrip("af"))))
+    return sorted(kernels.values(), key=lambda kernel: (kernel.name, float(kernel.arch)))
 
 
 def table(kernels):

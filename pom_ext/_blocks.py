@@ -15,6 +15,9 @@ from .state import State
 
 BLOCK_BYTES = 16 * 2**20  # of projected tokens: a third of the second cache of an H100
 LEAST_ROWS = 1024  # of a product: fewer leave multiprocessors without work
+# Whether the state is summed within the product, by the one kernel that Hopper has for it, in place of blocks. Which of
+# them is faster is for a measurement to say (`benchmarks.run --case 'layer*'` on such a GPU); there is none yet.
+AT_ONCE = False
 
 
 def blocks(x, width):
@@ -42,6 +45,10 @@ def project_state(x, weight, bias, coeff, token_weight, offsets, cumulative, cos
         context = weights, None, False, _part(cos, tokens), _part(sin, tokens), axes, form, degree
         return State(*whole.project_state(x[samples, tokens], weight, bias, coeff, *context)[:3])
 
+    if AT_ONCE and axes == 0 and coeff is not None:
+        call = x, weight, bias, coeff, token_weight, offsets, cumulative, degree
+        if torch.ops.pom_ext.projects_at_once(*call):
+            return *torch.ops.pom_ext.project_state_at_once(*call), x.new_empty(0, 0, 0)
     if offsets is not None or len(x) == 0:
         rest = token_weight, offsets, cumulative, cos, sin, axes, form, degree
         return whole.project_state(x, weight, bias, coeff, *rest)

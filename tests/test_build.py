@@ -131,7 +131,11 @@ def test_an_architecture_that_nvcc_does_not_know_is_refused():
 
 
 def test_gencode_flags():
-    assert build_cuda.gencode(("8.0", "9.0a", "12.0+PTX")) == [
+    assert build_cuda.gencode(("9.0+PTX",)) == [
+        *("-gencode", "arch=compute_90a,code=sm_90a"),
+        *("-gencode", "arch=compute_90,code=compute_90"),
+    ]
+    assert build_cuda.gencode(("8.0", "9.0", "12.0+PTX")) == [
         *("-gencode", "arch=compute_80,code=sm_80"),
         *("-gencode", "arch=compute_90a,code=sm_90a"),
         *("-gencode", "arch=compute_120,code=sm_120"),
@@ -144,7 +148,7 @@ def test_every_kernel_file_is_a_job(tmp_path, monkeypatch):
     jobs = build_cuda.jobs(build_cuda.Toolkit(tmp_path), ("9.0",), tmp_path)
     assert {job.source for job in jobs} == {path.relative_to(ROOT) for path in (ROOT / "csrc/cuda").glob("*.cu")}
     for job in jobs:
-        assert job.words()[0] == str(tmp_path / "bin/nvcc") and "arch=compute_90,code=sm_90" in job.words()
+        assert job.words()[0] == str(tmp_path / "bin/nvcc") and "arch=compute_90a,code=sm_90a" in job.words()
         assert {Path("csrc/cuda/launch.h"), Path("csrc/checks.h"), Path("csrc/include/pom/pom.h")} <= set(job.headers)
 
 

@@ -103,6 +103,19 @@ POM_HD void store_numbers(Acc* p, const Acc* x) {
   }
 }
 
+// Neighbouring numbers in one access.
+template <class T>
+POM_HD void load_pair(const T* p, float* x) {
+  Packed<T, 2> packed;
+  packed.load(p);
+  packed.unpack(x);
+}
+POM_HD void store_pair(const float* x, float* p) {
+  Packed<float, 2> packed;
+  packed.pack(x);
+  packed.store(p);
+}
+
 // Sums V numbers over the rows of a block, in a fixed order: thread (row, lane) is number row * lanes + lane, and row 0
 // ends with the sums. Rows and lanes are powers of two. Needs V * threads / 2 numbers of shared memory, in which a
 // thread writes only where it alone has read.

@@ -69,11 +69,24 @@ inline void* current_stream(int32_t device) {
 }
 
 template <class Args>
-pom::Status run_cuda(const Args& args, const Tensor& like, typename Operation<Args>::Cuda operation) {
+void call_cuda(const Args& args, const Tensor& like, typename Operation<Args>::Cuda operation) {
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   const int64_t bytes = pom::cuda::workspace(args);
   Tensor workspace = new_workspace(like, bytes);
-  return operation(args, workspace.mutable_data_ptr(), bytes, current_stream(like.get_device_index()));
+  const pom::Status status = operation(args, workspace.mutable_data_ptr(), bytes, current_stream(like.get_device_index()));
+  std::string details;
+  if (status == pom::Status::no_device_code || status == pom::Status::device_error)
+    details = std::string(" (") + pom::cuda::error() + " on " + name_of(like) +
+              "; built for " POM_CUDA_ARCHITECTURES ")";
+  STD_TORCH_CHECK(status == pom::Status::ok, pom::message(status), details);
+}
+#elif defined(POM_CUDA_ON_CPU)
+template <class Args>
+void call_cuda(const Args& args, const Tensor& like, typename Operation<Args>::Cuda operation) {
+  const int64_t bytes = pom::cuda::workspace(args);
+  Tensor workspace = new_workspace(like, bytes);
+  const pom::Status status = operation(args, workspace.mutable_data_ptr(), bytes, nullptr);
+  STD_TORCH_CHECK(status == pom::Status::ok, pom::message(status));
 }
 #endif
 
@@ -81,31 +94,19 @@ pom::Status run_cuda(const Args& args, const Tensor& like, typename Operation<Ar
 template <class Args>
 void call(const Args& args, const Tensor& like, typename Operation<Args>::Cpu cpu,
           typename Operation<Args>::Cuda cuda) {
-  pom::Status status = pom::Status::ok;
-  std::string details;
 #if defined(POM_CUDA_ON_CPU)
   (void)cpu;
-  const int64_t bytes = pom::cuda::workspace(args);
-  Tensor workspace = new_workspace(like, bytes);
-  status = cuda(args, workspace.mutable_data_ptr(), bytes, nullptr);
+  call_cuda(args, like, cuda);
 #else
-  if (like.is_cpu()) {
-    const int64_t bytes = pom::cpu::workspace(args);
-    Tensor workspace = new_workspace(like, bytes);
-    status = cpu(args, workspace.mutable_data_ptr(), bytes, kTorchThreads);
-  }
 #ifdef POM_CUDA
-  else {
-    status = run_cuda(args, like, cuda);
-    if (status == pom::Status::no_device_code || status == pom::Status::device_error)
-      details = std::string(" (") + pom::cuda::error() + " on " + name_of(like) +
-                "; built for " POM_CUDA_ARCHITECTURES ")";
-  }
-#else
+  if (!like.is_cpu()) return call_cuda(args, like, cuda);
+#endif
   (void)cuda;
+  const int64_t bytes = pom::cpu::workspace(args);
+  Tensor workspace = new_workspace(like, bytes);
+  const pom::Status status = cpu(args, workspace.mutable_data_ptr(), bytes, kTorchThreads);
+  STD_TORCH_CHECK(status == pom::Status::ok, pom::message(status));
 #endif
-#endif
-  STD_TORCH_CHECK(status == pom::Status::ok, pom::message(status), details);
 }
 
 }  // namespace pom_torch

@@ -24,6 +24,8 @@ namespace {
 
 constexpr int kMaxThreads = 1024;           // of a block
 constexpr size_t kMaxShared = 48 << 10;     // bytes that a launch may have without asking for more
+constexpr size_t kAllShared = 227 << 10;    // that it may have at all
+constexpr int kMeetings = 16;
 constexpr int64_t kWorthSharing = 1 << 13;  // threads of a grid from which several processors run it
 
 [[noreturn]] void fail(const std::string& message) {
@@ -68,7 +70,7 @@ struct Grid {
 };
 
 struct Thread {
-  enum State { ready, waiting, exited };
+  enum State { ready, waiting, polling, exited };
   Fiber fiber;
   State state = ready;
   Wait wait{};
@@ -90,11 +92,24 @@ class Multiprocessor {
   }
 
   void wait(const Wait& wait) {
-    Thread& thread = threads_[here.thread.x];
-    thread.wait = wait;
-    thread.state = Thread::waiting;
-    thread.fiber.switch_to(scheduler_);
+    progress_ = true;
+    stop(wait, Thread::waiting);
   }
+  void poll(const Wait& wait) { stop(wait, Thread::polling); }
+  void note_progress() { progress_ = true; }
+
+  void meet(int number, int threads, const char* file, int line) {
+    if (number < 0 || number >= kMeetings || threads % kWarp)
+      fail_in(int(here.thread.x), "a GPU refuses barrier " + std::to_string(number) + " for " + std::to_string(threads));
+    Meeting& meeting = meetings_[number];
+    const unsigned turn = meeting.turn;
+    if (++meeting.arrived == threads)
+      meeting = {0, turn + 1};
+    else
+      wait_until("barrier", file, line, [&] { return meeting.turn != turn; });
+  }
+
+  [[noreturn]] void fail_here(const std::string& message) const { fail_in(int(here.thread.x), message); }
 
   // What lies at an address that the running thread had no right to use.
   const char* describe(const char* address) const {
@@ -107,6 +122,18 @@ class Multiprocessor {
 
  private:
   static void thread_main();
+
+  struct Meeting {
+    int arrived = 0;
+    unsigned turn = 0;
+  };
+
+  void stop(const Wait& wait, Thread::State state) {
+    Thread& thread = threads_[here.thread.x];
+    thread.wait = wait;
+    thread.state = state;
+    thread.fiber.switch_to(scheduler_);
+  }
 
   // The block's memory lies right before an inaccessible page, its first page behind another one.
   void make_shared_memory() {
@@ -128,6 +155,7 @@ class Multiprocessor {
       threads_[i].fiber.start(thread_main, i);
       threads_[i].state = Thread::ready;
     }
+    for (Meeting& meeting : meetings_) meeting = {};
     do {
       all_warps();
       while (!warps_.empty()) {  // those with threads that can go on
@@ -135,7 +163,7 @@ class Multiprocessor {
         run_warp(warps_[at]);
         if (!release_warp(warps_[at])) warps_.erase(warps_.begin() + int64_t(at));
       }
-    } while (release_block());
+    } while (release_polling() || release_block());
     check_shared_memory();
   }
 
@@ -206,6 +234,18 @@ class Multiprocessor {
       }
   }
 
+  // Once something has happened since they last looked.
+  bool release_polling() {
+    bool released = false;
+    for (int i = 0; progress_ && i < grid_->threads; ++i)
+      if (threads_[i].state == Thread::polling) {
+        threads_[i].state = Thread::ready;
+        released = true;
+      }
+    progress_ = false;
+    return released;
+  }
+
   // Once all threads wait at the same __syncthreads. False if all have exited. No thread is ready.
   bool release_block() {
     const int n = grid_->threads;
@@ -244,6 +284,8 @@ class Multiprocessor {
   std::vector<Thread> threads_;
   Fiber scheduler_;
   std::vector<int> warps_, lanes_;
+  bool progress_ = false;
+  Meeting meetings_[kMeetings];
   Random random_{0};
   char* shared_ = nullptr;
   size_t shared_pages_ = 0;
@@ -257,6 +299,7 @@ void Multiprocessor::thread_main() {
   thread.fiber.begin(self.scheduler_);
   (*self.grid_->body)();
   thread.state = Thread::exited;
+  self.progress_ = true;
   thread.fiber.switch_to(self.scheduler_, true);
 }
 
@@ -366,13 +409,19 @@ class Device {
 }  // namespace
 
 void wait(const Wait& wait) { running->wait(wait); }
+void poll(const Wait& wait) { running->poll(wait); }
+void note_progress() { running->note_progress(); }
+void meet(int number, int threads, const char* file, int line) { running->meet(number, threads, file, line); }
+void fail_here(const char* message) { running->fail_here(message); }
 
 void set_seed(uint64_t seed) { Device::get().set_seed(seed); }
 
 void run_grid(unsigned blocks, int threads, size_t shared_bytes, const std::function<void()>& body) {
-  if (blocks < 1 || threads < 1 || threads > kMaxThreads || shared_bytes > kMaxShared)
+  if (blocks < 1 || threads < 1 || threads > kMaxThreads || shared_bytes > kAllShared ||
+      shared_bytes > std::max(kMaxShared, asked_shared))
     fail("a GPU refuses " + std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads with " +
          std::to_string(shared_bytes) + " bytes of shared memory");
+  asked_shared = 0;  // by the kernel that starts
   Grid grid{blocks, threads, shared_bytes, &body, 0};
   Device::get().run(grid);
 }

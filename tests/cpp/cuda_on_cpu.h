@@ -56,9 +56,27 @@ struct Wait {
 };
 void wait(const Wait& wait);
 
+// Lets the others run, as a thread does that reads a word of memory again and again. That all threads do so, and none of
+// them finds what it waits for, ends the program.
+void poll(const Wait& wait);
+void note_progress();  // of something that a thread may poll for
+template <class Condition>
+void wait_until(const char* operation, const char* file, int line, Condition condition) {
+  while (!condition()) poll({operation, file, line, false});
+  note_progress();
+}
+
+// The barrier of that number, for so many threads of the block.
+void meet(int number, int threads, const char* file, int line);
+
+[[noreturn]] void fail_here(const char* message);
+
 // Threads and blocks run in ascending order with seed 0, and in an order drawn from any other. The first seed is that
 // in the environment variable CUDA_ON_CPU_SEED, if there is one.
 void set_seed(uint64_t seed);
+
+// Bytes of shared memory that a kernel was allowed beyond those that any may have.
+inline thread_local size_t asked_shared = 0;
 
 void run_grid(unsigned blocks, int threads, size_t shared_bytes, const std::function<void()>& body);
 
@@ -154,6 +172,13 @@ inline unsigned atomicInc(unsigned* p, unsigned last) {
   return cuda_on_cpu::update_atomically(p, [last](unsigned old) { return old >= last ? 0 : old + 1; });
 }
 
+// Of a graphics card with few multiprocessors, and kernels that were compiled for it.
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+struct cudaFuncAttributes {
+  int maxThreadsPerBlock;
+};
+
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
@@ -169,6 +194,16 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   return std::memcpy(to, from, bytes), cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  return *attributes = {1024}, cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  return cuda_on_cpu::asked_shared = size_t(bytes), cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 3, cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {

@@ -39,6 +39,10 @@ inline Order in_order(bool ascending) {
   return nullptr;
 }
 
+inline pom::Status call(const pom::ProjectStateArgs& args, void* memory, size_t bytes, const Order& order) {
+  return device::project_state(args, memory, bytes, order);
+}
+
 #else
 
 namespace device = pom::cpu;

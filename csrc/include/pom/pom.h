@@ -189,6 +189,17 @@ struct UpdateArgs {
   void* y = nullptr;
 };
 
+// The state of tokens before their projection, u = x weightᵀ + bias, which is never stored.
+struct ProjectStateArgs {
+  Features features;        // without u
+  const void* x = nullptr;  // dtype (batch, tokens, dim)
+  int64_t dim = 0, x_batch_stride = 0, x_token_stride = 0;
+  const void* weight = nullptr;  // dtype (C, dim)
+  const void* bias = nullptr;    // dtype (C), or null
+  Groups groups;
+  StateOut out;
+};
+
 namespace cpu {
 
 size_t workspace(const StateArgs& args);
@@ -234,6 +245,12 @@ Status causal_mix(const CausalArgs& args, void* workspace, size_t bytes, void* s
 Status causal_mix_backward(const CausalBackwardArgs& args, void* workspace, size_t bytes, void* stream);
 Status mix(const MixArgs& args, void* workspace, size_t bytes, void* stream);
 Status update(const UpdateArgs& args, void* workspace, size_t bytes, void* stream);
+
+// By the tensor cores of GPUs of compute capability 9.0: bf16 and f16, the power form of degrees 2 to 4 without rotary
+// positions, directions or a mask, and sizes, strides and addresses of whole 16 bytes. Whether a call is one of these:
+bool projects(const ProjectStateArgs& args);
+size_t workspace(const ProjectStateArgs& args);
+Status project_state(const ProjectStateArgs& args, void* workspace, size_t bytes, void* stream);
 
 // What CUDA said of the last call on this thread that returned no_device_code or device_error.
 const char* error();

@@ -1,0 +1,146 @@
+// The state of tokens that are projected on the way, against naive.h: cuda::project_state, which runs on GPUs of compute
+// capability 9.0.
+
+#include <limits>
+
+#include "expectations.h"
+
+using check::expect;
+using check::section;
+
+struct ProjectCase {
+  Case c;
+  int64_t dim;
+  bool bias;
+  std::string name() const {
+    return c.name("project_state") + "D" + std::to_string(dim) + (bias ? " with bias: " : ": ");
+  }
+};
+
+// A case's groups, weights and coefficients, with projections of tokens in place of its own.
+struct Tokens {
+  Inputs in;
+  Rows x;
+  Buffer weight, bias;
+
+  explicit Tokens(const ProjectCase& p) : in(p.c) {
+    const auto [batch, tokens, width] = p.c.shape;
+    Array numbers = draw(batch * tokens * p.dim, -1, 1.2), weights = draw(width * p.dim, -1, 1), biases(width);
+    for (double& w : weights) w *= 4 / std::sqrt(double(p.dim));
+    if (p.bias) biases = draw(width, -1, 1);
+    x = Rows(p.c.dtype, numbers, batch, tokens, p.dim, p.c.layout);
+    weight = Buffer(p.c.dtype, weights);
+    bias = Buffer(p.c.dtype, biases);
+    for (int64_t row = 0; row < batch * tokens; ++row)
+      for (int64_t c = 0; c < width; ++c) {
+        double& u = in.p.u[row * width + c] = biases[c];
+        for (int64_t i = 0; i < p.dim; ++i) u += numbers[row * p.dim + i] * weights[c * p.dim + i];
+      }
+  }
+
+  ProjectStateArgs args(const ProjectCase& p, const StateOut& out) const {
+    Features features = in.features;
+    features.u = nullptr;
+    return {features,      x.buffer.data(), p.dim, x.batch_stride, x.token_stride,
+            weight.data(), p.bias ? bias.data() : nullptr, in.groups, out};
+  }
+};
+
+void test(const ProjectCase& p) {
+  const Tokens tokens(p);
+  StateBuffers out(Dtype::f32, p.c.shape.batch * tokens.in.p.groups, p.c.shape.width);
+  const ProjectStateArgs args = tokens.args(p, out.view());
+  expect(pom::cuda::projects(args), "%sis not taken", p.name().c_str());
+  run(p.name(), args, out.outputs());
+  expect_state(p.c, p.name(), out, naive::state(tokens.in.p));
+}
+
+// Inputs that fill a step or not, more of them than stages; pieces cut by groups; channels that fill a block or not;
+// more blocks than multiprocessors.
+void test_sizes() {
+  constexpr struct {
+    Shape shape;
+    int64_t dim;
+  } kSizes[] = {{{1, 1, 8}, 8},     {{2, 70, 16}, 64},  {{1, 64, 256}, 128}, {{3, 129, 264}, 72},
+                {{1, 300, 40}, 320}, {{2, 65, 520}, 40}, {{1, 640, 512}, 64}, {{5, 9, 24}, 584}};
+  for (const auto& [shape, dim] : kSizes)
+    for (Context context : {Context::whole, Context::offsets, Context::cumulative})
+      for (bool weighted : {false, true}) {
+        Case c = {Form::power, 2 + int(choose(3)), choose(2) ? Dtype::bf16 : Dtype::f16, context, weighted};
+        c.shape = shape;
+        c.layout = choose(2) ? Layout::dense : Layout::spaced;
+        test({c, dim, choose(2) == 0});
+      }
+}
+
+void test_instances() {
+  for (Dtype dtype : {Dtype::bf16, Dtype::f16})
+    for (int degree : {2, 3, 4})
+      for (bool bias : {false, true}) test({{Form::power, degree, dtype, Context::whole, bias, false, {2, 100, 48}}, 96, bias});
+}
+
+// A token reaches its own group alone, whatever it is.
+void test_no_numbers() {
+  ProjectCase p = {{Form::power, 3, Dtype::bf16, Context::offsets, false, false, {1, 200, 16}}, 64, true};
+  Tokens tokens(p);
+  const int64_t groups = tokens.in.p.groups, first = tokens.in.offsets[1], end = tokens.in.offsets[2];
+  expect(end - first > 0 && end % 64, "the group with tokens 0 … %d ends within a piece", int(end));
+  for (int64_t i = first * p.dim; i < end * p.dim; ++i) tokens.x.buffer.set(i, std::numeric_limits<double>::quiet_NaN());
+  StateBuffers out(Dtype::f32, groups, p.c.shape.width);
+  run(p.name(), tokens.args(p, out.view()), out.outputs());
+  for (int64_t i = 0; i < out.total.size(); ++i) {
+    const bool of_group = i / p.c.shape.width == 1, is_number = !std::isnan(out.total.get(i));
+    expect(is_number != of_group, "group %d: %g", int(i / p.c.shape.width), out.total.get(i));
+  }
+}
+
+// What the kernel is not made for is said, and leaves the output alone.
+void test_refusals() {
+  const ProjectCase p = {{Form::power, 3, Dtype::bf16, Context::whole, false, false, {1, 70, 16}}, 64, true};
+  const Tokens tokens(p);
+  StateBuffers out(Dtype::f32, 1, 16);
+  auto refuses = [&](const char* what, Status wanted, auto change) {
+    ProjectStateArgs args = tokens.args(p, out.view());
+    change(args);
+    Workspace memory(1 << 20);
+    const Status got = pom::cuda::project_state(args, memory.data(), 1 << 20, nullptr);
+    expect(got == wanted, "%s: %s", what, message(got));
+    expect(!pom::cuda::projects(args) && out.total.untouched(), "%s is taken", what);
+  };
+  using Args = ProjectStateArgs;
+  refuses("float32", Status::bad_dtype, [](Args& a) { a.features.dtype = Dtype::f32; });
+  refuses("degree 5", Status::bad_degree, [](Args& a) { a.features.degree = 5; });
+  refuses("no degree", Status::bad_degree, [](Args& a) { a.features.degree = 0; });
+  refuses("the product form", Status::bad_size, [](Args& a) { a.features.form = Form::product, a.features.width = 8; });
+  refuses("rotary positions", Status::bad_size, [&](Args& a) {
+    a.features.rotary = {out.total.data(), out.total.data(), 2, 1};
+  });
+  refuses("a mask", Status::bad_size, [&](Args& a) { a.groups.mask = out.total.data(); });
+  refuses("no tokens", Status::bad_size, [](Args& a) { a.features.tokens = 0; });
+  refuses("12 channels", Status::bad_size, [](Args& a) { a.features.width = 12; });
+  refuses("60 inputs", Status::bad_size, [](Args& a) { a.dim = 60; });
+  refuses("rows at odd places", Status::bad_size, [](Args& a) { a.x_token_stride = 65; });
+  refuses("one row for all tokens", Status::bad_size, [](Args& a) { a.x_token_stride = 0; });
+  refuses("an odd address", Status::bad_size, [](Args& a) { a.x = static_cast<const char*>(a.x) + 2; });
+  refuses("no tokens' memory", Status::null_pointer, [](Args& a) { a.x = nullptr; });
+  refuses("no weight", Status::null_pointer, [](Args& a) { a.weight = nullptr; });
+  refuses("no coefficients", Status::null_pointer, [](Args& a) { a.features.coeff = nullptr; });
+
+  ProjectStateArgs args = tokens.args(p, out.view());
+  const size_t bytes = pom::cuda::workspace(args);
+  Workspace memory(bytes);
+  const Status got = pom::cuda::project_state(args, memory.data(), bytes - 1, nullptr);
+  expect(got == Status::workspace_too_small && out.total.untouched(), "too small a workspace: %s", message(got));
+}
+
+int main() {
+  section("sizes");
+  test_sizes();
+  section("instances");
+  test_instances();
+  section("no numbers");
+  test_no_numbers();
+  section("refusals");
+  test_refusals();
+  return check::finish();
+}
