@@ -42,6 +42,9 @@ inline Order in_order(bool ascending) {
 inline pom::Status call(const pom::ProjectStateArgs& args, void* memory, size_t bytes, const Order& order) {
   return device::project_state(args, memory, bytes, order);
 }
+inline pom::Status call(const pom::FoldedReadoutArgs& args, void* memory, size_t bytes, const Order& order) {
+  return device::folded_readout(args, memory, bytes, order);
+}
 
 #else
 

@@ -200,6 +200,24 @@ struct ProjectStateArgs {
   StateOut out;
 };
 
+// The readout of queries that are projected to one gate per head, through a projection of its own:
+// y = Σ_h γ_h(x gate_weightᵀ + gate_bias) H_h out_weight_hᵀ + out_bias, with H_h and out_weight_h the channels of head h.
+struct FoldedReadoutArgs {
+  Form form = Form::power;  // of the gates
+  Dtype dtype = Dtype::bf16;
+  int64_t batch = 0, queries = 0, dim = 0, heads = 1, channels = 0, out_dim = 0;
+  const void* x = nullptr;  // dtype (batch, queries, dim)
+  int64_t x_batch_stride = 0, x_token_stride = 0;
+  const void* gate_weight = nullptr;  // dtype (heads, dim)
+  const void* gate_bias = nullptr;    // dtype (heads), or null
+  const void* out_weight = nullptr;   // dtype (out_dim, channels)
+  const void* out_bias = nullptr;     // dtype (out_dim), or null
+  int64_t groups = 1;
+  const int64_t* offsets = nullptr;  // as of ReadoutArgs
+  StateView state;                   // (batch, groups, channels)
+  void* y = nullptr;                 // dtype (batch, queries, out_dim)
+};
+
 namespace cpu {
 
 size_t workspace(const StateArgs& args);
@@ -251,6 +269,12 @@ Status update(const UpdateArgs& args, void* workspace, size_t bytes, void* strea
 bool projects(const ProjectStateArgs& args);
 size_t workspace(const ProjectStateArgs& args);
 Status project_state(const ProjectStateArgs& args, void* workspace, size_t bytes, void* stream);
+
+// By the tensor cores of compute capability 8.0 and later: bf16 and f16, up to 64 heads and 6,144 channels, those of a
+// head a multiple of 8, and sizes, strides and addresses of whole 16 bytes. Whether a call is one of these:
+bool folds(const FoldedReadoutArgs& args);
+size_t workspace(const FoldedReadoutArgs& args);
+Status folded_readout(const FoldedReadoutArgs& args, void* workspace, size_t bytes, void* stream);
 
 // What CUDA said of the last call on this thread that returned no_device_code or device_error.
 const char* error();

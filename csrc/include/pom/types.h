@@ -7,9 +7,11 @@
 #ifdef __CUDACC__
 #define POM_HD __host__ __device__ __forceinline__
 #define POM_UNROLL _Pragma("unroll")
+#define POM_UNROLL_4 _Pragma("unroll 4")
 #else
 #define POM_HD inline __attribute__((always_inline))
 #define POM_UNROLL
+#define POM_UNROLL_4
 #endif
 
 namespace pom {
