@@ -1,4 +1,4 @@
-"""The operations of `_projections` where there is no kernel of their own: on a GPU, by products and kernels in turn.
+"""The operations of `_projections` on a GPU: by products and kernels in turn, or at once where there is a kernel for it.
 
 A block of projected tokens stays in the GPU's second cache between the product that writes it and the kernel that reads
 it. Groups of tokens are not cut into blocks: their offsets lie on the GPU, and looking at them would wait for it.
@@ -125,7 +125,17 @@ def project_readout_backward(
     return grad_x, *gate_grads, grad_total, *out_grads
 
 
+def folded_readout(
+    x, gate_weight, gate_bias, total, residual, count, out_weight, out_bias, offsets, cos, sin, axes, form
+):
+    call = x, gate_weight, gate_bias, total, residual, count, out_weight, out_bias, offsets
+    if axes == 0 and torch.ops.pom_ext.folds_at_once(*call, form):
+        return torch.ops.pom_ext.folded_readout_at_once(*call, form)
+    return whole.folded_readout(*call, cos, sin, axes, form)
+
+
 def register(library):
     library.impl("linear", F.linear, "CUDA")
-    for function in (project_state, project_state_backward, project_readout, project_readout_backward):
+    operations = project_state, project_state_backward, project_readout, project_readout_backward, folded_readout
+    for function in operations:
         library.impl(function.__name__, function, "CUDA")

@@ -134,7 +134,8 @@ def folded_readout(
     # One frame length deals the queries evenly.
     offsets = None if is_integer(frames) else query_offsets(x, state.total.shape[1], frames, cu_seqlens)
     sums, rest = (state.total, state.residual, state.count), (*angles_of(rotary), FORMS.index(form))
-    if x.device.type == "cpu" and are_plain(x, gate_projection):
+    # On a GPU gradients come from torch's own products.
+    if (x.device.type == "cpu" or not torch.is_grad_enabled()) and are_plain(x, gate_projection):
         tokens, gate_matrix, gate_bias, matrix, bias = _same_dtype(x, gate_projection, out_projection)
         return torch.ops.pom_ext.folded_readout(tokens, gate_matrix, gate_bias, *sums, matrix, bias, offsets, *rest)
     weight, bias = _cast(out_projection.weight, out_projection.bias)

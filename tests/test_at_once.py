@@ -1,4 +1,5 @@
-"""Projection and state as one kernel, on GPUs that have it and in its stand-in: held against the definition in float64."""
+"""Operations at once with their projections, on GPUs that have kernels for it and in their stand-in: held against the
+definition in float64."""
 
 from types import SimpleNamespace
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 from cases import HALF, norm_error
 
-from pom_ext import _blocks, reference
+from pom_ext import _blocks, _projections, reference
 from pom_ext.checks import FORMS
 
 OPS = torch.ops.pom_ext
@@ -15,15 +16,24 @@ IN_STAND_IN = torch._C._dispatch_has_kernel_for_dispatch_key("pom_ext::project_s
 CONTEXTS = ("whole", "weight", "offsets", "cumulative", "cumulative+weight")
 
 
-@pytest.fixture
-def at_once(device):
-    """The device, if it is one that the kernel is for."""
-    if not (IN_STAND_IN if device.type == "cpu" else torch.cuda.get_device_capability(device) == (9, 0)):
-        pytest.skip("only for GPUs of compute capability 9.0, and in test_cuda_on_cpu.py for their stand-in")
+def device_if(device, capable):
+    if not (IN_STAND_IN if device.type == "cpu" else capable(torch.cuda.get_device_capability(device))):
+        pytest.skip("only for GPUs that have what it takes, and in test_cuda_on_cpu.py for their stand-in")
     return device
 
 
-def draw_call(context, dtype, bias, degree=3, batch=2, tokens=150, dim=72, width=264):
+@pytest.fixture
+def hopper(device):
+    return device_if(device, lambda capability: capability == (9, 0))
+
+
+@pytest.fixture
+def tensor_cores(device):
+    """Those that take bfloat16."""
+    return device_if(device, lambda capability: capability >= (8, 0))
+
+
+def draw_state_call(context, dtype, bias, degree=3, batch=2, tokens=150, dim=72, width=264):
     x = torch.randn(batch, tokens, dim).to(dtype)
     weight = (torch.randn(width, dim) / dim**0.5).to(dtype)
     return SimpleNamespace(
@@ -54,10 +64,10 @@ def state_of(call, dtype):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_state(context, dtype, bias, at_once):
-    call = draw_call(context, dtype, bias)
-    assert OPS.projects_at_once(*arguments(call, at_once))
-    total, residual, count = OPS.project_state_at_once(*arguments(call, at_once))
+def test_state(context, dtype, bias, hopper):
+    call = draw_state_call(context, dtype, bias)
+    assert OPS.projects_at_once(*arguments(call, hopper))
+    total, residual, count = OPS.project_state_at_once(*arguments(call, hopper))
     (exact, exact_count), (plain, _) = state_of(call, torch.float64), state_of(call, dtype)
     error, allowed = norm_error(total.cpu(), exact), 2 * norm_error(plain, exact)
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
@@ -67,12 +77,12 @@ def test_state(context, dtype, bias, at_once):
 
 @pytest.mark.parametrize("change", [{}, {"degree": 5}, {"width": 260}, {"dtype": torch.float32}], ids=str)
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_others_take_the_old_way(context, change, at_once, monkeypatch):
+def test_other_states_take_the_old_way(context, change, hopper, monkeypatch):
     """What the layer calls: by this kernel where it can be, and the same to rounding."""
-    call = draw_call(context, **{"dtype": torch.bfloat16, "bias": True} | change)
-    x, weight, bias, coeff, token_weight, offsets, cumulative, degree = arguments(call, at_once)
+    call = draw_state_call(context, **{"dtype": torch.bfloat16, "bias": True} | change)
+    x, weight, bias, coeff, token_weight, offsets, cumulative, degree = arguments(call, hopper)
     rest = token_weight, offsets, cumulative, None, None, 0, FORMS.index("power"), degree
-    assert OPS.projects_at_once(*arguments(call, at_once)) == (not change)
+    assert OPS.projects_at_once(*arguments(call, hopper)) == (not change)
     states = []
     for taken in (False, True):
         monkeypatch.setattr(_blocks, "AT_ONCE", taken)
@@ -80,3 +90,58 @@ def test_others_take_the_old_way(context, change, at_once, monkeypatch):
     (total, _, count, _), (same_total, _, same_count, _) = states
     torch.testing.assert_close(same_total, total, rtol=0, atol=0 if change else 0.02 * total.abs().max().item())
     assert torch.equal(same_count, count)
+
+
+def draw_readout_call(context, dtype, bias, form="power", heads=8, width=16, batch=2, queries=60, dim=72, out_dim=40):
+    groups = {"whole": 1, "even": 4, "offsets": 5}[context]
+    exact = lambda *shape: torch.randn(*shape)
+    drawn = lambda *shape: torch.randn(*shape).to(dtype)
+    return SimpleNamespace(
+        x=drawn(batch, queries, dim),
+        gate_weight=(exact(heads, dim) / dim**0.5).to(dtype),
+        gate_bias=drawn(heads) if bias else None,
+        total=10 * exact(batch, groups, heads * width),
+        residual=1e-6 * exact(batch, groups, heads * width),
+        count=5 + torch.rand(batch, groups, dtype=torch.float64),
+        out_weight=(exact(out_dim, heads * width) / (heads * width) ** 0.5).to(dtype),
+        out_bias=drawn(out_dim) if bias else None,
+        offsets=torch.tensor([0, 7, 7, 20, 59, queries]) if context == "offsets" else None,
+        form=FORMS.index(form),
+    )
+
+
+def read(call, dtype):
+    """By the definition and plain torch, in one dtype."""
+    t = SimpleNamespace(**{k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in vars(call).items()})
+    gate = torch.nn.functional.linear(t.x, t.gate_weight, t.gate_bias)
+    offsets = None if call.offsets is None else call.offsets.tolist()
+    mixed = reference.readout(
+        gate, t.total + t.residual, call.count, form=FORMS[call.form], n_sel_heads=len(call.gate_weight),
+        query_offsets=offsets,
+    )  # fmt: skip
+    return torch.nn.functional.linear(mixed.to(dtype), t.out_weight, t.out_bias)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("heads", [2, 16, 24])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("context", ["whole", "even", "offsets"])
+def test_folded_readout(context, dtype, form, heads, bias, tensor_cores):
+    call = draw_readout_call(context, dtype, bias, form, heads)
+    assert OPS.folds_at_once(*arguments(call, tensor_cores))
+    y = OPS.folded_readout_at_once(*arguments(call, tensor_cores))
+    exact, plain = read(call, torch.float64), read(call, dtype)
+    error, allowed = norm_error(y.cpu(), exact), 2 * norm_error(plain, exact)
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("change", [{}, {"heads": 65}, {"width": 12}, {"dtype": torch.float32}], ids=str)
+@pytest.mark.parametrize("context", ["whole", "even", "offsets"])
+def test_other_readouts_take_the_old_way(context, change, tensor_cores):
+    call = draw_readout_call(context, **{"dtype": torch.bfloat16, "bias": True} | change)
+    *rest, form = arguments(call, tensor_cores)
+    assert OPS.folds_at_once(*rest, form) == (not change)
+    y = _blocks.folded_readout(*rest, None, None, 0, form)
+    other = _projections.folded_readout(*rest, None, None, 0, form)
+    torch.testing.assert_close(y, other, rtol=0, atol=0 if change else 0.05 * other.abs().max().item())

@@ -19,6 +19,8 @@ GRADIENTS = {
 ALONG = {f"{name}_along" for name in ("project_state", "project_readout", "folded_readout")}
 PROJECTED = {"linear", "project_state", "project_readout", "folded_readout", *ALONG}  # on the CPU alone
 OPS = {"state", "readout", "causal_mix", "mix", "update", *PROJECTED, *GRADIENTS}
+# What some of these are on a GPU, below all rules of torch; with questions whether they can be.
+AT_ONCE = {"project_state_at_once", "projects_at_once", "folded_readout_at_once", "folds_at_once"}
 
 
 class RecordCalls(TorchDispatchMode):
@@ -71,7 +73,7 @@ def test_every_operation_is_recorded():
     called = {op.__name__.removesuffix(".default") for op, _ in calls + recorded_projections("power", {})}
     schemas = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("pom_ext::")]
     of_tensors = {schema.name.removeprefix("pom_ext::") for schema in schemas if "Tensor" in str(schema)}
-    assert called == of_tensors == OPS
+    assert called == of_tensors - AT_ONCE == OPS
 
 
 @pytest.mark.parametrize("mode", ("whole", "weight", "causal+weight", "frames_unequal+weight", "mask"))
