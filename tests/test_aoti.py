@@ -19,12 +19,20 @@ from pom_ext.video_files import to_pixels
 # Operations of a layer: the readout before the output projection, or folded into it where that is less work.
 DIRECT, FOLDED = ["project_state", "project_readout"], ["project_state", "folded_readout"]
 STEPS = {  # arguments of the model, of its start, and what the graph holds
-    "product-space": ({"mixer": "product", "positions": "space", "n_classes": 4}, {"batch": 2, "size": (8, 4)}, 2 * DIRECT),
+    "product-space": (
+        {"mixer": "product", "positions": "space", "n_classes": 4},
+        {"batch": 2, "size": (8, 4)},
+        2 * DIRECT,
+    ),
     "product-sincos-plain": ({"mixer": "product", "local_conv": False}, {}, 2 * DIRECT),
     "power-sincos-window": ({"mixer": "power"}, {"window": 3}, 2 * FOLDED),
     "power-rotary-plain": ({"positions": "rotary", "n_heads": 1, "local_conv": False}, {"batch": 2}, 2 * DIRECT),
     "power-rotary-classes": ({"positions": "rotary", "n_heads": 6, "dim": 48, "n_classes": 2}, {}, 2 * DIRECT),
-    "both-space-decay": ({"mixer": ["product", "power"], "positions": "space"}, {"batch": 2, "decay": 0.75}, DIRECT + FOLDED),
+    "both-space-decay": (
+        {"mixer": ["product", "power"], "positions": "space"},
+        {"batch": 2, "decay": 0.75},
+        DIRECT + FOLDED,
+    ),
 }
 STEP = pytest.mark.parametrize(("model", "start", "operations"), STEPS.values(), ids=STEPS)
 

@@ -13,9 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pom_ext import PoM, State, polynomial_mix, polynomial_readout, polynomial_state, polynomial_update
 
-GRADIENTS = {
-    f"{name}_backward" for name in ("state", "readout", "causal_mix", "project_state", "project_readout")
-}
+GRADIENTS = {f"{name}_backward" for name in ("state", "readout", "causal_mix", "project_state", "project_readout")}
 ALONG = {f"{name}_along" for name in ("project_state", "project_readout", "folded_readout")}
 PROJECTED = {"linear", "project_state", "project_readout", "folded_readout", *ALONG}  # on the CPU alone
 OPS = {"state", "readout", "causal_mix", "mix", "update", *PROJECTED, *GRADIENTS}

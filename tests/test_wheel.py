@@ -202,9 +202,7 @@ def test_doctor_tells_of_source_that_was_changed_after_the_build(tmp_path):
         os.utime(path, (time, time))
     assert list(_describe_changes(package, "build")) == []
     os.utime(source, (101, 101))
-    assert list(_describe_changes(package, "build")) == [
-        "mismatch   csrc/cpu/mix.cpp is newer than the library: build"
-    ]
+    assert list(_describe_changes(package, "build")) == ["mismatch   csrc/cpu/mix.cpp is newer than the library: build"]
 
 
 @pytest.mark.parametrize(

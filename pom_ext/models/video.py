@@ -154,7 +154,8 @@ class VideoDiT(nn.Module):
         patches = grid.height * grid.width
         held = min(frames, forgetting.window - 1) if forgetting.window else frames
         memories = tuple(
-            block.mixer.empty_memory(batch, held * patches, forgetting, self.like.dtype, device) for block in self.blocks
+            block.mixer.empty_memory(batch, held * patches, forgetting, self.like.dtype, device)
+            for block in self.blocks
         )
         tail = self.like.new_zeros(batch, KERNEL - 1, patches, self.dim, device=device)
         tails = tuple(tail for block in self.blocks if block.local_conv is not None)
