@@ -94,7 +94,7 @@ setup(
     ext_modules=[
         CppExtension(
             "pom_ext._C",
-            [f"csrc/torch/{name}.cpp" for name in ("binding", "module", "projected", "at_once")],
+            [str(path) for path in sorted(Path("csrc/torch").glob("*.cpp"))],
             include_dirs=[os.path.abspath(path) for path in INCLUDE],
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", "0x030A0000")],
             extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden"]},

@@ -1,242 +1,14 @@
-// Operations that hold the projections of tokens a block at a time, in the processor's cache, and never all of them.
-// On the CPU: the products are torch's, what is between them are the operations of pom.h.
+// Readouts together with the projections before and behind them: as project_state.cpp, a block of queries at a time.
 
 #include <torch/csrc/stable/library.h>
 
-#include <string>
 #include <tuple>
 
-#include "residual.h"
-#include "torch/blocks.h"
-#include "torch/linear.h"
+#include "torch/projections.h"
 
 namespace {
 
 using namespace pom_torch;
-
-// Tokens and what their projections are summed with.
-struct Projected {
-  Tensor x, rows, weight;  // x (B, N, D) and as a matrix; weight (C, D)
-  Optional bias, coeff, token_weight, cos, sin;
-  int64_t axes, form, degree;
-
-  Projected(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& coeff,
-            const Optional& token_weight, const Optional& cos, const Optional& sin, int64_t axes, int64_t form,
-            int64_t degree)
-      : x(x), rows(projected_rows(x, weight, bias, "weight")), weight(weight), bias(bias), coeff(coeff),
-        token_weight(token_weight), cos(cos), sin(sin), axes(axes), form(form), degree(degree) {
-    if (token_weight) expect_shape(*token_weight, {x.size(0), x.size(1)}, "token_weight");
-    for (const Optional* table : {&cos, &sin})
-      if (*table) STD_TORCH_CHECK((*table)->dim() == 2 && (*table)->size(0) == x.size(1), "cos, sin: unexpected shape");
-  }
-
-  // The tokens of a block as a matrix, and their projections as the operations take them.
-  Tensor tokens(const Block& block, int64_t first) const { return rows_of(rows, first, block.rows()); }
-  Features features(const Block& block, int64_t first, const Optional& kept = {}) const {
-    const Tensor u = kept ? rows_of(*kept, first, block.rows()) : linear(tokens(block, first), weight, bias);
-    return Features(as_tokens(u, block), coeff, {}, {}, weights(block), part_of(cos, block), part_of(sin, block), axes,
-                    form, degree);
-  }
-  // The derivative of these, at u, along a direction of the tokens, a matrix.
-  Features features_along(const Block& block, int64_t first, const Tensor& u, const Tensor& direction) const {
-    const Tensor along = as_tokens(linear(rows_of(direction, first, block.rows()), weight), block);
-    const Optional still = coeff ? Optional(torch::stable::new_zeros(*coeff, {coeff->size(0), coeff->size(1)})) : coeff;
-    return Features(u, coeff, along, still, weights(block), part_of(cos, block), part_of(sin, block), axes, form,
-                    degree);
-  }
-
-  static Tensor projected_rows(const Tensor& x, const Tensor& weight, const Optional& bias, const char* name) {
-    STD_TORCH_CHECK(x.dim() == 3 && x.is_cpu(), "x: expected (B, N, D) on the CPU");
-    for (const Tensor* t : {&weight, bias ? &*bias : nullptr})
-      if (t) STD_TORCH_CHECK(t->scalar_type() == x.scalar_type() && t->is_cpu(), name, ": expected the dtype of x");
-    STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == x.size(2), name, ": unexpected shape");
-    return matrix_of(x);
-  }
-
-  Tensor as_tokens(const Tensor& matrix, const Block& block) const {
-    return torch::stable::view(matrix, {block.samples, block.tokens, weight.size(0)});
-  }
-  static Optional part_of(const Optional& table, const Block& block) {
-    return table ? Optional(rows_of(*table, block.token, block.tokens)) : Optional();
-  }
-
- private:
-  Optional weights(const Block& block) const {
-    if (!token_weight) return {};
-    Tensor samples = rows_of(*token_weight, block.sample, block.samples);
-    return torch::stable::narrow(samples, 1, block.token, block.tokens);
-  }
-};
-
-// What the forward kept of its projections (B, N, C), as a matrix.
-Optional kept_matrix(const Optional& kept, const Tensor& x, int64_t width) {
-  if (!kept || kept->size(0) != x.size(0) || kept->size(1) != x.size(1) || kept->size(2) != width) return {};
-  STD_TORCH_CHECK(kept->is_contiguous() && kept->scalar_type() == x.scalar_type(), "kept: expected as it was returned");
-  return matrix_of(*kept);
-}
-
-// The states of all groups, summed from those of the blocks.
-class BlockStates {
- public:
-  BlockStates(const Tensor& x, int64_t groups, int64_t channels)
-      : out(x, x.size(0), groups, channels), x_(x), groups_(groups), channels_(channels),
-        sums_(x.size(0) * groups * channels), counts_(x.size(0) * groups) {}
-
-  void add(const Features& features, const Block& block, const Bounds::Local& local) {
-    NewState part(features.u, block.samples, local.count, channels_);
-    call(pom::StateArgs{features.args, {local.count, local.data()}, part.out}, features.u, POM_OPERATION(state));
-    const int64_t first = block.sample * groups_ + local.first;
-    with_acc(x_, [&](auto acc) {
-      const auto* const total = static_cast<const decltype(acc)*>(part.out.total);
-      const auto* const residual = static_cast<const decltype(acc)*>(part.out.residual);
-      parallel(block.samples * local.count, [&](int64_t row) {
-        double* const sums = &sums_[(first + row) * channels_];
-        for (int64_t c = 0, i = row * channels_; c < channels_; ++c, ++i) sums[c] += double(total[i]) + double(residual[i]);
-        counts_[first + row] += part.out.count[row];
-      });
-    });
-  }
-
-  void finish(bool cumulative) {
-    with_acc(x_, [&](auto acc) {
-      auto *const total = static_cast<decltype(acc)*>(out.out.total), *const residual = static_cast<decltype(acc)*>(out.out.residual);
-      parallel(x_.size(0), [&](int64_t b) {
-        for (int64_t row = b * groups_; row < (b + 1) * groups_; ++row) {
-          double* const sums = &sums_[row * channels_];
-          if (cumulative && row > b * groups_) {
-            for (int64_t c = 0; c < channels_; ++c) sums[c] += sums[c - channels_];
-            counts_[row] += counts_[row - 1];
-          }
-          for (int64_t c = 0, i = row * channels_; c < channels_; ++c, ++i) pom::split(sums[c], 0.0, total[i], residual[i]);
-          out.out.count[row] = counts_[row];
-        }
-      });
-    });
-  }
-
-  NewState out;
-
- private:
-  Tensor x_;
-  int64_t groups_, channels_;
-  std::vector<double> sums_, counts_;
-};
-
-// The groups of the tokens x (B, N, D) by their offsets.
-struct Grouped {
-  Plain offsets;
-  Bounds bounds;
-  Grouped(const Optional& offsets_, const Tensor& x)
-      : offsets(offsets_, x, ScalarType::Long, {offsets_ ? offsets_->size(0) : 0}, "offsets"),
-        bounds(offsets, x.size(1), offsets_ ? offsets_->size(0) - 1 : 1) {}
-};
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> project_state(const Tensor& x, const Tensor& weight, const Optional& bias,
-                                                         const Optional& coeff, const Optional& token_weight,
-                                                         const Optional& offsets, bool cumulative, const Optional& cos,
-                                                         const Optional& sin, int64_t axes, int64_t form,
-                                                         int64_t degree, bool keep) {
-  const Projected in(x, weight, bias, coeff, token_weight, cos, sin, axes, form, degree);
-  const Bounds bounds = Grouped(offsets, x).bounds;
-  if (keep) {
-    NewState out(x, x.size(0), bounds.count(), weight.size(0));
-    const Features features = in.features({0, x.size(0), 0, x.size(1)}, 0);
-    call(pom::StateArgs{features.args, {bounds.count(), bounds.data(), cumulative}, out.out}, features.u,
-         POM_OPERATION(state));
-    return {out.total, out.residual, out.count, features.u};
-  }
-  BlockStates states(x, bounds.count(), weight.size(0));
-  each_block(x, weight.size(0), [&](const Block& block, int64_t first) {
-    states.add(in.features(block, first), block, bounds.within(block));
-  });
-  states.finish(cumulative);
-  return {states.out.total, states.out.residual, states.out.count, torch::stable::new_empty(x, {0, 0, 0})};
-}
-
-// A direction of tokens, as a matrix.
-Tensor direction_of(const Tensor& x_tangent, const Tensor& x) {
-  STD_TORCH_CHECK(x_tangent.scalar_type() == x.scalar_type() && x_tangent.is_cpu(), "x_tangent: expected the dtype of x");
-  expect_shape(x_tangent, {x.size(0), x.size(1), x.size(2)}, "x_tangent");
-  return matrix_of(x_tangent);
-}
-
-// The state, and its derivative along a direction of the tokens, in one pass over them.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_state_along(
-    const Tensor& x, const Tensor& x_tangent, const Tensor& weight, const Optional& bias, const Optional& coeff,
-    const Optional& token_weight, const Optional& offsets, bool cumulative, const Optional& cos, const Optional& sin,
-    int64_t axes, int64_t form, int64_t degree) {
-  const Projected in(x, weight, bias, coeff, token_weight, cos, sin, axes, form, degree);
-  const Bounds bounds = Grouped(offsets, x).bounds;
-  const Tensor direction = direction_of(x_tangent, x);
-  BlockStates states(x, bounds.count(), weight.size(0)), along(x, bounds.count(), weight.size(0));
-  each_block(x, weight.size(0), [&](const Block& block, int64_t first) {
-    const Bounds::Local local = bounds.within(block);
-    const Features features = in.features(block, first);
-    states.add(features, block, local);
-    along.add(in.features_along(block, first, features.u, direction), block, local);
-  });
-  states.finish(cumulative);
-  along.finish(cumulative);
-  return {states.out.total, states.out.residual, states.out.count, along.out.total, along.out.residual};
-}
-
-// Gradients of every group's own tokens: with cumulative groups those of the groups behind it too.
-Tensor own_gradients(const Tensor& grad_total, bool cumulative) {
-  Tensor own = torch::stable::clone(torch::stable::contiguous(grad_total));
-  const int64_t groups = own.size(1), channels = own.size(2);
-  if (cumulative)
-    with_acc(own, [&](auto acc) {
-      auto* const grad = static_cast<decltype(acc)*>(own.mutable_data_ptr());
-      parallel(own.size(0), [&](int64_t b) {
-        std::vector<double> sum(channels);
-        for (int64_t row = (b + 1) * groups - 1; row >= b * groups; --row)
-          for (int64_t c = 0; c < channels; ++c) {
-            sum[c] += grad[row * channels + c];
-            grad[row * channels + c] = decltype(acc)(sum[c]);
-          }
-      });
-    });
-  return own;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> project_state_backward(
-    const Tensor& grad_total, const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& coeff,
-    const Optional& token_weight, const Optional& offsets, bool cumulative, const Optional& cos, const Optional& sin,
-    int64_t axes, int64_t form, int64_t degree, const Optional& kept, bool needs_x, bool needs_weight) {
-  const Projected in(x, weight, bias, coeff, token_weight, cos, sin, axes, form, degree);
-  const Bounds bounds = Grouped(offsets, x).bounds;
-  const int64_t groups = bounds.count(), channels = weight.size(0), dim = x.size(2);
-  STD_TORCH_CHECK(grad_total.scalar_type() == acc_of(x), "grad_total: unexpected dtype");
-  expect_shape(grad_total, {x.size(0), groups, channels}, "grad_total");
-  const Optional kept_rows = kept_matrix(kept, x, channels);
-  const Tensor own = own_gradients(grad_total, cumulative);
-  const Tensor back = transposed(weight);
-  Tensor grad_x = needs_x ? new_like(x) : torch::stable::new_empty(x, {0, 0, 0});
-  const Tensor grad_rows = needs_x ? matrix_of(grad_x) : grad_x;
-  Sum grad_weight, grad_bias, grad_coeff;
-  each_block(x, channels, [&](const Block& block, int64_t first) {
-    const Features features = in.features(block, first, kept_rows);
-    const Bounds::Local local = bounds.within(block);
-    Tensor grad_u = new_like(features.u), grad_c = new_coeff_grad(features);
-    const char* const grad = static_cast<const char*>(own.const_data_ptr()) +
-                             (block.sample * groups + local.first) * channels * own.element_size();
-    call(pom::StateBackwardArgs{features.args, {local.count, local.data()}, grad, grad_u.mutable_data_ptr(),
-                                grad_c.mutable_data_ptr()},
-         features.u, POM_OPERATION(state_backward));
-    const Tensor grad_matrix = matrix_of(grad_u);
-    if (needs_x) {
-      Tensor part = rows_of(grad_rows, first, block.rows());
-      torch::stable::copy_(part, linear(grad_matrix, back));
-    }
-    if (needs_weight) grad_weight.add(linear(transposed(grad_matrix), transposed(in.tokens(block, first))));
-    if (bias) grad_bias.add(column_sums(grad_matrix));
-    grad_coeff.add(grad_c);
-  }, kBackBlockBytes);
-  const bool power = form_of(form) == pom::Form::power;
-  const Tensor acc = torch::stable::new_empty(x, {0}, acc_of(x));
-  return {grad_x, grad_weight.as(x, {needs_weight ? channels : 0, dim}), grad_bias.as(x, {bias ? channels : 0}),
-          grad_coeff.as(acc, {power ? channels : 0, power ? degree : 0})};
-}
 
 // A result (B, N, D) of tokens, written a block of rows at a time.
 struct TokenResult {
@@ -262,7 +34,7 @@ struct ProjectedGates {
   ProjectedGates(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& total,
                  const Tensor& residual, const Tensor& count, const Tensor& out_weight, const Optional& offsets_,
                  const Optional& cos, const Optional& sin, int64_t axes, int64_t form, int64_t heads)
-      : x(x), rows(Projected::projected_rows(x, weight, bias, "gate_weight")), weight(weight), out_weight(out_weight),
+      : x(x), rows(projected_rows(x, weight, bias, "gate_weight")), weight(weight), out_weight(out_weight),
         bias(bias), cos(cos), sin(sin), state(total, residual, count, x, x.size(0), total.size(1), total.size(2)),
         offsets(offsets_, x, ScalarType::Long, {total.size(1) + 1}, "offsets"),
         bounds(offsets, x.size(1), total.size(1)), axes(axes), form(form), heads(heads), groups(total.size(1)),
@@ -306,7 +78,7 @@ struct ProjectedGates {
       return torch::stable::view(t, {block.samples, block.tokens, weight.size(0)});
     };
     return Gates(of_tokens(gate), tangent ? Optional(of_tokens(*tangent)) : tangent, gated,
-                 Projected::part_of(cos, block), Projected::part_of(sin, block), axes, form, heads);
+                 part_of(cos, block), part_of(sin, block), axes, form, heads);
   }
 };
 
@@ -500,37 +272,9 @@ std::tuple<Tensor, Tensor> folded_readout_along(const Tensor& x_tangent, const T
   return {y.tensor, along.tensor};
 }
 
-Tensor linear_of_tokens(const Tensor& x, const Tensor& weight, const Optional& bias) {
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), "x: expected (N, D)");
-  return linear(x, weight, bias);
-}
-
-// The 16-bit types whose products the processor has; of the others they are taken in float32.
-std::string native_products() {
-  std::string names;
-  if (has_products_of(ScalarType::BFloat16)) names += "bfloat16 ";
-  if (has_products_of(ScalarType::Half)) names += "float16 ";
-  return names;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pom_ext, m) {
-  m.def("native_products() -> str");
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  m.def(
-      "project_state(Tensor x, Tensor weight, Tensor? bias, Tensor? coeff, Tensor? token_weight, Tensor? offsets, "
-      "bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, int degree, bool keep) "
-      "-> (Tensor total, Tensor residual, Tensor count, Tensor kept)");
-  m.def(
-      "project_state_along(Tensor x, Tensor x_tangent, Tensor weight, Tensor? bias, Tensor? coeff, "
-      "Tensor? token_weight, Tensor? offsets, bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, "
-      "int degree) -> (Tensor total, Tensor residual, Tensor count, Tensor total_tangent, Tensor residual_tangent)");
-  m.def(
-      "project_state_backward(Tensor grad_total, Tensor x, Tensor weight, Tensor? bias, Tensor? coeff, "
-      "Tensor? token_weight, Tensor? offsets, bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, "
-      "int degree, Tensor? kept, bool needs_x, bool needs_weight) "
-      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_coeff)");
   m.def(
       "project_readout(Tensor x, Tensor gate_weight, Tensor? gate_bias, Tensor total, Tensor residual, Tensor count, "
       "Tensor out_weight, Tensor? out_bias, Tensor? offsets, Tensor? cos, Tensor? sin, int axes, int form, int heads, "
@@ -556,17 +300,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pom_ext, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pom_ext, CPU, m) {
-  m.impl("linear", TORCH_BOX(&linear_of_tokens));
-  m.impl("project_state", TORCH_BOX(&project_state));
-  m.impl("project_state_along", TORCH_BOX(&project_state_along));
-  m.impl("project_state_backward", TORCH_BOX(&project_state_backward));
   m.impl("project_readout", TORCH_BOX(&project_readout));
   m.impl("project_readout_backward", TORCH_BOX(&project_readout_backward));
   m.impl("project_readout_along", TORCH_BOX(&project_readout_along));
   m.impl("folded_readout", TORCH_BOX(&folded_readout));
   m.impl("folded_readout_along", TORCH_BOX(&folded_readout_along));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(pom_ext, CompositeExplicitAutograd, m) {
-  m.impl("native_products", TORCH_BOX(&native_products));
 }
