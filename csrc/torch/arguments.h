@@ -49,19 +49,9 @@ inline void expect_shape(const Tensor& t, std::initializer_list<int64_t> shape, 
   STD_TORCH_CHECK(same, name, ": unexpected shape");
 }
 
-// glibc gives memory back once more of it lies free than twice the largest block that was ever freed: in a process that
-// has freed only small ones a layer would ask for the same pages at every call. One large block, freed without being
-// touched, makes it keep as much as after the first large tensor.
-inline void keep_pages(const Tensor& like) {
-  constexpr int64_t kBytes = 31 << 20;  // of 32 MiB and more it takes no notice
-  static const bool once = (torch::stable::new_empty(like, {kBytes / int64_t(like.element_size())}), true);
-  (void)once;
-}
-
 // A tensor for a result. Fresh memory of tens of megabytes costs more in page faults than filling it takes: where the
 // system leaves the choice to the program, ask for large pages.
 inline Tensor new_result(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  if (like.is_cpu()) keep_pages(like);
   Tensor t = torch::stable::new_empty(like, shape, dtype);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kLarge = 2 << 20;
