@@ -113,7 +113,7 @@ def architectures(known, environment=os.environ):
         chosen = [name for name in DEFAULT if name in known]
         if not chosen:
             raise PlatformError(
-                f"this nvcc compiles for none of {', '.join(DEFAULT)}: use a toolkit of CUDA 11 or later, or set "
+                f"this nvcc compiles for none of {', '.join(DEFAULT)}: use a toolkit of CUDA 12 or later, or set "
                 "POM_EXT_CUDA=0 to build without"
             )
         return tuple(chosen[:-1]) + (chosen[-1] + "+PTX",)

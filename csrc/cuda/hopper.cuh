@@ -7,9 +7,12 @@
 
 #include "cuda/launch.h"
 
-// Whether this is compiled for such a GPU. For others there are kernels too, which are never started.
+// POM_HOPPER: whether this is compiled for such a GPU. For others there are kernels too, which are never started.
 #ifdef __CUDACC__
 #include <cuda.h>
+#if CUDA_VERSION < 12000
+#error "pom_ext: the CUDA kernels need a toolkit of CUDA 12 or later; POM_EXT_CUDA=0 builds without them"
+#endif
 #define POM_GRID_CONSTANT __grid_constant__
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define POM_HOPPER 1
