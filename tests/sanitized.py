@@ -9,6 +9,7 @@ from itertools import product
 
 import torch
 from cases import FORMS, Case, draw_inputs, move, run_op, state_dtype
+from test_at_once import arguments, draw_readout_call, draw_state_call
 
 from pom_ext import State, polynomial_update
 
@@ -35,6 +36,21 @@ def update_twice(inputs, device):
     return {"updated": state.total, "y of the update": y}
 
 
+def at_once(device):
+    """What the tensor cores take together with its projections, where this device's can."""
+    ops, key = torch.ops.pom_ext, "CPU" if device == "cpu" else "CUDA"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("pom_ext::folds_at_once", key):
+        return
+    for context in ("whole", "weight", "offsets"):
+        call = arguments(draw_state_call(context, torch.bfloat16, bias=True), device)
+        if ops.projects_at_once(*call):
+            yield from ops.project_state_at_once(*call)
+    for context in ("whole", "even", "offsets"):
+        call = arguments(draw_readout_call(context, torch.bfloat16, bias=True, heads=24), device)
+        if ops.folds_at_once(*call):
+            yield ops.folded_readout_at_once(*call)
+
+
 def main(device):
     """Run all of them on a device. Results are left to the tests; here they must only be numbers."""
     for case in SELECTION:
@@ -45,7 +61,11 @@ def main(device):
             results |= update_twice(inputs, device)
         for name, result in results.items():
             assert torch.isfinite(result).all(), f"{case}: {name}"
-    print(f"{len(SELECTION)} cases on {device}")
+    taken = 0
+    for result in at_once(device):
+        assert torch.isfinite(result).all()
+        taken += 1
+    print(f"{len(SELECTION)} cases on {device}, and {taken} results of its tensor cores")
 
 
 if __name__ == "__main__":
