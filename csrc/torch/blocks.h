@@ -11,8 +11,7 @@ namespace pom_torch {
 constexpr int64_t kBlockBytes = 1 << 20;      // of what is projected at once: it stays in the second cache
 constexpr int64_t kBackBlockBytes = 2 << 20;  // of gradients, where every block adds to those of the weights
 constexpr int64_t kResultBytes = kBlockBytes / 2;  // of results alone, a second time beside where they go
-constexpr int64_t kLeastRows = 128, kMostRows = 1024;  // of a block: a product of fewer is slow, of more no faster
-constexpr int64_t kLeastReadRows = 96;  // where a token's gates and what they read are both there
+constexpr int64_t kLeastRows = 96, kMostRows = 1024;  // of a block: a product of fewer is slow, of more no faster
 
 // Tokens that are projected at once: of whole samples, or of a part of one. The shape alone decides, so that neither
 // threads nor neighbours in the batch change a sum.
@@ -22,10 +21,10 @@ struct Block {
 };
 
 template <class Body>
-void each_block(const Tensor& x, int64_t width, Body body, int64_t bytes = kBlockBytes, int64_t least = kLeastRows) {
+void each_block(const Tensor& x, int64_t width, Body body, int64_t bytes = kBlockBytes) {
   const int64_t batch = x.size(0), tokens = x.size(1), row = width * x.element_size();
   if (tokens == 0) return;
-  const int64_t rows = std::clamp(bytes / std::max<int64_t>(1, row) / 64 * 64, least, kMostRows);
+  const int64_t rows = std::clamp(bytes / std::max<int64_t>(1, row) / 64 * 64, kLeastRows, kMostRows);
   const int64_t samples = std::max<int64_t>(1, rows / tokens);
   for (int64_t b = 0; b < batch; b += samples)
     for (int64_t n = 0; n < tokens; n += rows)

@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor> project_readout(const Tensor& x, const Tensor& gate_w
   each_block(x, in.channels, [&](const Block& block, int64_t first) {
     const Tensor mixed = in.read(block, in.gates(block, first, kept), in.bounds.within(block));
     y.write(first, linear(mixed, out_weight, out_bias));
-  }, kBlockBytes, kLeastReadRows);
+  });
   return {y.tensor, gate};
 }
 
