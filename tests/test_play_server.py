@@ -220,7 +220,15 @@ def test_a_wrong_or_taken_port_is_said():
         pass  # free again
 
 
-def test_control_c_ends_the_loop_cleanly():
+@pytest.fixture
+def interruptible():
+    """Also where a shell has started the tests in the background, with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_control_c_ends_the_loop_cleanly(interruptible):
     with Browser(PONG) as browser:
         waiting = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
         waiting.start()
