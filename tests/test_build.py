@@ -113,7 +113,7 @@ def test_default_architectures_are_those_nvcc_knows_and_ptx_of_the_last():
     assert chosen("") == ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
     assert build_cuda.architectures(KNOWN, {}) == chosen("")
     assert chosen("", {"7.5", "8.0", "8.6"}) == ("8.0", "8.6+PTX")
-    with pytest.raises(PlatformError, match="none of 8.0, .* CUDA 11 or later, or set POM_EXT_CUDA=0"):
+    with pytest.raises(PlatformError, match="none of 8.0, .* CUDA 12 or later, or set POM_EXT_CUDA=0"):
         chosen("", {"5.0", "7.5"})
 
 
