@@ -23,6 +23,7 @@ from .baselines import Attention
 from .run import machine, machine_line, save
 
 SIZES = {"S/2": (384, 6), "B/2": (768, 12), "XL/2": (1152, 16)}  # width and heads
+LEAST_CALLS = 3  # at the shortest length
 TOKENS = (256, 1024, 4096, 16_384, 65_536)
 FORMS = {
     "power, heads": {"form": "power", "degree": 3, "heads": True},
@@ -100,8 +101,8 @@ def measure(what, size, contenders, passes, options):
         torch.manual_seed(0)
         going = [n for n in NAMES if None not in medians[n] and predicted(medians[n]) <= options.limit]
         inputs, seconds = contenders.inputs(tokens), {name: [] for name in going}
-        start = time.perf_counter()
-        while going and (not seconds[going[0]] or time.perf_counter() - start < options.seconds):
+        start, least = time.perf_counter(), 1 if medians[NAMES[0]] else LEAST_CALLS
+        while going and (len(seconds[going[0]]) < least or time.perf_counter() - start < options.seconds):
             for name in going:
                 module = contenders.named(name)
                 if not seconds[name] and predicted(medians[name]) < 1:
@@ -166,7 +167,9 @@ def main(arguments=None):
     parser.add_argument(
         "--tokens", nargs="+", type=int, default=TOKENS, help="lengths, each a square, four times the last"
     )
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a length, and at least one call of each")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="of a length; at least one call of each, three of the first"
+    )
     parser.add_argument("--limit", type=float, default=15.0, help="longest call that is measured, in seconds")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--plot", metavar="FILE", help="draw them there (PNG)")
