@@ -13,7 +13,7 @@ from .layers import LayerCase
 from .measure import OURS, Target, check
 from .ops import OpCase
 
-PROCESSES = 5  # whose median it is: what an allocator has at hand differs from one to the next by a few MiB
+PROCESSES = 5  # whose median it is: what an allocator has at hand differs from one to the next
 
 
 def status(field):

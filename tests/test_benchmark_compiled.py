@@ -62,8 +62,8 @@ def test_other_results_are_not_timed(passes):
     "name", [name for name in compiled.cases() if "256 tokens" in name or "power, batch 2, backward" in name]
 )
 def test_every_case_runs(name):
-    passes, build, *details = compiled.cases()[name]
-    module, given = build(*details)
+    build, *details = compiled.cases()[name]
+    passes, module, given = build(*details)
     results = compiled.timed(passes, module, module, given)()
     assert len(results) == (1 if passes == "forward" else 1 + len(list(module.parameters())))
     assert all(result.isfinite().all() and result.any() for result in results)

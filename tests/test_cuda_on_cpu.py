@@ -18,6 +18,7 @@ SANITIZED = [
     *("-std=c++17", "-O1", "-g1", "-pthread", "-fsanitize=address,alignment", "-fno-sanitize-recover"),
     *("--param", "asan-instrumentation-with-call-threshold=0"),
 ]
+OF_STAND_IN = ("test_cuda_on_cpu", "test_hopper_on_cpu")
 # The stand-in tells the sanitizer of its fibers, and is not looked after itself.
 STAND_IN = CPP / "cuda_on_cpu.cpp"
 WITH_SANITIZER = ["-std=c++17", "-O2", "-fsanitize=address"]
@@ -48,15 +49,16 @@ def objects(tmp_path_factory):
     """Futures of the object files by name."""
     jobs = {source.stem: (source, as_cpp(SANITIZED)) for source in KERNELS}
     jobs |= {name: (CPP / f"{name}.cpp", [*PLAIN, "-DPOM_TEST_CUDA"]) for name in PROGRAMS}
-    jobs |= {"test_cuda_on_cpu": (CPP / "test_cuda_on_cpu.cpp", SANITIZED), "stand_in": (STAND_IN, WITH_SANITIZER)}
+    jobs |= {name: (CPP / f"{name}.cpp", SANITIZED) for name in OF_STAND_IN} | {"stand_in": (STAND_IN, WITH_SANITIZER)}
     jobs |= {"test_ucontext": (CPP / "test_cuda_on_cpu.cpp", ["-std=c++17"])}
     jobs |= {"stand_in_ucontext": (STAND_IN, ["-std=c++17", "-DFIBER_UCONTEXT"])}
     jobs |= {f"other_{source.stem}": (source, [*PLAIN, "-DPOM_CUDA"]) for source in OTHERS}
     return compile_all(tmp_path_factory.mktemp("cuda_on_cpu"), jobs)
 
 
-def test_the_stand_in(objects):
-    link_and_run(objects["test_cuda_on_cpu"], objects["stand_in"], flags=SANITIZED)
+@pytest.mark.parametrize("name", OF_STAND_IN)
+def test_the_stand_in(name, objects):
+    link_and_run(objects[name], objects["stand_in"], flags=SANITIZED)
 
 
 def test_the_stand_in_on_other_processors(objects):

@@ -16,7 +16,7 @@ constexpr int kMostHeads = 64;
 constexpr int kReadThreads = 128;
 constexpr int64_t kMostFolded = 6 << 10;  // channels, whose means and sums are in the shared memory of a block
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr bool kHasTensorCores = false;  // for 16-bit types: older GPUs get kernels that are never started
+constexpr bool kHasTensorCores = false;  // for 16-bit types (check_kernel)
 #else
 constexpr bool kHasTensorCores = true;
 #endif
@@ -272,19 +272,11 @@ Status check(const FoldedReadoutArgs& args) {
              : Status::ok;
 }
 
-// Whether the current GPU has these instructions.
-template <class Kernel>
-Status check_kernel(Kernel kernel) {
-  cudaFuncAttributes attributes;
-  if (const Status s = checked(cudaFuncGetAttributes(&attributes, kernel)); s != Status::ok) return s;
-  return attributes.maxThreadsPerBlock < kReadThreads ? Status::no_device_code : Status::ok;
-}
-
 }  // namespace
 
 bool folds(const FoldedReadoutArgs& args) {
   return check(args) == Status::ok &&
-         with_kernels(args, [](auto, auto read) { return check_kernel(read); }) == Status::ok;
+         with_kernels(args, [](auto, auto read) { return check_kernel(read, kReadThreads); }) == Status::ok;
 }
 
 size_t workspace(const FoldedReadoutArgs& args) {
@@ -298,7 +290,7 @@ Status folded_readout(const FoldedReadoutArgs& args, void* workspace, size_t byt
   const FoldedPlan plan(args, Arena::align(workspace));
   return with_kernels(args, [&](auto fold, auto read) {
     constexpr int kWarps = kThreads / kWarp;
-    if (const Status s = check_kernel(read); s != Status::ok) return s;
+    if (const Status s = check_kernel(read, kReadThreads); s != Status::ok) return s;
     const size_t shared = plan.fold.channels * (1 + kWarps / kRunLength) * sizeof(float);
     const Status s = launch(fold, plan.fold.rows * ceil_div(args.out_dim, kWarps), kThreads, shared, stream, plan.fold);
     if (s != Status::ok) return s;

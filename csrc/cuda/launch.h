@@ -42,4 +42,13 @@ Status launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t
 #endif
 }
 
+// Whether there is code of a kernel for the current GPU that blocks of so many threads can run. Where a GPU lacks a
+// kernel's instructions, there is a kernel of the same name in their place that does nothing, of fewer threads.
+template <class... Parameters>
+Status check_kernel(void (*kernel)(Parameters...), int threads) {
+  cudaFuncAttributes attributes;
+  if (const Status s = checked(cudaFuncGetAttributes(&attributes, kernel)); s != Status::ok) return s;
+  return attributes.maxThreadsPerBlock < threads ? Status::no_device_code : Status::ok;
+}
+
 }  // namespace pom::cuda

@@ -201,7 +201,7 @@ __device__ void multiply(const ProjectSums& args, ProjectShared& shared, int gro
   }
 }
 
-// For other GPUs there is a kernel of this name too, of one warp that does nothing: CUDA refuses to start it with more.
+// For other GPUs of one warp that does nothing (check_kernel).
 template <class Form, class T>
 __global__ void __launch_bounds__(POM_HOPPER ? kProjectThreads : kWarp, 1)
     project_pieces(const POM_GRID_CONSTANT ProjectSums args) {
@@ -249,21 +249,13 @@ struct ProjectPlan {
   }
 };
 
-// The multiprocessors of the current GPU, or none where the kernel cannot run.
-template <class Kernel>
-Status find_multiprocessors(Kernel kernel, int& count) {
-  cudaFuncAttributes attributes;
-  if (const Status s = checked(cudaFuncGetAttributes(&attributes, kernel)); s != Status::ok) return s;
-  if (attributes.maxThreadsPerBlock < kProjectThreads) return Status::no_device_code;
-  int device;
-  if (const Status s = checked(cudaGetDevice(&device)); s != Status::ok) return s;
-  return checked(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-}
-
 template <class Kernel>
 Status launch_project(Kernel kernel, const ProjectSums& sums, void* stream) {
-  int multiprocessors;
-  if (const Status s = find_multiprocessors(kernel, multiprocessors); s != Status::ok) return s;
+  int device, multiprocessors;
+  if (const Status s = check_kernel(kernel, kProjectThreads); s != Status::ok) return s;
+  if (const Status s = checked(cudaGetDevice(&device)); s != Status::ok) return s;
+  const cudaDeviceAttr how_many = cudaDevAttrMultiProcessorCount;
+  if (const Status s = checked(cudaDeviceGetAttribute(&multiprocessors, how_many, device)); s != Status::ok) return s;
   const cudaFuncAttribute most_shared = cudaFuncAttributeMaxDynamicSharedMemorySize;
   if (const Status s = checked(cudaFuncSetAttribute(kernel, most_shared, int(kProjectBytes))); s != Status::ok) return s;
   return launch(kernel, least(sums.all_blocks, multiprocessors), kProjectThreads, kProjectBytes, stream, sums);
@@ -319,11 +311,8 @@ Status run(const ProjectStateArgs& args, void* workspace, void* stream) {
 }  // namespace
 
 bool projects(const ProjectStateArgs& args) {
-  if (check(args) != Status::ok) return false;
-  return with_project(args.features, [](auto kernel) {
-           int multiprocessors;
-           return find_multiprocessors(kernel, multiprocessors);
-         }) == Status::ok;
+  return check(args) == Status::ok &&
+         with_project(args.features, [](auto kernel) { return check_kernel(kernel, kProjectThreads); }) == Status::ok;
 }
 
 size_t workspace(const ProjectStateArgs& args) {

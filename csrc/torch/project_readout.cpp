@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "cpu/means.h"
 #include "torch/projections.h"
 
 namespace {
@@ -186,15 +187,8 @@ struct FoldedGates : ProjectedGates {
     const int64_t rows = x.size(0) * groups, dim = out_weight.size(0), width = channels / gated;
     const Tensor mean = torch::stable::new_empty(x, {rows, gated, width}, acc_of(x));
     with_acc(x, [&](auto acc) {
-      using Acc = decltype(acc);
-      const auto* const total = static_cast<const Acc*>(of.view.total);
-      const auto* const residual = static_cast<const Acc*>(of.view.residual);
-      auto* const to = static_cast<Acc*>(mean.mutable_data_ptr());
-      parallel(rows, [&](int64_t row) {
-        const double count = state.view.count[row];
-        for (int64_t i = row * channels; i < (row + 1) * channels; ++i)
-          to[i] = count == 0 ? Acc(0) : Acc((double(total[i]) + double(residual[i])) / count);
-      });
+      pom::cpu::means({of.view.total, of.view.residual, state.view.count}, rows, channels,
+                      static_cast<decltype(acc)*>(mean.mutable_data_ptr()), kTorchThreads);
     });
     const Tensor columns = torch::stable::reshape(torch::stable::to(out_weight, acc_of(x)), {dim, gated, width});
     const Tensor maps = torch::stable::transpose(transposed(columns), 1, 2);     // (heads, C / heads, D)

@@ -1,8 +1,5 @@
 // The stand-in for CUDA: kernels whose results are known, and kernels with one mistake each, which it must name.
 
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <numeric>
 #include <string>
@@ -10,14 +7,12 @@
 
 #include "check.h"
 #include "cuda_on_cpu.h"
+#include "faults.h"
 #include "guarded.h"
-#include "hopper_on_cpu.h"
 
 using check::expect;
 using check::section;
 using cuda_on_cpu::launch;
-
-constexpr uint64_t kSeeds[] = {0, 1, 2, 3};
 
 // A tree in shared memory: block b sums the numbers b * threads … b * threads + threads - 1.
 __global__ void __launch_bounds__(1024) tree_sum(const int* numbers, int* sums) {
@@ -134,76 +129,6 @@ void test_atomics() {
   expect(ticket == 0 && turns == kBlocks * 128 % 7, "atomicInc counted %u and %u", ticket, turns);
 }
 
-// A barrier in the block's shared memory, for `count` arrivals of a phase.
-pom::cuda::Barrier& make_barrier(int count) {
-  POM_SHARED(memory);
-  auto& barrier = *reinterpret_cast<pom::cuda::Barrier*>(memory);
-  if (threadIdx.x == 0) barrier.init(count);
-  __syncthreads();
-  return barrier;
-}
-
-// Threads that wait for others a part of the block at a time: nobody is a phase, or a meeting, ahead.
-void test_barriers() {
-  std::vector<int> phases(64), meetings(64);
-  int ahead = 0;
-  launch(1, 64, 16, [&] {
-    auto& barrier = make_barrier(64);
-    for (int phase = 0; phase < 5; ++phase) {
-      phases[threadIdx.x] = phase;
-      barrier.arrive();
-      barrier.wait(phase % 2);
-      ahead += *std::min_element(phases.begin(), phases.end()) < phase;
-    }
-    const int first = int(threadIdx.x) / 32 * 32;
-    for (int meeting = 0; meeting < 5; ++meeting) {
-      meetings[threadIdx.x] = meeting;
-      pom::cuda::sync_threads(1 + first / 32, 32);
-      ahead += *std::min_element(&meetings[first], &meetings[first] + 32) < meeting;
-    }
-  });
-  expect(ahead == 0, "%d threads went on alone", ahead);
-}
-
-// A tile comes when it is waited for, zeros where the tensor ends, and a product finds in it what lies there.
-void test_tiles() {
-  using namespace pom::cuda;
-  struct {
-    const void* data;
-    int64_t elements = 40, rows = 70, samples = 2, row_stride = 48, sample_stride = 70 * 48;
-  } tensor;
-  std::vector<uint16_t> numbers(2 * 70 * 48);
-  for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = pom::to_bf16(float(i % 251)).bits;
-  tensor.data = numbers.data();
-  TileMap map;
-  expect(describe_tensor(tensor, 64, map) == pom::Status::ok, "a tensor is refused");
-  std::vector<float> found(64 * 64, -1);
-  bool early = true;
-  launch(1, 128, 64 * 128 + 1024 + 16, [&] {
-    auto& barrier = make_barrier(1);
-    char* const tile = shared_origin() + 1024;
-    if (threadIdx.x == 0) {
-      barrier.arrive_expecting(64 * 128);
-      load_tile(map, tile, 8, 20, 1, barrier);
-      early = !untouched(tile, tile + 64 * 128);
-    }
-    barrier.wait(0);
-    for (int i = int(threadIdx.x); i < 64 * 64; i += 128) {
-      const uint64_t descriptor = shared_address(tile) >> 4 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
-      found[i] = tile_element<pom::bf16>(descriptor + i % 64 / 16 * 2, i / 64, i % 16);
-    }
-  });
-  int wrong = 0;
-  for (int i = 0; i < 64 * 64; ++i) {
-    const int row = 20 + i / 64, element = 8 + i % 64;
-    const bool inside = row < 70 && element < 40;
-    wrong += found[i] != (inside ? pom::to_float(pom::to_bf16(float((70 * 48 + row * 48 + element) % 251))) : 0);
-  }
-  expect(!early && wrong == 0, "%d elements of a tile are wrong, or it came early", wrong);
-  tensor.row_stride = 41;
-  expect(describe_tensor(tensor, 64, map) == pom::Status::bad_size, "rows at odd places are not refused");
-}
-
 void test_geometry() {
   std::vector<int> visits(3 * 40);
   launch(3, 40, 0, [&] {
@@ -285,44 +210,6 @@ void test_guarded_buffer() {
     }
 }
 
-// What is left of `body` in another process: what it wrote to stderr, if a signal ended it.
-template <class F>
-std::string last_words(F body) {
-  int ends[2];
-  if (pipe(ends)) return "no pipe";
-  const pid_t child = fork();
-  if (child == 0) {
-    dup2(ends[1], STDERR_FILENO);
-    body();
-    _exit(0);
-  }
-  close(ends[1]);
-  std::string words;
-  char piece[4096];
-  for (ssize_t n; (n = read(ends[0], piece, sizeof piece)) > 0;) words.append(piece, size_t(n));
-  close(ends[0]);
-  int status = 0;
-  waitpid(child, &status, 0);
-  return status ? words : "no fault: " + words;
-}
-
-template <class F>
-void expect_fault(const char* wanted, F body) {
-  const std::string words = last_words(body);
-  expect(words.rfind("no fault", 0) != 0 && words.find(wanted) != std::string::npos, "not '%s' but '%s'", wanted,
-         words.c_str());
-}
-
-// A kernel of one block of 64 threads with a mistake.
-template <class F>
-void expect_fault_of_kernel(const char* wanted, F body) {
-  for (uint64_t seed : kSeeds)
-    expect_fault(wanted, [&] {
-      cuda_on_cpu::set_seed(seed);
-      launch(1, 64, 20, body);
-    });
-}
-
 void test_divergence() {
   expect_fault_of_kernel(", but thread 5 has exited", [] {
     if (threadIdx.x != 5) __syncthreads();
@@ -346,20 +233,6 @@ void test_divergence() {
     if (threadIdx.x < 3) __syncwarp(masks[threadIdx.x]);
     __syncthreads();
   });
-}
-
-void test_endless_waits() {
-  expect_fault_of_kernel("waits at Barrier::wait (test_cuda_on_cpu.cpp", [] {
-    auto& barrier = make_barrier(65);
-    barrier.arrive();
-    barrier.wait(0);
-  });
-  expect_fault_of_kernel("arrives at a barrier where nobody is missing", [] { make_barrier(0).arrive(); });
-  expect_fault_of_kernel("waits at barrier (test_cuda_on_cpu.cpp", [] {
-    if (threadIdx.x < 32) pom::cuda::sync_threads(1, 64);
-    __syncthreads();
-  });
-  expect_fault_of_kernel("a GPU refuses barrier 16", [] { pom::cuda::sync_threads(16, 64); });
 }
 
 void test_wrong_masks() {
@@ -458,10 +331,6 @@ int main() {
     test_masks();
     section("atomics");
     test_atomics();
-    section("barriers");
-    test_barriers();
-    section("tiles");
-    test_tiles();
     section("geometry");
     test_geometry();
     section("fresh shared memory");
@@ -476,8 +345,6 @@ int main() {
   test_guarded_buffer();
   section("divergent barriers");
   test_divergence();
-  section("endless waits");
-  test_endless_waits();
   section("wrong masks");
   test_wrong_masks();
   section("bounds");
