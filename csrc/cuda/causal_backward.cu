@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_slopes(Wa
       dy.load(token, raw_dy[j]);
       gates.load(token, raw_gate[j]);
     };
-    for_tokens<kUnroll>(0, chunk.end - chunk.begin, 1, load, [&](int j, int64_t i) {
+    for_tokens<kUnroll>(int64_t(0), chunk.end - chunk.begin, 1, load, [&](int j, int64_t i) {
       const int64_t token = chunk.end - 1 - i;
       Acc value[kNumbers], d[kNumbers], du[kNumbers];
       gates.value(token, raw_gate[j], value);
@@ -126,8 +126,9 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_slopes(Wa
     });
   }
   if constexpr (I::Form::has_coeff)
-    write_coeff_row<I>(dc, walk.features, place,
-                       static_cast<Acc*>(args.coeff_rows) + block.row * walk.features.degree * walk.features.width);
+    write_coeff_row<I, kWalkThreads>(
+        dc, walk.features, walk.slabs, block.slab,
+        static_cast<Acc*>(args.coeff_rows) + block.row * walk.features.degree * walk.features.width);
 }
 
 template <class Acc>
@@ -187,7 +188,7 @@ Status run(const CausalBackwardArgs& given, void* workspace, void* stream) {
   const Status status = plan.with_walker([&](auto instance) {
     using I = decltype(instance);
     return launch(causal_slopes<I>, args.stride * args.walk.slabs.count, kWalkThreads,
-                  coeff_shared_bytes<I>(kWalkThreads), stream, args);
+                  kCoeffBytes<I, kWalkThreads>, stream, args);
   });
   if (status != Status::ok || f.form != Form::power) return status;
   return join_coeff(static_cast<const Acc*>(args.coeff_rows), args.stride, f.degree, f.width,

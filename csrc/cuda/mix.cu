@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kRanges > 3 ? 1 : 
   Acc sum[kNumbers] = {};
   typename Tokens::Raw raw[kUnroll];
   for_tokens<kUnroll>(
-      row, f.tokens, rows, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
+      int64_t(row), f.tokens, rows, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
       [&](int j, int64_t token) { tokens.add(token, raw[j], sum); });
   double count[1] = {thread == 0 && !f.weight ? double(f.tokens) : 0};
   if (f.weight) {
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kRanges > 3 ? 1 : 
   for (int i = 0; i < kNumbers; ++i) mean[i] = i / I::Vec < place.ranges ? numbers[i * lanes + lane] : Acc(0);
   typename Gates::Raw raw_gates[kUnroll];
   for_tokens<kUnroll>(
-      row, args.gates.tokens, rows, [&](int j, int64_t token) { gates.load(token, raw_gates[j]); },
+      int64_t(row), args.gates.tokens, rows, [&](int j, int64_t token) { gates.load(token, raw_gates[j]); },
       [&](int j, int64_t token) {
         Acc value[kNumbers];
         gates.multiply(token, raw_gates[j], mean, value);
@@ -159,7 +159,7 @@ struct LongPlan {
   LongPlan(const Features& f, const Gates& g, void* workspace)
       : arena(workspace),
         pieces(f.tokens, chunk_shift(f.tokens), 1, nullptr),
-        sums(f, pieces, nullptr, false, arena),
+        sums(f, pieces, false, true, arena),
         state{arena.take<Acc>(f.batch * f.channels()), arena.take<Acc>(f.batch * f.channels()),
               arena.take<double>(f.batch)},
         readout_bytes(cuda::workspace(ReadoutArgs{g, 1, nullptr, state.view()})) {
@@ -173,15 +173,14 @@ Status run(const Mix& args, void* workspace, void* stream) {
   if (f.batch == 0) return Status::ok;
   if (in_one_launch(f, args.gates)) return run_in_one_launch<Acc>(args, stream);
   const LongPlan<Acc> plan(f, args.gates, workspace);
-  if (const Status s = plan.sums.launch(stream); s != Status::ok) return s;
-  Join<Acc> joined = {plan.pieces, f.batch, f.channels(), plan.sums.rows, plan.sums.weight_rows, args.prior};
-  joined.out = plan.state;
-  if (const Status s = join(joined, stream); s != Status::ok) return s;
-  const ReadoutArgs readout_args = {args.gates, 1, nullptr, plan.state.view(), args.y};
-  if (const Status s = readout(readout_args, plan.readout_memory, plan.readout_bytes, stream); s != Status::ok)
-    return s;
-  return launch(copy_state<Acc>, ceil_div(f.batch * f.channels(), kThreads), kThreads, 0, stream, plan.state.view(),
-                args.out, f.channels(), f.batch);
+  // Where the state that came before is to be replaced, it is kept until y is written.
+  const StateOut& state = args.out.total == args.prior.total ? plan.state : args.out;
+  if (const Status s = plan.sums.launch_joined(args.prior, state, stream); s != Status::ok) return s;
+  const ReadoutArgs readout_args = {args.gates, 1, nullptr, state.view(), args.y};
+  const Status read = readout(readout_args, plan.readout_memory, plan.readout_bytes, stream);
+  if (read != Status::ok || state.total == args.out.total) return read;
+  return launch(copy_state<Acc>, ceil_div(f.batch * f.channels(), kThreads), kThreads, 0, stream, state.view(), args.out,
+                f.channels(), f.batch);
 }
 
 template <class Args>

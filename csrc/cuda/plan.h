@@ -14,6 +14,7 @@ namespace pom::cuda {
 constexpr int kLanes = 32;     // threads side by side in a row of a block: a warp reads 512 neighbouring bytes
 constexpr int kThreads = 256;  // of most blocks: 8 rows
 constexpr int kWarp = 32;
+constexpr int64_t kMaxTokens = (int64_t(1) << 31) - 1024;  // of a sample, and channels: their numbers fit in 32 bits
 
 POM_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 POM_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -57,11 +58,8 @@ struct Pieces {
     return every ? group * chunks + chunks - 1 : least(group + passed(border(group + 1)), chunks + group - 1);
   }
 
-  POM_HD Piece at(int64_t slot) const {
-    if (groups == 1 || every) {
-      const int64_t group = groups == 1 ? 0 : slot / chunks, chunk = slot - group * chunks;
-      return {group, chunk << shift, least(tokens, (chunk + 1) << shift)};
-    }
+  POM_HD int64_t group_of(int64_t slot) const {
+    if (groups == 1 || every) return groups == 1 ? 0 : slot / chunks;
     int64_t low = most(0, slot - (chunks - 1)), high = least(slot, groups - 1);
     while (low < high) {  // the first group whose slots do not end before this one
       const int64_t middle = (low + high) / 2;
@@ -70,9 +68,15 @@ struct Pieces {
       else
         high = middle;
     }
-    const int64_t chunk = slot - low;
-    return {low, most(chunk << shift, border(low)), least(least(tokens, (chunk + 1) << shift), border(low + 1))};
+    return low;
   }
+  POM_HD Piece at(int64_t slot, int64_t group) const {
+    const int64_t chunk = every ? slot - group * chunks : slot - group;
+    const int64_t begin = chunk << shift, end = least(tokens, (chunk + 1) << shift);
+    if (groups == 1 || every) return {group, begin, end};
+    return {group, most(begin, border(group)), least(end, border(group + 1))};
+  }
+  POM_HD Piece at(int64_t slot) const { return at(slot, group_of(slot)); }
 };
 
 // The length of a chunk, as a power of two: from 64 tokens for many blocks to 512, where partial sums cost nothing

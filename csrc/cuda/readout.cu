@@ -2,6 +2,7 @@
 
 #include "cuda/gated.cuh"
 #include "cuda/rows.cuh"
+#include "cuda/slab_row.cuh"
 
 namespace pom::cuda {
 namespace {
@@ -10,6 +11,7 @@ struct Readout {
   Gates gates;
   Slabs slabs;
   Pieces pieces;  // of the queries
+  Deal deal;      // set by the launch
   StateView state;
   void* y = nullptr;
   StateView tangent;  // of the state, beside one of the gates
@@ -27,40 +29,51 @@ struct GateInstance {
   using Rows = typename Tokens::Rows;
 };
 
+constexpr int kMeanBlocks = 2;  // of a multiprocessor at the least
+
+// Each block walks through neighbouring pieces of one slab, those of one group without a stop.
 template <class I>
-__global__ void __launch_bounds__(kThreads, 2) gate_means(Readout args) {
+__global__ void __launch_bounds__(kThreads, kMeanBlocks) gate_means(Readout args) {
   using Acc = typename I::Acc;
-  const int rows = int(blockDim.x) / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
+  const int rows = kThreads / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
   const BlockIndex block(args.slabs.count);
   const Place place = args.slabs.place(block.slab, lane);
   const Gates& g = args.gates;
-  const unsigned slots = unsigned(args.pieces.slots()), b = block.row / slots;
-  const Piece piece = args.pieces.at(block.row - b * slots);
-  if (place.ranges == 0 || piece.begin >= piece.end) return;
+  const Pieces& pieces = args.pieces;
+  if (place.ranges == 0) return;
 
-  const typename I::Tokens gates(g, b, place);
-  const typename I::Rows y(args.y, b * g.tokens * g.channels, g.channels, place);
-  const int64_t state_row = b * args.pieces.groups + piece.group;
-  Number<Acc, I::Tokens::along> mean[I::kNumbers];
-  if constexpr (I::Tokens::along) {
-    Acc at[I::kNumbers], along[I::kNumbers] = {};
-    load_mean<I::Vec, I::ranges>(args.state, state_row, g.channels, place, at);
-    if (args.tangent.total)
-      load_mean<I::Vec, I::ranges>({args.tangent.total, args.tangent.residual, args.state.count}, state_row, g.channels,
-                                   place, along);
-    POM_UNROLL
-    for (int i = 0; i < I::kNumbers; ++i) mean[i] = {at[i], along[i]};
-  } else {
-    load_mean<I::Vec, I::ranges>(args.state, state_row, g.channels, place, mean);
+  const unsigned slots = unsigned(pieces.slots()), end = args.deal.first(block.row + 1);
+  for (unsigned index = args.deal.first(block.row); index < end;) {
+    const unsigned b = index / slots;
+    const Piece run = pieces.at(index - b * slots);
+    const int64_t last = least(least(end - b * slots, slots) - 1, pieces.last_slot(run.group));
+    const int first = int(run.begin) + row, to = int(pieces.at(last, run.group).end);
+    index = b * slots + unsigned(last) + 1;
+    if (run.begin >= to) continue;
+    const typename I::Tokens gates(g, b, place);
+    const typename I::Rows y(args.y, b * g.tokens * g.channels, g.channels, place);
+    const int64_t state_row = b * pieces.groups + run.group;
+    Number<Acc, I::Tokens::along> mean[I::kNumbers];
+    if constexpr (I::Tokens::along) {
+      Acc at[I::kNumbers], along[I::kNumbers] = {};
+      load_mean<I::Vec, I::ranges>(args.state, state_row, g.channels, place, at);
+      if (args.tangent.total)
+        load_mean<I::Vec, I::ranges>({args.tangent.total, args.tangent.residual, args.state.count}, state_row,
+                                     g.channels, place, along);
+      POM_UNROLL
+      for (int i = 0; i < I::kNumbers; ++i) mean[i] = {at[i], along[i]};
+    } else {
+      load_mean<I::Vec, I::ranges>(args.state, state_row, g.channels, place, mean);
+    }
+    typename I::Tokens::Raw raw[I::kUnroll];
+    for_tokens<I::kUnroll>(
+        first, to, rows, [&](int j, int64_t token) { gates.load(token, raw[j]); },
+        [&](int j, int64_t token) {
+          Acc value[I::kNumbers];
+          gates.multiply(token, raw[j], mean, value);
+          y.store(token, value);
+        });
   }
-  typename I::Tokens::Raw raw[I::kUnroll];
-  for_tokens<I::kUnroll>(
-      piece.begin + row, piece.end, rows, [&](int j, int64_t token) { gates.load(token, raw[j]); },
-      [&](int j, int64_t token) {
-        Acc value[I::kNumbers];
-        gates.multiply(token, raw[j], mean, value);
-        y.store(token, value);
-      });
 }
 
 struct ReadoutBackward {
@@ -69,54 +82,81 @@ struct ReadoutBackward {
   int64_t grad_y_batch_stride = 0, grad_y_token_stride = 0;
   void* grad_gate = nullptr;  // with a gate per channel
   void* mean_rows = nullptr;  // acc (batch, slots, C): gradient of the mean, a part from every piece
+  Ticket* tickets = nullptr;  // (batch, groups, slabs)
+  void* grad_total = nullptr;
   void* parts = nullptr;      // acc (batch, tokens, channels >> shift), with heads
   int parts_shift = 0;
   int64_t parts_of_token = 0;
 };
 
 template <class I>
-__global__ void __launch_bounds__(kThreads, I::ranges == 2 && I::Tokens::along ? 1 : 2)
-    gate_slopes(ReadoutBackward args) {
+constexpr int kGateSlopeBlocks = I::ranges == 2 && I::Tokens::along ? 1 : 2;  // of a multiprocessor at the least
+
+// Each block walks through neighbouring pieces of one slab. The first queries of the next piece are on their way while
+// what this one sends back to the mean is added up.
+template <class I>
+__global__ void __launch_bounds__(kThreads, kGateSlopeBlocks<I>) gate_slopes(ReadoutBackward args) {
   using Acc = typename I::Acc;
   POM_SHARED(memory);
-  const int rows = int(blockDim.x) / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
+  const int rows = kThreads / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
   const Readout& forward = args.forward;
+  const Pieces& pieces = forward.pieces;
   const BlockIndex block(forward.slabs.count);
   const Place place = forward.slabs.place(block.slab, lane);
+  const SlabRow<Acc, I::Vec, I::ranges> out(forward.slabs, block.slab);
   const Gates& g = forward.gates;
-  const unsigned slots = unsigned(forward.pieces.slots()), b = block.row / slots;
-  const Piece piece = forward.pieces.at(block.row - b * slots);
+  Acc* const mean_rows = static_cast<Acc*>(args.mean_rows);
+  const unsigned slots = unsigned(pieces.slots()), end = forward.deal.first(block.row + 1);
 
-  const typename I::Tokens gates(g, b, place);
-  const typename I::Rows dy(args.grad_y, b * args.grad_y_batch_stride, args.grad_y_token_stride, place);
-  const typename I::Rows dgate(args.grad_gate, b * g.tokens * g.channels, g.channels, place);
-  Acc mean[I::kNumbers], dmean[I::kNumbers] = {};
-  load_mean<I::Vec, I::ranges>(forward.state, b * forward.pieces.groups + piece.group, g.channels, place, mean);
-  typename I::Tokens::Raw raw[I::kUnroll];
-  typename I::Rows::Raw raw_dy[I::kUnroll];
-  auto load = [&](int j, int64_t token) {
-    gates.load(token, raw[j]);
-    dy.load(token, raw_dy[j]);
-  };
-  for_tokens<I::kUnroll>(piece.begin + row, piece.end, rows, load, [&](int j, int64_t token) {
-    Acc value[I::kNumbers], d[I::kNumbers];
-    gates.value(token, raw[j], value);
-    I::Rows::unpack(raw_dy[j], d);
-    POM_UNROLL
-    for (int i = 0; i < I::kNumbers; ++i) {
-      dmean[i] += d[i] * value[i];
-      value[i] = d[i] * mean[i];
+  for (unsigned index = forward.deal.first(block.row); index < end;) {
+    const unsigned b = index / slots, behind = unsigned(least(end, (b + 1) * slots));
+    const typename I::Tokens gates(g, b, place);
+    const typename I::Rows dy(args.grad_y, b * args.grad_y_batch_stride, args.grad_y_token_stride, place);
+    const typename I::Rows dgate(args.grad_gate, b * g.tokens * g.channels, g.channels, place);
+    typename I::Tokens::Raw raw[I::kUnroll];
+    typename I::Rows::Raw raw_dy[I::kUnroll];
+    auto load = [&](int j, int64_t token) {
+      gates.load(token, raw[j]);
+      dy.load(token, raw_dy[j]);
+    };
+    int token, last, group = -1, group_of_mean = -1;  // in 32 bits: these live beside all of a thread's numbers
+    Acc mean[I::kNumbers];
+    auto begin = [&](unsigned index) {
+      const Piece piece = pieces.at(index - b * slots);
+      token = int(piece.begin) + row, last = int(piece.end), group = int(piece.group);
+      load_tokens<I::kUnroll>(token, last, rows, load);
+    };
+    for (begin(index); index < behind; ++index) {
+      if (group != group_of_mean)
+        load_mean<I::Vec, I::ranges>(forward.state, b * pieces.groups + group, g.channels, place, mean);
+      group_of_mean = group;
+      Acc dmean[I::kNumbers] = {};
+      use_tokens<I::kUnroll>(token, last, rows, load, [&](int j, int64_t token) {
+        Acc value[I::kNumbers], d[I::kNumbers];
+        gates.value(token, raw[j], value);
+        I::Rows::unpack(raw_dy[j], d);
+        POM_UNROLL
+        for (int i = 0; i < I::kNumbers; ++i) {
+          dmean[i] += d[i] * value[i];
+          value[i] = d[i] * mean[i];
+        }
+        if (g.heads > 1) {
+          write_head_parts<I::Vec, I::ranges>(
+              value, place, args.parts_shift,
+              static_cast<Acc*>(args.parts) + (b * g.tokens + token) * args.parts_of_token);
+        } else {
+          gates.slope(token, raw[j], value);
+          dgate.store(token, value);
+        }
+      });
+      if (index + 1 < behind) begin(index + 1);
+      out.sum(dmean, reinterpret_cast<Acc*>(memory), mean_rows + int64_t(index) * g.channels);
     }
-    if (g.heads > 1) {
-      write_head_parts<I::Vec, I::ranges>(value, place, args.parts_shift,
-                                          static_cast<Acc*>(args.parts) + (b * g.tokens + token) * args.parts_of_token);
-    } else {
-      gates.slope(token, raw[j], value);
-      dgate.store(token, value);
-    }
-  });
-  sum_rows(dmean, kLanes, reinterpret_cast<Acc*>(memory));
-  if (row == 0) store_row<I::Vec, I::ranges>(static_cast<Acc*>(args.mean_rows) + block.row * g.channels, place, dmean);
+  }
+  Join<Acc> join = {pieces, g.batch, g.channels, mean_rows};
+  join.divisor = forward.state.count;
+  join.out.total = args.grad_total;
+  join_own(join, forward.deal, block, forward.slabs.count, out, args.tickets);
 }
 
 template <class S, class H, class Body>
@@ -147,6 +187,7 @@ Readout readout_of(const Gates& g, int64_t groups, const int64_t* offsets, const
   return {g,
           {g.channels, 1, turns_channels(g) ? g.rotary : Rotary{}, vec, kLanes},
           {g.tokens, chunk_shift(g.tokens), groups, offsets},
+          {},
           state};
 }
 
@@ -156,10 +197,12 @@ Status run(const ReadoutArgs& given, void* stream) {
   Readout args = readout_of(g, given.groups, given.offsets, given.state, aligned);
   args.y = given.y;
   args.tangent = given.tangent;
-  if (g.tokens == 0) return Status::ok;
+  if (g.batch * g.tokens == 0) return Status::ok;
+  if (g.batch * args.pieces.slots() > kMaxBlocks || g.tokens > kMaxTokens) return Status::bad_size;
   return with_gates(g, aligned, [&](auto instance) {
-    return launch(gate_means<decltype(instance)>, int64_t(args.slabs.count) * g.batch * args.pieces.slots(), kThreads,
-                  0, stream, args);
+    args.deal = deal(unsigned(g.batch * args.pieces.slots()), args.slabs.count, kMeanBlocks);
+    return launch(gate_means<decltype(instance)>, int64_t(args.slabs.count) * args.deal.blocks, kThreads, 0, stream,
+                  args);
   });
 }
 
@@ -180,6 +223,8 @@ struct BackwardPlan {
         heads(given.gates, args.forward.slabs) {
     const Gates& g = given.gates;
     args.mean_rows = arena.take<Acc>(g.batch * args.forward.pieces.slots() * g.channels);
+    args.tickets = arena.take<Ticket>(g.batch * given.groups * args.forward.slabs.count);
+    args.grad_total = given.grad_total;
     args.parts = g.heads > 1 ? arena.take<Acc>(g.batch * g.tokens * heads.count) : nullptr;
     args.parts_shift = heads.shift;
     args.parts_of_token = heads.count;
@@ -190,22 +235,22 @@ template <class Acc>
 Status run(const ReadoutBackwardArgs& given, void* workspace, void* stream) {
   const BackwardPlan<Acc> plan(given, workspace);
   const Gates& g = given.gates;
-  const Pieces& pieces = plan.args.forward.pieces;
   if (g.batch * given.groups == 0) return Status::ok;
-  Status status = with_gates(g, plan.aligned, [&](auto instance) {
+  const int64_t all_pieces = g.batch * plan.args.forward.pieces.slots();
+  if (all_pieces > kMaxBlocks || g.tokens > kMaxTokens) return Status::bad_size;
+  const Status status = with_gates(g, plan.aligned, [&](auto instance) {
     using I = decltype(instance);
-    if constexpr (std::is_same_v<typename I::Acc, Acc>)
-      return launch(gate_slopes<I>, int64_t(plan.args.forward.slabs.count) * g.batch * pieces.slots(), kThreads,
-                    I::kNumbers * kThreads / 2 * sizeof(Acc), stream, plan.args);
+    if constexpr (std::is_same_v<typename I::Acc, Acc>) {
+      ReadoutBackward args = plan.args;
+      Readout& forward = args.forward;
+      forward.deal = deal(unsigned(all_pieces), forward.slabs.count, kGateSlopeBlocks<I>);
+      return launch(gate_slopes<I>, int64_t(forward.slabs.count) * forward.deal.blocks, kThreads,
+                    SlabRow<Acc, I::Vec, I::ranges>::kBytes, stream, args);
+    }
     return Status::bad_dtype;
   });
-  if (status == Status::ok && g.heads > 1)
-    status = finish_heads(g, plan.heads, static_cast<const Acc*>(plan.args.parts), given.grad_gate, stream);
-  if (status != Status::ok) return status;
-  Join<Acc> joined = {pieces, g.batch, g.channels, static_cast<const Acc*>(plan.args.mean_rows)};
-  joined.divisor = given.state.count;
-  joined.out.total = given.grad_total;
-  return join(joined, stream);
+  if (status != Status::ok || g.heads == 1) return status;
+  return finish_heads(g, plan.heads, static_cast<const Acc*>(plan.args.parts), given.grad_gate, stream);
 }
 
 }  // namespace

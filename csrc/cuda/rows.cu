@@ -1,17 +1,25 @@
-// Second passes over partial sums, in doubles. 32 channels to a block, and warps that share the rows.
+// Second passes over partial sums, in doubles.
 
 #include "cuda/rows.cuh"
 
 namespace pom::cuda {
 namespace {
 
-constexpr int kJoinWarps = 8, kScanWarps = 16;
+constexpr int kJoinThreads = 64, kScanWarps = 16;
+constexpr int kAhead = 16;  // rows that a thread loads before it adds the first
 
-// The sum of a warp's lane over the rows first, first + step, … last; four loads in flight.
+// The sum over the rows first, first + step, … last, four at a time; as many loads in flight as kAhead.
 template <class Number>
 __device__ double strided_sum(const Number* rows, int64_t stride, int64_t first, int64_t last, int64_t step) {
   double sum = 0;
   int64_t row = first;
+  for (; row + (kAhead - 1) * step <= last; row += kAhead * step) {
+    Number x[kAhead];
+    POM_UNROLL
+    for (int i = 0; i < kAhead; ++i) x[i] = rows[(row + i * step) * stride];
+    POM_UNROLL
+    for (int i = 0; i < kAhead; i += 4) sum += double(x[i]) + double(x[i + 1]) + (double(x[i + 2]) + double(x[i + 3]));
+  }
   for (; row + 3 * step <= last; row += 4 * step) {
     const Number a = rows[row * stride], b = rows[(row + step) * stride], c = rows[(row + 2 * step) * stride],
                  d = rows[(row + 3 * step) * stride];
@@ -30,44 +38,40 @@ __device__ double sum_warps(double sum, double* shared) {
   return sum;
 }
 
+// A channel to a thread. The last tile is that of the count.
 template <class Acc>
-__device__ void write_state(const StateOut& out, int64_t at, double sum, double rest) {
-  Acc total, residual;
-  split(sum, rest, total, residual);
-  if (out.total) static_cast<Acc*>(out.total)[at] = total;
-  if (out.residual) static_cast<Acc*>(out.residual)[at] = residual;
+__global__ void __launch_bounds__(kJoinThreads) join_groups(Join<Acc> args, int tiles) {
+  const BlockIndex block(tiles + 1);
+  const unsigned groups = unsigned(args.pieces.groups), b = block.row / groups, group = block.row % groups;
+  const int64_t channel = int64_t(block.slab) * kJoinThreads + threadIdx.x;
+  if (int(block.slab) < tiles) {
+    if (channel < args.channels) join_channel(args, b, group, channel);
+  } else if (args.out.count && threadIdx.x == 0) {
+    join_count(args, b, group);
+  }
 }
 
-// The last tile is that of the count.
+// The end of a scan where every group is one row: steps begin … end-1 of one channel, in the order of the scan, from the
+// sum before them. Rows are loaded ahead of the sums that may be stored in their place.
 template <class Acc>
-__global__ void __launch_bounds__(kJoinWarps* kWarp) join_groups(Join<Acc> args, int tiles) {
-  POM_SHARED(memory);
-  double* const shared = reinterpret_cast<double*>(memory);
-  const Pieces& pieces = args.pieces;
-  const BlockIndex block(tiles + 1);
-  const int64_t tile = block.slab, b = block.row / unsigned(pieces.groups), group = block.row % unsigned(pieces.groups);
-  const int64_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, channel = tile * kWarp + lane;
-  const int64_t first = pieces.first_slot(group) + warp, last = pieces.last_slot(group), step = kJoinWarps;
-  if (tile < tiles) {
-    double sum = 0, rest = 0;
-    if (channel < args.channels)
-      sum = strided_sum(args.rows + b * pieces.slots() * args.channels + channel, args.channels, first, last, step);
-    sum = sum_warps(sum, shared);
-    if (warp == 0 && channel < args.channels) {
-      const int64_t row = b * pieces.groups + group;
-      rest = add_prior<Acc>(args.prior, b * args.channels + channel, sum);
-      if (args.divisor) sum *= inverse(args.divisor[row]), rest = 0;
-      write_state<Acc>(args.out, row * args.channels + channel, sum, rest);
-    }
-  } else if (args.out.count) {
-    double sum = 0;
-    if (args.weights && lane == 0) sum = strided_sum(args.weights + b * pieces.slots(), 1, first, last, step);
-    if (args.weights) sum = sum_warps(sum, shared);
-    if (threadIdx.x == 0) {
-      if (!args.weights) sum = double(pieces.border(group + 1) - pieces.border(group));
-      args.out.count[b * pieces.groups + group] = sum + (args.prior.count ? args.prior.count[b] : 0.0);
+__device__ void walk_rows(const Join<Acc>& args, int64_t b, int64_t channel, int64_t begin, int64_t end, bool backwards,
+                          double sum, double rest) {
+  const int64_t groups = args.pieces.groups, step = backwards ? -args.channels : args.channels;
+  int64_t at = (b * groups + (backwards ? groups - 1 - begin : begin)) * args.channels + channel;
+  for (int64_t i = begin; i < end; i += kAhead, at += kAhead * step) {
+    const int count = int(least(kAhead, end - i));
+    Acc x[kAhead];
+    POM_UNROLL
+    for (int j = 0; j < kAhead; ++j)
+      if (j < count) x[j] = args.rows[at + j * step];
+    POM_UNROLL
+    for (int j = 0; j < kAhead; ++j) {
+      if (j >= count) break;
+      sum += double(x[j]);
+      write_state<Acc>(args.out, at + j * step, sum, rest);
     }
   }
+  if (begin < end && end == groups) write_state<Acc>(args.last, b * args.channels + channel, sum, rest);
 }
 
 // Every warp sums a run of groups, learns what lies before it, and walks through its run again.
@@ -102,6 +106,7 @@ __global__ void __launch_bounds__(kScanWarps* kWarp) scan_groups(Join<Acc> args,
     sum += args.prior.count ? args.prior.count[b] : 0.0;
   else
     rest = add_prior<Acc>(args.prior, b * args.channels + channel, sum);
+  if (!counts && pieces.every && pieces.chunks == 1) return walk_rows(args, b, channel, begin, end, backwards, sum, rest);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t group = backwards ? groups - 1 - i : i;
     sum += sum_of(group, group);
@@ -133,9 +138,9 @@ __global__ void __launch_bounds__(kScanWarps* kWarp)
 
 template <class Acc>
 Status join(const Join<Acc>& args, void* stream) {
-  const int tiles = int(ceil_div(args.channels, kWarp));
-  return launch(join_groups<Acc>, int64_t(tiles + 1) * args.pieces.groups * args.batch, kJoinWarps * kWarp,
-                kJoinWarps * kWarp * sizeof(double), stream, args, tiles);
+  const int tiles = int(ceil_div(args.channels, kJoinThreads));
+  return launch(join_groups<Acc>, int64_t(tiles + 1) * args.pieces.groups * args.batch, kJoinThreads, 0, stream, args,
+                tiles);
 }
 
 template <class Acc>

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "cuda/block.cuh"
+#include "cuda/deal.h"
+#include "cuda/last_block.cuh"
 #include "cuda/plan.h"
 
 namespace pom::cuda {
@@ -30,5 +32,107 @@ Status scan(const Join<Acc>& args, bool backwards, void* stream);
 // dc (width, degree) = Σ of the rows (count, degree, width)
 template <class Acc>
 Status join_coeff(const Acc* rows, int64_t count, int64_t degree, int64_t width, Acc* out, void* stream);
+
+// The sum of one column over the rows first … last, in doubles: every eighth row is added to the same one of eight sums,
+// four rows at a time, and these to each other. What other blocks have written before a fence is seen.
+template <class Number>
+__device__ double column_sum(const Number* column, int64_t stride, int64_t first, int64_t last) {
+  constexpr int kSums = 8, kRows = 4, kAtOnce = 4;  // sums at once: more would take too many registers
+  double sum = 0;
+  POM_UNROLL_1
+  for (int begin = 0; begin < kSums; begin += kAtOnce) {
+    double sums[kAtOnce] = {};
+    const Number* at = column + (first + begin) * stride;
+    POM_UNROLL_1
+    for (int64_t left = last - first + 1 - begin; left > 0; left -= kSums * kRows) {
+      Number x[kRows][kAtOnce];
+      POM_UNROLL
+      for (int k = 0; k < kRows; ++k) {
+        POM_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          x[k][i] = k * kSums + i < left ? __ldcg(at) : Number(0);
+          at += stride;
+        }
+        at += (kSums - kAtOnce) * stride;
+      }
+      POM_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        const double low = x[0][i], high = x[1][i];
+        // Zeros behind the end change no sum, but which of the others are added first does.
+        if ((kRows - 1) * kSums + i < left)
+          sums[i] += low + high + (double(x[2][i]) + double(x[3][i]));
+        else
+          sums[i] = sums[i] + low + high + double(x[2][i]);
+      }
+    }
+    POM_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) sum += sums[i];
+  }
+  return sum;
+}
+
+template <class Acc>
+POM_HD void write_state(const StateOut& out, int64_t at, double sum, double rest) {
+  Acc total, residual;
+  split(sum, rest, total, residual);
+  if (out.total) static_cast<Acc*>(out.total)[at] = total;
+  if (out.residual) static_cast<Acc*>(out.residual)[at] = residual;
+}
+
+// One channel of a group of sample b.
+template <class Acc>
+__device__ void join_channel(const Join<Acc>& args, int64_t b, int64_t group, int64_t channel) {
+  const int64_t slots = args.pieces.slots(), row = b * args.pieces.groups + group;
+  double sum = column_sum(args.rows + b * slots * args.channels + channel, args.channels,
+                          args.pieces.first_slot(group), args.pieces.last_slot(group));
+  double rest = add_prior<Acc>(args.prior, b * args.channels + channel, sum);
+  if (args.divisor) sum *= inverse(args.divisor[row]), rest = 0;
+  write_state<Acc>(args.out, row * args.channels + channel, sum, rest);
+}
+
+template <class Acc>
+__device__ void join_count(const Join<Acc>& args, int64_t b, int64_t group) {
+  const Pieces& pieces = args.pieces;
+  const double sum = args.weights ? column_sum(args.weights + b * pieces.slots(), 1, pieces.first_slot(group),
+                                               pieces.last_slot(group))
+                                  : double(pieces.border(group + 1) - pieces.border(group));
+  args.out.count[b * pieces.groups + group] = sum + (args.prior.count ? args.prior.count[b] : 0.0);
+}
+
+// For a block that has written the rows of its pieces of a slab: joins the groups that no other block has a piece of, and
+// of those that several share, the ones that all others are done with. `row` is the block's SlabRow, `tickets` is
+// (batch, groups, slabs).
+template <class Acc, class Row>
+__device__ void join_own(const Join<Acc>& args, const Deal& deal, const BlockIndex& block, int slabs, const Row& row,
+                         Ticket* tickets) {
+  POM_SHARED(memory);
+  int* const told = reinterpret_cast<int*>(memory);
+  const Pieces& pieces = args.pieces;
+  const int64_t slots = pieces.slots(), first = deal.first(block.row), last = deal.first(block.row + 1) - 1;
+  const int64_t last_b = last / slots, last_group = pieces.group_of(last - last_b * slots);
+  __threadfence();
+  __syncthreads();
+  int64_t b = first / slots, group = pieces.group_of(first - b * slots);
+  for (;; ++group) {
+    if (group == pieces.groups) ++b, group = 0;
+    const unsigned before = deal.block_of(b * slots + pieces.first_slot(group)),
+                   behind = deal.block_of(b * slots + pieces.last_slot(group));
+    bool mine = true;
+    if (before != behind) {
+      const int64_t ticket = (b * pieces.groups + group) * slabs + block.slab;
+      if (threadIdx.x == 0) *told = is_last(tickets + ticket, behind - before + 1);
+      __syncthreads();
+      mine = *told;
+      __syncthreads();
+      if (mine) __threadfence();
+    }
+    if (mine) {
+      row.each([&](int64_t channel) { join_channel(args, b, group, channel); });
+      // By a thread that has few channels to join.
+      if (block.slab == 0 && args.out.count && threadIdx.x + 1 == blockDim.x) join_count(args, b, group);
+    }
+    if (b == last_b && group == last_group) break;
+  }
+}
 
 }  // namespace pom::cuda

@@ -6,11 +6,6 @@
 namespace pom::cuda {
 namespace {
 
-// The pieces of a state: with a dense mask every group has all tokens.
-Pieces pieces_of(const Features& f, const Groups& groups) {
-  return {f.tokens, chunk_shift(f.tokens), groups.count, groups.offsets, groups.mask != nullptr};
-}
-
 template <class Acc>
 struct StatePlan {
   Arena arena;
@@ -19,19 +14,19 @@ struct StatePlan {
 
   StatePlan(const StateArgs& args, void* workspace)
       : arena(workspace),
-        pieces(pieces_of(args.features, args.groups)),
-        sums(args.features, pieces, static_cast<const Acc*>(args.groups.mask), false, arena) {}
+        pieces(args.features.tokens, chunk_shift(args.features.tokens), args.groups.count, args.groups.offsets),
+        sums(args.features, pieces, false, !args.groups.cumulative, arena) {}
 };
 
 template <class Acc>
 Status run(const StateArgs& args, void* workspace, void* stream) {
   const StatePlan<Acc> plan(args, workspace);
-  if (args.features.batch * args.groups.count == 0) return Status::ok;
+  const Features& f = args.features;
+  if (f.batch * args.groups.count == 0) return Status::ok;
+  if (!args.groups.cumulative) return plan.sums.launch_joined({}, args.out, stream);
   if (const Status s = plan.sums.launch(stream); s != Status::ok) return s;
-  const Join<Acc> joined = {
-      plan.pieces, args.features.batch, args.features.channels(), plan.sums.rows, plan.sums.weight_rows, {}, nullptr,
-      args.out};
-  return args.groups.cumulative ? scan(joined, false, stream) : join(joined, stream);
+  return scan(Join<Acc>{plan.pieces, f.batch, f.channels(), plan.sums.rows, plan.sums.weight_rows, {}, nullptr, args.out},
+              false, stream);
 }
 
 template <class Acc>
@@ -39,11 +34,12 @@ struct Backward {
   Features features;
   Slabs slabs;
   Pieces pieces;
-  int64_t channels = 0, stride = 0;  // pieces are dealt to blocks by this stride
-  const Acc* grad = nullptr;         // (batch, groups, C)
-  const Acc* token_grad = nullptr;   // (batch, tokens, C), in its place with a dense mask
+  Deal deal;
+  int64_t channels = 0;
+  const Acc* grad = nullptr;        // (batch, groups, C)
+  const Acc* token_grad = nullptr;  // (batch, tokens, C), in its place with a dense mask
   void* grad_u = nullptr;
-  Acc* coeff_rows = nullptr;  // (stride, degree, width)
+  Acc* coeff_rows = nullptr;  // (blocks of the deal, degree, width)
 };
 
 // dL/dφ of a token: the gradients of the groups, weighted by how much each sees of it.
@@ -61,7 +57,12 @@ __global__ void __launch_bounds__(kThreads) mask_gradients(const Acc* mask, cons
 }
 
 template <class I>
-__global__ void __launch_bounds__(kThreads, I::turned && is_along<typename I::Form> ? 1 : 2) slopes(Backward<typename I::Acc> args) {
+constexpr int kSlopeBlocks =  // of a multiprocessor at the least
+    is_along<typename I::Form> && (I::turned || sizeof(typename I::Acc) == 8) ? 1 : 2;
+
+// Each block walks through neighbouring pieces of one slab, those of one group without a stop.
+template <class I>
+__global__ void __launch_bounds__(kThreads, kSlopeBlocks<I>) slopes(Backward<typename I::Acc> args) {
   using Acc = typename I::Acc;
   using Tokens = FeatureTokens<I>;
   constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers;
@@ -69,35 +70,43 @@ __global__ void __launch_bounds__(kThreads, I::turned && is_along<typename I::Fo
   constexpr int kUnroll = kNumbers > 16 || kRanges * Tokens::kCoeffs > 4 ? 1
                           : kNumbers > 8 || Tokens::kCoeffs > 3          ? 2
                                                                          : 4;
-  const int rows = int(blockDim.x) / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
+  const int rows = kThreads / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
   const BlockIndex block(args.slabs.count);
   const Place place = args.slabs.place(block.slab, lane);
   const Features& f = args.features;
-  const unsigned slots = unsigned(args.pieces.slots()), pieces = unsigned(f.batch) * slots;
+  const Pieces& pieces = args.pieces;
+  const unsigned slots = unsigned(pieces.slots()), end = args.deal.first(block.row + 1);
 
   Acc dc[kRanges][I::Vec][Tokens::kCoeffs] = {};
-  for (unsigned index = block.row; index < pieces; index += unsigned(args.stride)) {
-    const unsigned b = index / slots;
-    const Piece piece = args.pieces.at(index - b * slots);
+  for (unsigned index = args.deal.first(block.row); index < end;) {
+    const unsigned b = index / slots, behind = unsigned(least(end, (b + 1) * slots));
     const Tokens tokens(f, b, place);
     const typename Tokens::Rows du_rows(args.grad_u, b * f.tokens * args.channels, args.channels, place);
-    const Acc* grad = args.token_grad ? args.token_grad + b * f.tokens * args.channels
-                                      : args.grad + (b * args.pieces.groups + piece.group) * args.channels;
-    Acc grad_row[kNumbers];
-    if (!args.token_grad) load_row<I::Vec, kRanges>(grad, place, grad_row);
     typename Tokens::Raw raw[kUnroll];
-    for_tokens<kUnroll>(
-        piece.begin + row, piece.end, rows, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
-        [&](int j, int64_t token) {
-          Acc dphi[kNumbers], du[kNumbers];
-          if (args.token_grad) load_row<I::Vec, kRanges>(grad + token * args.channels, place, grad_row);
-          POM_UNROLL
-          for (int i = 0; i < kNumbers; ++i) dphi[i] = grad_row[i];
-          tokens.slope(token, raw[j], dphi, du, dc);
-          du_rows.store(token, du);
-        });
+    while (index < behind) {
+      const Piece run = pieces.at(index - b * slots);
+      const int64_t last = least(behind - b * slots - 1, pieces.last_slot(run.group));
+      const Acc* grad = args.token_grad ? args.token_grad + b * f.tokens * args.channels
+                                        : args.grad + (b * pieces.groups + run.group) * args.channels;
+      Acc grad_row[kNumbers];
+      if (!args.token_grad) load_row<I::Vec, kRanges>(grad, place, grad_row);
+      index = b * slots + unsigned(last) + 1;
+      // In 32 bits: these live beside all of a thread's numbers.
+      const int first = int(run.begin) + row, to = int(pieces.at(last, run.group).end);
+      for_tokens<kUnroll>(
+          first, to, rows, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
+          [&](int j, int64_t token) {
+            Acc dphi[kNumbers], du[kNumbers];
+            if (args.token_grad) load_row<I::Vec, kRanges>(grad + token * args.channels, place, grad_row);
+            POM_UNROLL
+            for (int i = 0; i < kNumbers; ++i) dphi[i] = grad_row[i];
+            tokens.slope(token, raw[j], dphi, du, dc);
+            du_rows.store(token, du);
+          });
+    }
   }
-  if constexpr (I::Form::has_coeff) write_coeff_row<I>(dc, f, place, args.coeff_rows + block.row * f.degree * f.width);
+  if constexpr (I::Form::has_coeff)
+    write_coeff_row<I, kThreads>(dc, f, args.slabs, block.slab, args.coeff_rows + block.row * f.degree * f.width);
 }
 
 template <class Acc>
@@ -114,44 +123,50 @@ struct StateBackwardPlan {
     aligned = is_aligned(f).pointers({given.grad_total, given.grad_u, given.grad_coeff});
     args.features = f;
     args.slabs = slabs_of(f, f.rotary, aligned);
-    args.pieces = given.groups.mask ? Pieces(f.tokens, chunk_shift(f.tokens), 1, nullptr) : pieces_of(f, given.groups);
+    const bool whole = given.groups.mask != nullptr;
+    args.pieces = {f.tokens, chunk_shift(f.tokens), whole ? 1 : given.groups.count, given.groups.offsets};
     args.channels = f.channels();
-    args.stride = least(f.batch * args.pieces.slots(), most(1, kCoeffBlocks / args.slabs.count));
+    args.deal = coeff_deal(f.batch * args.pieces.slots(), args.slabs);
     token_grad = given.groups.mask ? arena.take<Acc>(f.batch * f.tokens * args.channels) : nullptr;
     args.token_grad = token_grad;
     args.grad_u = given.grad_u;
     groups = Pieces(1, 0, given.groups.count, nullptr, true);
     suffix = given.groups.cumulative ? arena.take<Acc>(f.batch * given.groups.count * args.channels) : nullptr;
     args.grad = suffix ? suffix : static_cast<const Acc*>(given.grad_total);
-    args.coeff_rows = f.form == Form::power ? arena.take<Acc>(args.stride * f.degree * f.width) : nullptr;
+    args.coeff_rows = f.form == Form::power ? arena.take<Acc>(args.deal.blocks * f.degree * f.width) : nullptr;
   }
 };
 
 template <class Acc>
 Status run(const StateBackwardArgs& given, void* workspace, void* stream) {
   const StateBackwardPlan<Acc> plan(given, workspace);
-  const Backward<Acc>& args = plan.args;
   const Features& f = given.features;
   if (plan.suffix && f.batch > 0) {
-    Join<Acc> suffix = {plan.groups, f.batch, args.channels, static_cast<const Acc*>(given.grad_total)};
+    Join<Acc> suffix = {plan.groups, f.batch, f.channels(), static_cast<const Acc*>(given.grad_total)};
     suffix.out.total = plan.suffix;
     if (const Status s = scan(suffix, true, stream); s != Status::ok) return s;
   }
   if (plan.token_grad) {
     const Status s =
-        launch(mask_gradients<Acc>, f.batch * f.tokens * ceil_div(args.channels, kThreads), kThreads, 0, stream,
+        launch(mask_gradients<Acc>, f.batch * f.tokens * ceil_div(f.channels(), kThreads), kThreads, 0, stream,
                static_cast<const Acc*>(given.groups.mask), static_cast<const Acc*>(given.grad_total),
-               given.groups.count, f.tokens, args.channels, plan.token_grad);
+               given.groups.count, f.tokens, f.channels(), plan.token_grad);
     if (s != Status::ok) return s;
   }
+  if (f.batch * plan.args.pieces.slots() > kMaxBlocks || f.tokens > kMaxTokens) return Status::bad_size;
   const Status launched = with_instance(f, f.rotary.axes > 0, plan.aligned, [&](auto instance) {
     using I = decltype(instance);
-    if constexpr (std::is_same_v<typename I::Acc, Acc>)
-      return launch(slopes<I>, args.stride * args.slabs.count, kThreads, coeff_shared_bytes<I>(kThreads), stream, args);
+    if constexpr (std::is_same_v<typename I::Acc, Acc>) {
+      Backward<Acc> args = plan.args;
+      if (!I::Form::has_coeff) args.deal = deal(args.deal.pieces, args.slabs.count, kSlopeBlocks<I>);
+      return launch(slopes<I>, int64_t(args.slabs.count) * args.deal.blocks, kThreads, kCoeffBytes<I, kThreads>, stream,
+                    args);
+    }
     return Status::bad_dtype;
   });
   if (launched != Status::ok || f.form != Form::power) return launched;
-  return join_coeff(args.coeff_rows, args.stride, f.degree, f.width, static_cast<Acc*>(given.grad_coeff), stream);
+  const Backward<Acc>& args = plan.args;
+  return join_coeff(args.coeff_rows, args.deal.blocks, f.degree, f.width, static_cast<Acc*>(given.grad_coeff), stream);
 }
 
 }  // namespace

@@ -1,57 +1,78 @@
-// φ summed over pieces: the first pass of every operation but the mix of short contexts.
+// φ summed over pieces: the first pass of every operation but the mix of short contexts, and all there is to a state.
 
 #include "cuda/sums.cuh"
 
 namespace pom::cuda {
 namespace {
 
-// Blocks of a multiprocessor at the least: fewer where a thread holds more numbers.
 template <class I>
-constexpr int kBlocks = 3 - (FeatureTokens<I>::kNumbers > 8 || I::turned) - is_along<typename I::Form>;
+constexpr int kBlocks = is_along<typename I::Form> ? 1 : 2;  // of a multiprocessor at the least
+// Tokens that a thread loads before it uses the first: of one range all that it has of a piece of 64.
+template <class I>
+constexpr int kLoads = FeatureTokens<I>::kNumbers > 16 || FeatureTokens<I>::kRanges > 3 ? 2 : FeatureTokens<I>::kRanges > 1 || is_along<typename I::Form> ? 4 : 8;
 
+template <class I>
+using RowOf = SlabRow<typename I::Acc, I::Vec, FeatureTokens<I>::kRanges>;
+
+// Each block walks through neighbouring pieces of one slab. The first tokens of the next piece are on their way while the
+// sums of this one are added up.
 template <class I>
 __global__ void __launch_bounds__(kThreads, kBlocks<I>) features_of_pieces(SumArgs<typename I::Acc> args) {
   using Acc = typename I::Acc;
   using Tokens = FeatureTokens<I>;
-  constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers, kUnroll = kNumbers > 16 ? 2 : 4;
+  constexpr int kNumbers = Tokens::kNumbers, kUnroll = kLoads<I>;
   POM_SHARED(memory);
-  const int rows = int(blockDim.x) / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
+  const int rows = kThreads / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
   const BlockIndex block(args.slabs.count);
+  const Features& f = args.features;
+  const Pieces& pieces = args.pieces;
   const Place place = args.slabs.place(block.slab, lane);
-  const unsigned slots = unsigned(args.pieces.slots()), b = block.row / slots;
-  const Piece piece = args.pieces.at(block.row - b * slots);
+  const RowOf<I> out(args.slabs, block.slab);
+  const unsigned slots = unsigned(pieces.slots()), end = args.deal.first(block.row + 1);
 
-  Features features = args.features;
-  if (args.mask) features.weight = args.mask + (b * (args.pieces.groups - 1) + piece.group) * features.tokens;
-  const Tokens tokens(features, b, place);
-  Acc sum[kNumbers] = {};
-  typename Tokens::Raw raw[kUnroll];
-  for_tokens<kUnroll>(
-      piece.begin + row, piece.end, rows, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
-      [&](int j, int64_t token) { tokens.add(token, raw[j], sum); });
-  sum_rows(sum, kLanes, reinterpret_cast<Acc*>(memory));
-  if (row == 0) store_row<I::Vec, kRanges>(args.rows + block.row * features.channels(), place, sum);
+  for (unsigned index = args.deal.first(block.row); index < end;) {
+    const unsigned b = index / slots, behind = unsigned(least(end, (b + 1) * slots));
+    const Tokens tokens(f, b, place);
+    typename Tokens::Raw raw[kUnroll];
+    auto load = [&](int j, int64_t token) { tokens.load(token, raw[j]); };
+    int token, last;  // in 32 bits: these live beside all of a thread's numbers
+    auto begin = [&](unsigned index) {
+      const Piece piece = pieces.at(index - b * slots);
+      token = int(piece.begin) + row, last = int(piece.end);
+      load_tokens<kUnroll>(token, last, rows, load);
+    };
+    for (begin(index); index < behind; ++index) {
+      Acc sum[kNumbers] = {};
+      use_tokens<kUnroll>(token, last, rows, load, [&](int j, int64_t token) { tokens.add(token, raw[j], sum); });
+      if (index + 1 < behind) begin(index + 1);
+      out.sum(sum, reinterpret_cast<Acc*>(memory), args.rows + int64_t(index) * f.channels());
 
-  if (!args.weight_rows || block.slab > 0) return;  // the first slab also adds up the weights
-  double weights[1] = {0};
-  for (int64_t token = piece.begin + threadIdx.x; token < piece.end; token += blockDim.x)
-    weights[0] += double(tokens.weight(token));
-  __syncthreads();
-  sum_rows(weights, 1, reinterpret_cast<double*>(memory));
-  if (threadIdx.x == 0) args.weight_rows[block.row] = weights[0];
+      if (!args.weight_rows || block.slab > 0) continue;  // the first slab also adds up the weights
+      const Piece summed = pieces.at(index - b * slots);
+      double weights[1] = {0};
+      for (int64_t token = summed.begin + threadIdx.x; token < summed.end; token += kThreads)
+        weights[0] += double(tokens.weight(token));
+      __syncthreads();
+      sum_rows(weights, 1, reinterpret_cast<double*>(memory));
+      if (threadIdx.x == 0) args.weight_rows[index] = weights[0];
+    }
+  }
+  if (args.tickets) join_own(args.join, args.deal, block, args.slabs.count, out, args.tickets);
 }
 
 }  // namespace
 
 template <class Acc>
-Status sum_pieces(const SumArgs<Acc>& args, bool aligned, void* stream) {
-  const Features& f = args.features;
+Status sum_pieces(const SumArgs<Acc>& given, bool aligned, void* stream) {
+  const Features& f = given.features;
   return with_instance(f, f.rotary.axes > 0, aligned, [&](auto instance) {
     using I = decltype(instance);
     if constexpr (std::is_same_v<typename I::Acc, Acc>) {
-      const size_t shared = most(FeatureTokens<I>::kNumbers * sizeof(Acc), sizeof(double)) * kThreads / 2;
-      return launch(features_of_pieces<I>, int64_t(args.slabs.count) * f.batch * args.pieces.slots(), kThreads, shared,
-                    stream, args);
+      SumArgs<Acc> args = given;
+      if (f.batch * args.pieces.slots() > kMaxBlocks || f.tokens > kMaxTokens) return Status::bad_size;
+      args.deal = deal(unsigned(f.batch * args.pieces.slots()), args.slabs.count, kBlocks<I>);
+      const size_t shared = most(RowOf<I>::kBytes, sizeof(double) * kThreads / 2);
+      return launch(features_of_pieces<I>, int64_t(args.slabs.count) * args.deal.blocks, kThreads, shared, stream, args);
     }
     return Status::bad_dtype;
   });

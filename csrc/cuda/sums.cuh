@@ -2,11 +2,19 @@
 // the coefficients' gradient.
 #pragma once
 
+#include "cuda/rows.cuh"
+#include "cuda/slab_row.cuh"
 #include "cuda/tokens.cuh"
 
 namespace pom::cuda {
 
-constexpr int64_t kCoeffBlocks = 2048;  // of a launch, so that partial coefficient gradients stay few
+// Blocks of a launch that sum coefficients' gradients: few, since each writes a row of these, which are then added up, and
+// the same number on every GPU, since on it depends which tokens a row is of. Whole waves of 132 multiprocessors.
+constexpr int64_t kCoeffBlocks = 1056;
+
+inline Deal coeff_deal(int64_t pieces, const Slabs& slabs) {
+  return {unsigned(pieces), unsigned(least(pieces, most(1, kCoeffBlocks / slabs.count)))};
+}
 
 inline Alignment is_aligned(const Features& f) {
   return Alignment(f.dtype)
@@ -23,12 +31,13 @@ inline Slabs slabs_of(const Features& f, const Rotary& rotary, bool aligned, int
 }
 
 // Adds the rows of the block together, and writes them as (degree, width).
-template <class I>
-__device__ void write_coeff_row(typename I::Acc (&dc)[FeatureTokens<I>::kRanges][I::Vec][FeatureTokens<I>::kCoeffs],
-                                const Features& f, const Place& place, typename I::Acc* out) {
+template <class I, int threads>
+__device__ void write_coeff_row(const typename I::Acc (&dc)[FeatureTokens<I>::kRanges][I::Vec][FeatureTokens<I>::kCoeffs],
+                                const Features& f, const Slabs& slabs, unsigned slab, typename I::Acc* out) {
   using Acc = typename I::Acc;
   constexpr int kRanges = FeatureTokens<I>::kRanges, Vec = I::Vec;
   POM_SHARED(memory);
+  const SlabRow<Acc, Vec, kRanges, threads> row(slabs, slab);
   for (int k = 0; k < f.degree; ++k) {
     Acc of_power[kRanges * Vec];
     POM_UNROLL
@@ -41,44 +50,53 @@ __device__ void write_coeff_row(typename I::Acc (&dc)[FeatureTokens<I>::kRanges]
           if (j == k) of_power[r * Vec + i] = dc[r][i][j];  // no run-time index into registers
       }
     }
-    if (k) __syncthreads();
-    sum_rows(of_power, kLanes, reinterpret_cast<Acc*>(memory));
-    if (int(threadIdx.x) < kLanes) store_row<Vec, kRanges>(out + k * f.width, place, of_power);
+    row.sum(of_power, reinterpret_cast<Acc*>(memory), out + k * f.width);
   }
 }
-template <class I>
-size_t coeff_shared_bytes(int threads) {
-  return I::Form::has_coeff ? FeatureTokens<I>::kNumbers * threads / 2 * sizeof(typename I::Acc) : 0;
-}
+template <class I, int threads>
+constexpr size_t kCoeffBytes = I::Form::has_coeff
+                                   ? SlabRow<typename I::Acc, I::Vec, FeatureTokens<I>::kRanges, threads>::kBytes
+                                   : 0;
 
-// What a kernel needs to sum φ over pieces.
+// What a kernel needs to sum φ over pieces, and to join the sums of a group's pieces.
 template <class Acc>
 struct SumArgs {
   Features features;
   Slabs slabs;
   Pieces pieces;
-  const Acc* mask = nullptr;      // (batch, groups, tokens), in place of the weights
+  Deal deal;                      // set by the launch
   Acc* rows = nullptr;            // (batch, slots, C)
   double* weight_rows = nullptr;  // (batch, slots)
+  Ticket* tickets = nullptr;      // (batch, groups, slabs), null where nothing is joined
+  Join<Acc> join;
 };
 
 template <class Acc>
 Status sum_pieces(const SumArgs<Acc>& args, bool aligned, void* stream);
 
-// φ summed over each piece, into rows taken from the workspace.
+// φ summed over each piece, into rows taken from the workspace, and where they are `joined`, over each group.
 template <class Acc>
 class PieceSums {
  public:
   Acc* rows;            // (batch, slots, C)
   double* weight_rows;  // (batch, slots), null unless there are weights or they are `counted` anyway
 
-  PieceSums(const Features& f, const Pieces& pieces, const Acc* mask, bool counted, Arena& arena)
+  PieceSums(const Features& f, const Pieces& pieces, bool counted, bool joined, Arena& arena)
       : rows(arena.take<Acc>(f.batch * pieces.slots() * f.channels())),
-        weight_rows(f.weight || mask || counted ? arena.take<double>(f.batch * pieces.slots()) : nullptr),
+        weight_rows(f.weight || counted ? arena.take<double>(f.batch * pieces.slots()) : nullptr),
         aligned_(is_aligned(f)),
-        args_{f, slabs_of(f, f.rotary, aligned_), pieces, mask, rows, weight_rows} {}
+        args_{f, slabs_of(f, f.rotary, aligned_), pieces, {}, rows, weight_rows} {
+    if (joined) args_.tickets = arena.take<Ticket>(f.batch * pieces.groups * args_.slabs.count);
+  }
 
   Status launch(void* stream) const { return sum_pieces(args_, aligned_, stream); }
+
+  // With a prior that is added to every group.
+  Status launch_joined(const StateView& prior, const StateOut& out, void* stream) const {
+    SumArgs<Acc> args = args_;
+    args.join = {args.pieces, args.features.batch, args.features.channels(), rows, weight_rows, prior, nullptr, out};
+    return sum_pieces(args, aligned_, stream);
+  }
 
  private:
   bool aligned_;

@@ -60,20 +60,31 @@ struct RowsOf {
   }
 };
 
-// use(j, token) for every step-th token from `first` on, `count` of them loaded by load(j, token) before the first is
+// load(j, token) for the first `count` of every step-th token from `first` on.
+template <int count, class Index, class Load>
+POM_HD void load_tokens(Index first, Index end, int step, Load load) {
+  POM_UNROLL
+  for (int j = 0; j < count; ++j)
+    if (first + j * step < end) load(j, first + j * step);
+}
+// use(j, token) for all of them, the first `count` of which are loaded, and `count` more before the first of these is
 // used.
-template <int count, class Load, class Use>
-POM_HD void for_tokens(int64_t first, int64_t end, int64_t step, Load load, Use use) {
-  for (; first < end; first += count * step) {
-    POM_UNROLL
-    for (int j = 0; j < count; ++j)
-      if (first + j * step < end) load(j, first + j * step);
+template <int count, class Index, class Load, class Use>
+POM_HD void use_tokens(Index first, Index end, int step, Load load, Use use) {
+  while (first < end) {
     POM_UNROLL
     for (int j = 0; j < count; ++j) {
       if (first + j * step >= end) break;
       use(j, first + j * step);
     }
+    first += count * step;
+    load_tokens<count>(first, end, step, load);
   }
+}
+template <int count, class Index, class Load, class Use>
+POM_HD void for_tokens(Index first, Index end, int step, Load load, Use use) {
+  load_tokens<count>(first, end, step, load);
+  use_tokens<count>(first, end, step, load, use);
 }
 
 // One row of numbers that all tokens share, at the thread's channels; zero where it has none.

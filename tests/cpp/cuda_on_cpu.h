@@ -150,6 +150,10 @@ template <class T>
 T __ldg(const T* p) {
   return *p;
 }
+template <class T>
+T __ldcg(const T* p) {  // from what all blocks share
+  return *p;
+}
 
 namespace cuda_on_cpu {
 // *p = next(*p) as one step. Returns what was there.
@@ -163,6 +167,10 @@ T update_atomically(T* p, Next next) {
 }
 }  // namespace cuda_on_cpu
 
+inline unsigned long long atomicCAS(unsigned long long* p, unsigned long long expected, unsigned long long x) {
+  __atomic_compare_exchange_n(p, &expected, x, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+  return expected;
+}
 inline int atomicAdd(int* p, int x) { return __atomic_fetch_add(p, x, __ATOMIC_ACQ_REL); }
 inline unsigned atomicAdd(unsigned* p, unsigned x) { return __atomic_fetch_add(p, x, __ATOMIC_ACQ_REL); }
 inline float atomicAdd(float* p, float x) {

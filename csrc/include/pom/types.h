@@ -8,10 +8,12 @@
 #define POM_HD __host__ __device__ __forceinline__
 #define POM_UNROLL _Pragma("unroll")
 #define POM_UNROLL_4 _Pragma("unroll 4")
+#define POM_UNROLL_1 _Pragma("unroll 1")
 #else
 #define POM_HD inline __attribute__((always_inline))
 #define POM_UNROLL
 #define POM_UNROLL_4
+#define POM_UNROLL_1
 #endif
 
 namespace pom {

@@ -1,0 +1,22 @@
+// Pieces of work dealt to blocks that each walk through several.
+#pragma once
+
+#include <cstdint>
+
+#include "pom/types.h"
+
+namespace pom::cuda {
+
+// Pieces of all samples dealt to the blocks of a slab, neighbours to one block. What becomes of a piece does not depend on
+// the block that has it.
+struct Deal {
+  unsigned pieces = 0, blocks = 1;  // no more blocks than pieces
+
+  POM_HD unsigned first(unsigned block) const { return unsigned(uint64_t(block) * pieces / blocks); }
+  POM_HD unsigned block_of(unsigned piece) const { return unsigned(((piece + 1) * uint64_t(blocks) - 1) / pieces); }
+};
+
+// As many blocks for each of `slabs` as the GPU runs at once, `resident` of them on a multiprocessor.
+Deal deal(unsigned pieces, int slabs, int resident);
+
+}  // namespace pom::cuda

@@ -1,0 +1,64 @@
+// The numbers that the threads of a block hold of a slab, added over the rows of threads and written as one row: every
+// thread adds and writes columns of its own, neighbours next to each other.
+#pragma once
+
+#include "cuda/block.cuh"
+#include "cuda/plan.h"
+
+namespace pom::cuda {
+
+template <class Acc, int Vec, int ranges, int threads = kThreads>
+class SlabRow {
+ public:
+  static constexpr int kRows = threads / kLanes, kNumbers = ranges * Vec, kAll = kNumbers * kLanes;
+  static constexpr int kOwn = (kAll + threads - 1) / threads;                // columns of a thread
+  static constexpr int kStride = kLanes + (Vec > 1 ? kLanes / Vec : 0);      // keeps both ways off each other's banks
+  static constexpr size_t kBytes = sizeof(Acc) * kRows * kNumbers * kStride;  // of shared memory
+
+  __device__ SlabRow(const Slabs& slabs, unsigned slab) {
+    POM_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      const int number = int(threadIdx.x) + i * threads, range = number / (kLanes * Vec), run = number % (kLanes * Vec);
+      const Place place = slabs.place(slab, run / Vec);
+      const bool there = number < kAll && range < place.ranges;
+      column_[i] = there ? int(place.channel + range * place.stride) + run % Vec : -1;
+    }
+  }
+
+  // body(column) for the thread's own.
+  template <class Body>
+  __device__ void each(Body body) const {
+    POM_UNROLL
+    for (int i = 0; i < kOwn; ++i)
+      if (column_[i] >= 0) body(column_[i]);
+  }
+
+  // out[column] = Σ x over the rows of threads, in the order of sum_rows. `x` is the thread's, [range * Vec + i].
+  __device__ void sum(const Acc (&x)[kNumbers], Acc* shared, Acc* out) const {
+    const int row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
+    __syncthreads();  // until what was there has been read
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; ++i) shared[(row * kNumbers + i) * kStride + lane] = x[i];
+    __syncthreads();
+    POM_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      if (column_[i] < 0) continue;
+      const int number = int(threadIdx.x) + i * threads, range = number / (kLanes * Vec), run = number % (kLanes * Vec);
+      const Acc* const of_row = shared + (range * Vec + run % Vec) * kStride + run / Vec;
+      Acc sums[kRows];
+      POM_UNROLL
+      for (int r = 0; r < kRows; ++r) sums[r] = of_row[r * kNumbers * kStride];
+      POM_UNROLL
+      for (int half = kRows / 2; half > 0; half /= 2) {
+        POM_UNROLL
+        for (int r = 0; r < half; ++r) sums[r] += sums[r + half];
+      }
+      out[column_[i]] = sums[0];
+    }
+  }
+
+ private:
+  int column_[kOwn];  // -1 for none
+};
+
+}  // namespace pom::cuda
