@@ -1,5 +1,5 @@
-// Projected tokens as one thread sees them: Vec channels in each of a few ranges, with weights and rotary positions taken
-// care of. Numbers of a thread are arrays [range * Vec + i].
+// Projected tokens as one thread sees them: Vec channels in each of a few ranges, with weights and rotary positions
+// taken care of. Numbers of a thread are arrays [range * Vec + i].
 #pragma once
 
 #include "cuda/block.cuh"
