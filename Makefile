@@ -10,6 +10,10 @@
 #
 # The first two make their environment in .venv first. Where torch can be imported already, that torch is used; on a
 # machine without an NVIDIA GPU the CPU build is pinned, for a plain `torch` would bring several GB of CUDA libraries.
+# CUDA kernels are compiled, where there is an nvcc, for the GPUs that are visible. Without any they take minutes and serve
+# nobody here, and are left out unless asked for:
+#   POM_EXT_CUDA=1 make test                  compile them for all GPUs
+#   TORCH_CUDA_ARCH_LIST=9.0 make test        for one kind; make wheel compiles for all unless this is set
 # The page that games are played on is tested in a headless Chromium: the one that is there, or Debian's, or Playwright's.
 
 PYTHON ?= python3
@@ -18,10 +22,13 @@ BIN := $(VENV)/bin
 OUT ?= out/gpu-report
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.10' || echo 'torch==2.13.0')
 TORCHES ?= 2.12.0 2.14.1
+POM_EXT_CUDA ?= gpu
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+ASKED = POM_EXT_CUDA=$(POM_EXT_CUDA) TORCH_CUDA_ARCH_LIST=$(TORCH_CUDA_ARCH_LIST) CUDA_HOME=$(CUDA_HOME)
 SOURCES := setup.py build_objects.py build_cuda.py build_note.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-cpp fuzz bench gpu-report wheel sdist check-wheel clean
+export POM_EXT_CUDA
+.PHONY: demo test test-cpp fuzz bench gpu-report wheel sdist check-wheel clean always
 
 demo: $(VENV)/built
 	$(BIN)/pom-ext demo --out out/demo
@@ -41,8 +48,10 @@ fuzz: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks.run
 
-wheel: $(VENV)/built
+wheel: export TORCH_CUDA_ARCH_LIST := $(or $(TORCH_CUDA_ARCH_LIST),all)
+wheel: $(VENV)/environment
 	rm -f dist/*.whl
+	$(BIN)/python build_cuda.py
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 sdist: $(VENV)/environment
@@ -61,7 +70,12 @@ $(VENV)/environment: pyproject.toml
 	$(BIN)/pip install --quiet cmake ninja pybind11 setuptools wheel
 	touch $@
 
-$(VENV)/built: $(VENV)/environment $(SOURCES)
+# Changes when other GPUs are asked for.
+$(VENV)/asked: always | $(VENV)/environment
+	@echo '$(ASKED)' | cmp --quiet - $@ 2>/dev/null || echo '$(ASKED)' >$@
+
+$(VENV)/built: $(VENV)/environment $(VENV)/asked $(SOURCES)
+	$(BIN)/python build_cuda.py
 	$(BIN)/pip install --quiet --no-build-isolation --editable '.[train,play,test]'
 	touch $@
 

@@ -1,5 +1,7 @@
 """What the CUDA part of the library is built with: the toolkit, the architectures, the commands.
 
+`python build_cuda.py` tells what a build here and now would compile for, and how to have it otherwise.
+
 torch's own helper compiles .cu files only where torch itself was built with CUDA. These need no torch at all, so they
 are compiled by the nvcc that is here and linked with the static CUDA runtime: one library for any torch.
 """
@@ -93,8 +95,11 @@ def find_toolkit(environment=os.environ, default="/usr/local/cuda"):
 def wanted_toolkit(environment=os.environ, default="/usr/local/cuda"):
     """The toolkit to build with, or None to build without CUDA. POM_EXT_CUDA=0 forbids it, 1 demands it."""
     choice = environment.get("POM_EXT_CUDA", "")
-    if choice not in ("", "0", "1"):
-        raise OptionError(f"POM_EXT_CUDA: expected 0 (without CUDA), 1 (with CUDA) or nothing, got {choice!r}")
+    if choice not in ("", "0", "1", "gpu"):
+        raise OptionError(
+            f"POM_EXT_CUDA: expected 0 (without CUDA), 1 (with CUDA), gpu (with CUDA if a GPU is visible) or nothing, "
+            f"got {choice!r}"
+        )
     if choice == "0":
         return None
     toolkit, refused = find_toolkit(environment, default)
@@ -107,9 +112,9 @@ def wanted_toolkit(environment=os.environ, default="/usr/local/cuda"):
 
 
 def architectures(known, environment=os.environ):
-    """Architectures to compile for, as in TORCH_CUDA_ARCH_LIST ("9.0", "9.0a", "12.0+PTX"), of those in `known`."""
+    """Those that TORCH_CUDA_ARCH_LIST names ("9.0", "9.0a", "12.0+PTX", or "all"), which must be in `known`; or all."""
     given = re.split(r"[;\s]+", environment.get("TORCH_CUDA_ARCH_LIST", "").strip("; \t"))
-    if given == [""]:
+    if given == [""] or given == ["all"]:
         chosen = [name for name in DEFAULT if name in known]
         if not chosen:
             raise PlatformError(
@@ -121,8 +126,8 @@ def architectures(known, environment=os.environ):
         match = re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", name)
         if not match:
             raise OptionError(
-                f"TORCH_CUDA_ARCH_LIST: expected numbers such as 8.0;9.0a;12.0+PTX, apart by semicolons or spaces, "
-                f"got {name!r}"
+                f"TORCH_CUDA_ARCH_LIST: expected all, or numbers such as 8.0;9.0a;12.0+PTX, apart by semicolons or "
+                f"spaces, got {name!r}"
             )
         if match[1] not in known:
             raise OptionError(
@@ -130,6 +135,83 @@ def architectures(known, environment=os.environ):
                 f"{', '.join(sorted(known, key=float))}; leave it out or use another toolkit"
             )
     return tuple(dict.fromkeys(given))
+
+
+def visible_gpus(environment=os.environ):
+    """Compute capabilities of the GPUs that are here, {"9.0"}: as torch has them, or else as the driver's tool does."""
+    import torch  # here: all else needs none
+
+    if torch.version.cuda and torch.cuda.is_available():
+        capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+        return {f"{major}.{minor}" for major, minor in capabilities}
+    tool = shutil.which("nvidia-smi", path=environment.get("PATH", ""))
+    if tool is None or environment.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return set()
+    command = (tool, "--query-gpu=compute_cap", "--format=csv,noheader")
+    try:
+        told = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):  # a tool without its driver, or a driver that hangs
+        return set()
+    return set(re.findall(r"^\d+\.\d$", told.stdout, re.MULTILINE))
+
+
+def serving(gpus, known):
+    """What to compile, of those in `known`, for these GPUs; nothing for one that is older than all of them.
+
+    Machine code for a GPU runs on later ones of the same major version; on those of a later one only PTX does.
+    """
+    names = set()
+    for gpu in gpus:
+        major, minor = map(int, gpu.split("."))
+        versions = [tuple(map(int, name.split("."))) for name in known]
+        below = max((version for version in versions if version <= (major, minor)), default=None)
+        if below:
+            names.add("{}.{}".format(*below) + "+PTX" * (below[0] < major))
+    plain = names - {name.removesuffix("+PTX") for name in names if name.endswith("+PTX")}
+    return tuple(sorted(plain, key=lambda name: float(name.removesuffix("+PTX"))))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether CUDA kernels are compiled, for what, and why so."""
+
+    toolkit: Toolkit | None
+    names: tuple  # of architectures, as in TORCH_CUDA_ARCH_LIST
+    why: str
+
+    def __str__(self):
+        """One line, with the way to have it otherwise."""
+        one = "TORCH_CUDA_ARCH_LIST=9.0 for one kind of GPU"
+        if self.toolkit is None:
+            return f"No CUDA kernels: {self.why}. To have them, with an nvcc: POM_EXT_CUDA=1, or {one}"
+        names = ", ".join(self.names)
+        return (
+            f"CUDA kernels for {names} by {self.toolkit.nvcc}: {self.why}. Otherwise: {one}, "
+            "TORCH_CUDA_ARCH_LIST=all for all, POM_EXT_CUDA=0 for none"
+        )
+
+
+def choose(environment=os.environ, default="/usr/local/cuda", gpus=visible_gpus):
+    """What to build: as asked, or else for the GPUs that are here. Without any, for all, or with POM_EXT_CUDA=gpu none.
+
+    Who runs pip where there is an nvcc but no GPU builds for another machine, as an image of a container.
+    """
+    wanted, toolkit = environment.get("POM_EXT_CUDA", ""), wanted_toolkit(environment, default)
+    if wanted == "0":
+        return Choice(None, (), "POM_EXT_CUDA=0")
+    if toolkit is None:
+        return Choice(None, (), "no CUDA toolkit is here")
+    known = toolkit.architectures()
+    if environment.get("TORCH_CUDA_ARCH_LIST", "").strip("; \t"):
+        return Choice(toolkit, architectures(known, environment), "as TORCH_CUDA_ARCH_LIST says")
+    here = gpus(environment)
+    names, listed = serving(here, known), ", ".join(sorted(here, key=float))
+    if names:
+        return Choice(toolkit, names, f"for the GPU that is visible ({listed})")
+    why = f"{toolkit.nvcc} compiles for none of the GPUs here ({listed})" if here else "no GPU is visible"
+    if wanted == "gpu" or (here and wanted != "1"):
+        return Choice(None, (), why)
+    return Choice(toolkit, architectures(known, environment), f"{why}, so for all, which takes minutes")
 
 
 def gencode(names):
@@ -151,3 +233,7 @@ def jobs(toolkit, names, folder):
     command = (toolkit.nvcc, *FLAGS, *gencode(names))
     sources = sorted(SOURCE.glob("cuda/*.cu"), key=lambda path: -path.stat().st_size)  # the longest first
     return [Job(command, path, Path(folder) / f"{path.stem}.o", headers, keeps_ptx=True) for path in sources]
+
+
+if __name__ == "__main__":
+    print(choose())

@@ -24,8 +24,9 @@ def refuse_older_torch(version, target):
         )
 
 
-def write_note(path, version, torch, target, compiler, toolkit, architectures):
-    """Write down what was built with what. Toolkit: a build_cuda.Toolkit, or None without CUDA."""
+def write_note(path, version, torch, target, compiler, choice):
+    """Write down what was built with what. Choice: a build_cuda.Choice, of the CUDA kernels."""
+    nvcc = choice.toolkit and choice.toolkit.nvcc
     note = {
         "version": version,
         "torch": torch,
@@ -34,8 +35,9 @@ def write_note(path, version, torch, target, compiler, toolkit, architectures):
         "platform": sysconfig.get_platform(),
         "libc": " ".join(platform.libc_ver()),
         "compiler": _said([compiler, "--version"]).splitlines()[0],
-        "cuda": toolkit and re.search(r"release ([\d.]+)", _said([toolkit.nvcc, "--version"]))[1],
-        "architectures": architectures,
+        "cuda": nvcc and re.search(r"release ([\d.]+)", _said([nvcc, "--version"]))[1],
+        "architectures": choice.names,
+        "chosen": choice.why,
     }
     path.write_text(json.dumps(note, indent=2) + "\n")
 

@@ -56,19 +56,18 @@ class Build(BuildExtension):
     def run(self):
         super().run()
         library = Path(self.get_ext_fullpath("pom_ext._C"))
-        toolkit, names = self.cuda
         version = self.distribution.get_version()
         compiler = os.environ.get("CXX", "g++")
-        write_note(library.with_name("_build.json"), version, torch.__version__, TORCH_TARGET, compiler, toolkit, names)
+        write_note(library.with_name("_build.json"), version, torch.__version__, TORCH_TARGET, compiler, self.cuda)
 
     def build_extensions(self):
         operations, engine = self.extensions
         folder = Path("build/pom")  # not pip's temporary folder: what has not changed is not compiled again
-        jobs, engine_flags, names = cpu_jobs(folder), [], ()
-        toolkit = build_cuda.wanted_toolkit()
+        jobs, engine_flags = cpu_jobs(folder), []
+        self.cuda = build_cuda.choose()
+        print(self.cuda, flush=True)
+        toolkit, names = self.cuda.toolkit, self.cuda.names
         if toolkit:
-            names = build_cuda.architectures(toolkit.architectures())
-            print(f"CUDA kernels for {', '.join(names)} by {toolkit.nvcc}", flush=True)
             jobs, engine_flags = build_cuda.jobs(toolkit, names, folder / "cuda") + jobs, ["-DPOM_CUDA"]
             operations.define_macros += [("POM_CUDA_ARCHITECTURES", f'"{";".join(names)}"')]
             for extension in self.extensions:
@@ -79,7 +78,6 @@ class Build(BuildExtension):
         operations.extra_objects += objects[: len(jobs)]
         engine.extra_objects += objects
         super().build_extensions()
-        self.cuda = toolkit, names
 
 
 class BuildPython(build_py):

@@ -159,7 +159,9 @@ def read_build(folder=BUILD):
     """Kernels of all logs, PTX files and objects of a build, sorted by name. FileNotFoundError without any."""
     logs = sorted(Path(folder).glob("*.log"))
     if not logs:
-        raise FileNotFoundError(f"{folder} holds no compiler logs: build the library with nvcc on the path first")
+        raise FileNotFoundError(
+            f"{folder} holds no compiler logs: build the library with nvcc on the path first, and with POM_EXT_CUDA=1"
+        )
     kernels = {}
     for log in logs:
         kernels |= parse_log(log.read_text())

@@ -189,7 +189,10 @@ def require(name):
             "machine with one"
         )
     if name not in _library.DEVICES:
-        raise SystemExit(f"--device {name}: the library was built without its kernels; build it where nvcc is found")
+        raise SystemExit(
+            f"--device {name}: the library was built without its kernels; build it, with nvcc on the path: "
+            f"{_library.BUILD_CUDA}"
+        )
 
 
 def parsed(arguments):

@@ -19,7 +19,8 @@ const char* message(Status status) {
     case Status::workspace_too_small:
       return "the workspace is smaller than workspace(args) asks for";
     case Status::no_device_code:
-      return "the library holds no code for this GPU: build it with TORCH_CUDA_ARCH_LIST set to its compute capability";
+      return "the library holds no code for this GPU: build it again where this GPU is visible, or with "
+             "TORCH_CUDA_ARCH_LIST (in CMake, CMAKE_CUDA_ARCHITECTURES) set to its compute capability";
     case Status::device_error:
       return "CUDA refused the call";
     case Status::no_cuda:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 BUILD = "pip install --no-build-isolation -e ."
+BUILD_CUDA = f"POM_EXT_CUDA=1 {BUILD}"  # for the GPUs that are visible, or without any for all
 MINIMUM_TORCH = "2.10"  # whose stable ABI the library is built for: TORCH_TARGET in setup.py
 
 

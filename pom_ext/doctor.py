@@ -38,6 +38,7 @@ def diagnose():
     if library.resolve().parent != package:
         yield f"mismatch   that is the library of another pom_ext. Build the one of {package}, in its folder: {BUILD}"
     yield f"kernels    {_describe_kernels(torch, BUILD)}"
+    yield from _describe_driver(torch.ops.pom_ext.cuda_versions(), torch.version.cuda, BUILD)
     yield f"cpu        runs the kernels for {torch.ops.pom_ext.instruction_set()}; {_describe_products(torch)}"
 
 
@@ -68,7 +69,8 @@ def _describe_build(note, version, here, remedy):
         yield f"built      unknown: no note of a build; {remedy}"
         return
     cuda = f"CUDA {note['cuda']} for {', '.join(note['architectures'])}" if note["cuda"] else "no CUDA"
-    yield f"built      {note['version']} for {note['platform']}, {note['libc']}, by {note['compiler']}; {cuda}"
+    why = f" ({note['chosen']})" if note.get("chosen") else ""
+    yield f"built      {note['version']} for {note['platform']}, {note['libc']}, by {note['compiler']}; {cuda}{why}"
     yield f"against    torch {note['torch']}, Python {note['python']}; serves torch {note['minimum_torch']} and later"
     if note["version"] != version:
         yield f"mismatch   the library is of {note['version']}, the package of {version}: {remedy}"
@@ -100,16 +102,40 @@ def _describe_engine():
 def _describe_kernels(torch, remedy):
     """What the library was built for, and whether that serves the GPUs that are here."""
     built = torch.ops.pom_ext.cuda_architectures()
+    here = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    here = sorted({torch.cuda.get_device_capability(i) for i in here})
+    if not built and here:
+        gpus = ", ".join(map("{0[0]}.{0[1]}".format, here))
+        return f"CPU only, NOT the GPU here ({gpus}); for it, with nvcc on the path: POM_EXT_CUDA=1 {remedy}"
     if not built:
-        return f"CPU only; for CUDA too, with nvcc on the path: POM_EXT_CUDA=1 {remedy}"
+        one = f"TORCH_CUDA_ARCH_LIST=9.0 {remedy}"
+        return f"CPU only; with nvcc on the path, for one kind of GPU: {one}, for all: POM_EXT_CUDA=1 {remedy}"
     text = f"CPU, CUDA {built.replace(';', ', ')}"
-    if not torch.cuda.is_available():
+    if not here:
         return text
-    here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    lacking = ["{}.{}".format(*capability) for capability in sorted(here) if not _serves(built, capability)]
+    lacking = ["{}.{}".format(*capability) for capability in here if not _serves(built, capability)]
     if not lacking:
         return f"{text}, which serves every GPU here"
     return f"{text}, NOT the GPU here: TORCH_CUDA_ARCH_LIST='{';'.join(lacking)}' {remedy}"
+
+
+def _describe_driver(versions, of_torch, remedy):
+    """Whether the driver serves the CUDA runtime that the library is linked to; nothing where it was built without.
+
+    A driver serves every runtime of its own major version and of those before.
+    """
+    if not versions:
+        return
+    runtime, driver = versions.split()
+    if driver == "0.0":
+        yield f"driver     none; the library is linked to CUDA {runtime}"
+        return
+    yield f"driver     serves CUDA {driver}; the library is linked to CUDA {runtime}"
+    if int(driver.split(".")[0]) < int(runtime.split(".")[0]):
+        yield (
+            f"mismatch   the driver is too old for CUDA {runtime}: install a later one, or build with the toolkit of CUDA "
+            f"{of_torch or driver}: CUDA_HOME=its folder {remedy}"
+        )
 
 
 def _serves(built, capability):

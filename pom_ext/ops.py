@@ -37,7 +37,7 @@ def _require(tensor, name):
         served = " and ".join(_library.DEVICES)
         remedy = "move it there"
         if tensor.device.type == "cuda":
-            remedy += f", or build with CUDA where nvcc is on the path: POM_EXT_CUDA=1 {_library.BUILD}"
+            remedy += f", or build for this GPU, in the source folder and with nvcc on the path: {_library.BUILD_CUDA}"
         raise ValueError(
             f"{name}: this library has kernels for tensors on {served} only, got one on {tensor.device}; {remedy}"
         )

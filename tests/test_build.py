@@ -1,7 +1,9 @@
 """What setup.py builds with: toolkit, architectures, flags, and which objects it compiles again."""
 
 import os
+import shutil
 import stat
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,8 @@ sys.path.insert(0, str(ROOT))  # the build is no part of the installed package
 
 import build_cuda
 from build_objects import Job, compile_stale, workers
-from pom_ext.doctor import _describe_kernels
+from pom_ext import _library
+from pom_ext.doctor import _describe_driver, _describe_kernels
 
 KNOWN = {"8.0", "8.6", "8.9", "9.0", "10.0", "12.0"}
 
@@ -92,7 +95,8 @@ def test_cuda_can_be_forbidden_and_demanded(tmp_path):
         PlatformError, match="POM_EXT_CUDA=1, but there is no CUDA toolkit .*/nowhere has no.*CUDA_HOME"
     ):
         build_cuda.wanted_toolkit({"POM_EXT_CUDA": "1"}, default="/nowhere")
-    with pytest.raises(OptionError, match="POM_EXT_CUDA: expected 0 .* 1 .* got 'yes'"):
+    assert build_cuda.wanted_toolkit({**here, "POM_EXT_CUDA": "gpu"}).root == root
+    with pytest.raises(OptionError, match="POM_EXT_CUDA: expected 0 .* 1 .* gpu .* got 'yes'"):
         build_cuda.wanted_toolkit({**here, "POM_EXT_CUDA": "yes"})
 
 
@@ -111,7 +115,7 @@ def test_architectures_are_those_asked_for():
 
 def test_default_architectures_are_those_nvcc_knows_and_ptx_of_the_last():
     assert chosen("") == ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
-    assert build_cuda.architectures(KNOWN, {}) == chosen("")
+    assert build_cuda.architectures(KNOWN, {}) == chosen("") == chosen("all")
     assert chosen("", {"7.5", "8.0", "8.6"}) == ("8.0", "8.6+PTX")
     with pytest.raises(PlatformError, match="none of 8.0, .* CUDA 12 or later, or set POM_EXT_CUDA=0"):
         chosen("", {"5.0", "7.5"})
@@ -119,7 +123,7 @@ def test_default_architectures_are_those_nvcc_knows_and_ptx_of_the_last():
 
 @pytest.mark.parametrize("value", ["Hopper", "90", "9", "9.0+ptx", "8.0,9.0", "sm_90", "9.0x"])
 def test_other_forms_of_architectures_are_refused(value):
-    with pytest.raises(OptionError, match="TORCH_CUDA_ARCH_LIST: expected numbers such as 8.0;9.0a;12.0.PTX, .* got"):
+    with pytest.raises(OptionError, match="TORCH_CUDA_ARCH_LIST: expected all, or numbers such as 8.0;9.0a;12.0.PTX, "):
         chosen(f"8.0;{value}")
 
 
@@ -128,6 +132,103 @@ def test_an_architecture_that_nvcc_does_not_know_is_refused():
         OptionError, match="does not compile for 13.0.PTX, only for 8.0, 8.6, 8.9, 9.0, 10.0, 12.0; leave"
     ):
         chosen("9.0;13.0+PTX")
+
+
+ALL = "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"
+
+
+@pytest.mark.parametrize(
+    "environment, gpus, names, why",
+    [
+        ({}, {"9.0"}, ("9.0",), "for the GPU that is visible (9.0)"),
+        ({}, {"9.0", "12.0", "8.9"}, ("8.9", "9.0", "12.0"), "visible (8.9, 9.0, 12.0)"),
+        ({}, set(), ALL, "no GPU is visible, so for all"),
+        ({"POM_EXT_CUDA": "gpu"}, set(), (), "no GPU is visible"),
+        ({"POM_EXT_CUDA": "gpu"}, {"8.0"}, ("8.0",), "for the GPU that is visible (8.0)"),
+        ({"POM_EXT_CUDA": "1"}, set(), ALL, "no GPU is visible, so for all"),
+        ({"POM_EXT_CUDA": "1"}, {"8.0"}, ("8.0",), "for the GPU that is visible (8.0)"),
+        ({"POM_EXT_CUDA": "0"}, {"8.0"}, (), "POM_EXT_CUDA=0"),
+        ({"POM_EXT_CUDA": "gpu", "TORCH_CUDA_ARCH_LIST": "8.0;9.0"}, set(), ("8.0", "9.0"), "TORCH_CUDA_ARCH_LIST"),
+        ({"TORCH_CUDA_ARCH_LIST": "8.6"}, {"9.0"}, ("8.6",), "TORCH_CUDA_ARCH_LIST"),
+        ({"TORCH_CUDA_ARCH_LIST": "all"}, {"9.0"}, ALL, "TORCH_CUDA_ARCH_LIST"),
+        ({"TORCH_CUDA_ARCH_LIST": " ; "}, {"9.0"}, ("9.0",), "visible"),
+        ({"POM_EXT_CUDA": "0", "TORCH_CUDA_ARCH_LIST": "9.0"}, {"9.0"}, (), "POM_EXT_CUDA=0"),
+        ({}, {"6.1"}, (), "nvcc compiles for none of the GPUs here (6.1)"),
+        ({"POM_EXT_CUDA": "1"}, {"6.1"}, ALL, "none of the GPUs here (6.1), so for all"),
+    ],
+)
+def test_what_is_built_is_what_is_asked_for_or_for_the_gpus_here(environment, gpus, names, why, tmp_path):
+    root = toolkit(tmp_path)
+    script(root / "bin/nvcc", "printf 'compute_%s\\n' 80 86 89 90 100 120")
+    choice = build_cuda.choose({"CUDA_HOME": str(root), **environment}, gpus=lambda environment: gpus)
+    assert choice.names == names and why in choice.why
+    assert (choice.toolkit is None) == (not names)
+    line = str(choice)
+    assert "\n" not in line and choice.why in line
+    if names:
+        assert line.startswith(f"CUDA kernels for {', '.join(names)} by {root}/bin/nvcc: ")
+        assert all(word in line for word in ("TORCH_CUDA_ARCH_LIST=9.0", "TORCH_CUDA_ARCH_LIST=all", "POM_EXT_CUDA=0"))
+    else:
+        assert line.startswith("No CUDA kernels: ") and "POM_EXT_CUDA=1" in line
+
+
+def test_without_a_toolkit_nothing_is_asked_of_the_gpus():
+    choice = build_cuda.choose({"TORCH_CUDA_ARCH_LIST": "9.0"}, default="/nowhere", gpus=lambda environment: 1 / 0)
+    assert choice.toolkit is None and str(choice).startswith("No CUDA kernels: no CUDA toolkit is here. ")
+
+
+@pytest.mark.parametrize(
+    "gpus, names",
+    [
+        ({"9.0"}, ("9.0",)),
+        ({"8.7"}, ("8.6",)),
+        ({"8.9", "8.9"}, ("8.9",)),
+        ({"12.1"}, ("12.0",)),
+        ({"11.0"}, ("10.0+PTX",)),
+        ({"11.0", "10.0"}, ("10.0+PTX",)),
+        ({"10.3", "9.0", "13.0"}, ("9.0", "10.0", "12.0+PTX")),
+        ({"7.5", "8.0"}, ("8.0",)),
+        ({"7.5"}, ()),
+        (set(), ()),
+    ],
+)
+def test_what_serves_a_gpu(gpus, names):
+    """Code of its major version, or for a later one than nvcc knows what its driver can translate."""
+    assert build_cuda.serving(gpus, KNOWN) == names
+
+
+@pytest.fixture
+def torch_with(monkeypatch):
+    """Makes `import torch` give one for that CUDA, with GPUs of these capabilities."""
+
+    def put(cuda, *capabilities):
+        here = SimpleNamespace(
+            is_available=lambda: len(capabilities) > 0,
+            device_count=lambda: len(capabilities),
+            get_device_capability=lambda i: capabilities[i],
+        )
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(version=SimpleNamespace(cuda=cuda), cuda=here))
+
+    return put
+
+
+def test_the_gpus_are_those_of_torch_or_of_the_driver(torch_with, tmp_path):
+    path = {"PATH": str(tmp_path)}
+    torch_with(None)
+    assert build_cuda.visible_gpus(path) == set(), "no tool"
+    script(tmp_path / "nvidia-smi", 'echo "$@" | grep -q compute_cap && printf "9.0\\n12.0\\n9.0\\n"')
+    assert build_cuda.visible_gpus(path) == {"9.0", "12.0"}
+    assert build_cuda.visible_gpus({**path, "CUDA_VISIBLE_DEVICES": "1"}) == {"9.0", "12.0"}
+    for hidden in ("", "-1"):
+        assert build_cuda.visible_gpus({**path, "CUDA_VISIBLE_DEVICES": hidden}) == set()
+    torch_with("13.0", (8, 6), (8, 6))
+    assert build_cuda.visible_gpus(path) == {"8.6"}
+    torch_with(None)
+    for answer in ("echo 'NVIDIA-SMI has failed'; exit 9", "echo '[N/A]'", "echo 'not a valid field to query: 1.0'"):
+        script(tmp_path / "nvidia-smi", answer)
+        assert build_cuda.visible_gpus(path) == set(), answer
+    (tmp_path / "nvidia-smi").write_text("no program")
+    assert build_cuda.visible_gpus(path) == set()
 
 
 def test_gencode_flags():
@@ -244,7 +345,45 @@ def test_doctor_knows_which_gpus_a_build_serves(built, capability, serves):
     assert ("serves every GPU here" in said) == serves
     assert ("TORCH_CUDA_ARCH_LIST='{}.{}' build".format(*capability) in said) == (not serves)
     assert _describe_kernels(torch_with(built), "build") == f"CPU, CUDA {built.replace(';', ', ')}"
-    assert _describe_kernels(torch_with(""), "build").endswith("with nvcc on the path: POM_EXT_CUDA=1 build")
+    for remedy in ("for one kind of GPU: TORCH_CUDA_ARCH_LIST=9.0 build", "for all: POM_EXT_CUDA=1 build"):
+        assert remedy in _describe_kernels(torch_with(""), "build")
+    lacking = _describe_kernels(torch_with("", capability), "build")
+    assert "NOT the GPU here ({}.{})".format(*capability) in lacking and lacking.endswith("POM_EXT_CUDA=1 build")
+
+
+@pytest.mark.parametrize(
+    "versions, of_torch, said",
+    [
+        ("", None, []),
+        ("13.0 0.0", None, ["driver     none; the library is linked to CUDA 13.0"]),
+        ("13.0 13.1", "13.0", ["driver     serves CUDA 13.1; the library is linked to CUDA 13.0"]),
+        ("13.1 13.0", "13.0", ["driver     serves CUDA 13.0; the library is linked to CUDA 13.1"]),
+        ("13.0 12.8", "12.6", ["driver     serves CUDA 12.8; the library is linked to CUDA 13.0", "of CUDA 12.6:"]),
+        ("13.0 9.2", None, ["driver     serves CUDA 9.2; the library is linked to CUDA 13.0", "of CUDA 9.2:"]),
+    ],
+)
+def test_doctor_knows_whether_the_driver_serves(versions, of_torch, said):
+    lines = list(_describe_driver(versions, of_torch, "build"))
+    assert lines[:1] == said[:1] and len(lines) == len(said)
+    for line, text in zip(lines[1:], said[1:], strict=True):
+        assert line.startswith("mismatch   the driver is too old for CUDA 13.0: ") and line.endswith("its folder build")
+        assert text in line
+
+
+def test_the_library_tells_the_versions_of_cuda():
+    import torch
+
+    versions = torch.ops.pom_ext.cuda_versions()
+    assert bool(versions) == bool(_library.CUDA)
+    if versions:
+        runtime, driver = versions.split()
+        assert runtime == _library.build_note()["cuda"]
+        assert (float(driver) > 0) == (shutil.which("nvidia-smi") is not None)
+
+
+def test_a_call_names_the_command_that_builds_for_the_gpu_here():
+    """Only a GPU that the library was not built for gets to see it."""
+    assert f"`{_library.BUILD}` builds for the GPUs that are visible" in (ROOT / "csrc/torch/device.h").read_text()
 
 
 def test_a_source_distribution_holds_all_that_is_compiled(monkeypatch):
@@ -255,4 +394,54 @@ def test_a_source_distribution_holds_all_that_is_compiled(monkeypatch):
         files.process_template_line(line)
     folders = [path for folder in ("csrc", "cmake", "examples") for path in Path(folder).rglob("*") if path.is_file()]
     wanted = {str(path) for path in folders} | {"build_cuda.py", "build_objects.py", "CMakeLists.txt"}
+    assert "cmake/architectures.cmake" in wanted
     assert wanted <= set(files.files)
+
+
+def unasked():
+    """The environment, less what asks for CUDA."""
+    asking = ("POM_EXT_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "MAKEFLAGS")
+    return {name: value for name, value in os.environ.items() if name not in asking}
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Runs the Makefile in a folder of its own, with programs that do nothing but note how they were called."""
+    (tmp_path / "csrc").mkdir()
+    for name in ("Makefile", "pyproject.toml", "setup.py", "build_objects.py", "build_cuda.py", "build_note.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    said = 'echo "$(basename $0) $1 $POM_EXT_CUDA|$TORCH_CUDA_ARCH_LIST" >>calls'
+    for name in ("python", "pip", "pom-ext"):
+        script(tmp_path / ".venv/bin" / name, said)
+    (tmp_path / ".venv/environment").touch()
+
+    def run(target, **asked):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        subprocess.run(["make", "--silent", target], cwd=tmp_path, env={**unasked(), **asked}, check=True)
+        return (tmp_path / "calls").read_text().splitlines()
+
+    return run
+
+
+def test_make_compiles_cuda_only_for_a_gpu_here_unless_asked(make):
+    told, built = "python build_cuda.py", "pip install"
+    assert make("demo") == [f"{told} gpu|", f"{built} gpu|", "pom-ext demo gpu|"]
+    assert make("demo") == ["pom-ext demo gpu|"], "nothing changed"
+    assert make("demo", POM_EXT_CUDA="1") == [f"{told} 1|", f"{built} 1|", "pom-ext demo 1|"]
+    assert make("demo", TORCH_CUDA_ARCH_LIST="8.0;9.0")[1] == f"{built} gpu|8.0;9.0"
+    assert make("demo", TORCH_CUDA_ARCH_LIST="8.0;9.0") == ["pom-ext demo gpu|8.0;9.0"]
+    assert make("demo")[1] == f"{built} gpu|"
+
+
+def test_make_wheel_compiles_for_all_unless_asked(make):
+    assert make("wheel") == ["python build_cuda.py gpu|all", "pip wheel gpu|all"]
+    assert make("wheel", TORCH_CUDA_ARCH_LIST="9.0")[1] == "pip wheel gpu|9.0"
+
+
+def test_the_test_run_of_every_change_asks_for_cuda(tmp_path):
+    """There nothing that tests compiled kernels may be left out."""
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
+    (tmp_path / "Makefile").write_text('test:\n\t@echo "$$POM_EXT_CUDA|$$TORCH_CUDA_ARCH_LIST"\n')
+    done = subprocess.run([tmp_path / ".ci/run"], env=unasked(), check=True, capture_output=True, text=True)
+    assert done.stdout == "1|8.0;9.0\n"

@@ -4,11 +4,19 @@ import json
 import os
 import re
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from cpp_programs import CPP, CXX, INCLUDE, ROOT, call, compile_all, setup_constant
+
+sys.path.insert(0, str(ROOT))  # the build is no part of the installed package
+
+import build_cuda
+
+TOOLKIT, REFUSED = build_cuda.find_toolkit()
+needs_nvcc = pytest.mark.skipif(TOOLKIT is None, reason=f"no CUDA toolkit ({'; '.join(REFUSED)})")
 
 MEGABYTE = 1 << 20
 CONSUMER = """
@@ -110,7 +118,8 @@ def test_only_the_api_is_exported_and_versioned(built, has_cuda):
     operations |= {f"{name}_backward" for name in ("state", "readout", "causal_mix")}
     devices = ("cpu", "cuda") if has_cuda else ("cpu",)
     wanted = {"pom::message"} | {f"pom::{device}::{name}" for device in devices for name in operations}
-    assert rest == wanted | ({"pom::cuda::error"} if has_cuda else set())
+    of_a_gpu = {"error", "versions", "projects", "project_state", "folds", "folded_readout"}
+    assert rest == wanted | ({f"pom::cuda::{name}" for name in of_a_gpu} if has_cuda else set())
 
 
 def test_it_is_small_and_needs_little(built, has_cuda):
@@ -135,6 +144,60 @@ def test_cmake_and_setup_compile_alike(built):
     for flags in setup_constant("INSTRUCTION_SETS").values():
         wanted = {*flags, *setup_constant("KERNELS")}
         assert any(wanted <= set(line.split()) and line.count(" -m") == len(flags) for line in lines), flags
+
+
+@pytest.mark.parametrize(
+    "asked, compiled",
+    [
+        ("90", "90a-real;90-virtual"),
+        ("90-real", "90a-real"),
+        ("80-real;90;120", "80-real;90a-real;90-virtual;120"),
+        ("90a-real;90-real", "90a-real"),
+        ("90-virtual", "90-virtual"),
+        ("native", "80-real;90a-real"),
+        ("all", "75-real;90a-real;100-real;100-virtual"),
+        ("all-major", "70-real;90a-real;90-virtual"),
+    ],
+)
+def test_hopper_code_wherever_code_for_9_0_is_asked_for(asked, compiled, tmp_path):
+    script = tmp_path / "script.cmake"
+    script.write_text(
+        f"""
+        set(CMAKE_CUDA_ARCHITECTURES_NATIVE 80-real 90-real)
+        set(CMAKE_CUDA_ARCHITECTURES_ALL 75-real 90-real 100-real 100-virtual)
+        set(CMAKE_CUDA_ARCHITECTURES_ALL_MAJOR 70-real 90)
+        set(CMAKE_CUDA_ARCHITECTURES "{asked}")
+        include({ROOT}/cmake/architectures.cmake)
+        pom_exact_architectures(CMAKE_CUDA_ARCHITECTURES)
+        message("${{CMAKE_CUDA_ARCHITECTURES}}")
+        """
+    )
+    told = subprocess.run(["cmake", "-P", script], check=True, capture_output=True, text=True).stderr
+    assert told.strip() == compiled
+
+
+def architectures_of(commands):
+    """What nvcc is told to make machine code for, in a compile_commands.json."""
+    kernels = [entry["command"] for entry in json.loads(commands.read_text()) if entry["file"].endswith(".cu")]
+    assert len(kernels) == len(list((ROOT / "csrc/cuda").glob("*.cu")))
+    (codes,) = {tuple(re.findall(r"\bsm_(\w+)", command)) for command in kernels}
+    return codes
+
+
+@needs_nvcc
+def test_nvcc_is_told_so(tmp_path):
+    call("cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", "-DPOM_CUDA=ON",
+         "-DCMAKE_CUDA_ARCHITECTURES=80;90", f"-DCMAKE_CUDA_COMPILER={TOOLKIT.nvcc}")  # fmt: skip
+    assert architectures_of(tmp_path / "compile_commands.json") == ("80", "90a")
+
+
+def test_the_gpu_here_gets_its_own_code(built, has_cuda):
+    if not has_cuda:
+        assert not list(built[0].rglob("*.cu.o"))
+        return
+    codes = architectures_of(built[0] / "compile_commands.json")
+    number = "".join(map(str, torch.cuda.get_device_capability()))
+    assert ("90a" if number == "90" else number) in codes
 
 
 def test_the_header_is_c():

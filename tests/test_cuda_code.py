@@ -1,4 +1,7 @@
-"""What nvcc makes of the CUDA kernels: no spills, wide loads. Takes what the build compiled, or compiles it."""
+"""What nvcc makes of the CUDA kernels: no spills, wide loads. Takes what the build compiled for the library here.
+
+A library that was built without CUDA is not tested, unless CUDA was asked for: then that is an error.
+"""
 
 import os
 import re
@@ -14,10 +17,24 @@ import build_cuda
 from benchmarks import resources
 from benchmarks.resources import Kernel
 from build_objects import compile_stale
+from pom_ext import _library
 
 TOOLKIT, REFUSED = build_cuda.find_toolkit()
-ARCHITECTURES = build_cuda.architectures(TOOLKIT.architectures()) if TOOLKIT else ()
-needs_nvcc = pytest.mark.skipif(TOOLKIT is None, reason=f"no CUDA toolkit ({'; '.join(REFUSED)})")
+ARCHITECTURES = tuple(_library.CUDA.split(";")) if _library.CUDA else ()
+WITHOUT_KERNELS = (
+    "the library was built without CUDA kernels: POM_EXT_CUDA=1 make test builds and tests them for all GPUs, "
+    "TORCH_CUDA_ARCH_LIST=9.0 make test for one kind"
+)
+needs_kernels = pytest.mark.skipif(
+    not (TOOLKIT and ARCHITECTURES), reason=WITHOUT_KERNELS if TOOLKIT else f"no CUDA toolkit ({'; '.join(REFUSED)})"
+)
+
+
+@pytest.mark.skipif(os.environ.get("POM_EXT_CUDA") != "1", reason="CUDA kernels are not demanded by POM_EXT_CUDA=1")
+def test_the_library_holds_what_was_asked_for():
+    """So that where the kernels are demanded, as for every change, none of these tests is left out."""
+    assert ";".join(build_cuda.choose().names) == _library.CUDA, "build again with the same settings"
+    assert ARCHITECTURES and TOOLKIT
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +48,7 @@ def kernels():
     return resources.read_build()
 
 
-@needs_nvcc
+@needs_kernels
 def test_every_kernel_is_in_the_report_for_every_architecture(kernels):
     names = {kernel.name for kernel in kernels}
     found = {(kernel.name, kernel.arch) for kernel in kernels}
@@ -42,7 +59,7 @@ def test_every_kernel_is_in_the_report_for_every_architecture(kernels):
     assert all(kernel.registers and kernel.threads for kernel in kernels)
 
 
-@needs_nvcc
+@needs_kernels
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_hot_kernels_keep_to_the_registers(arch, kernels):
     """Only the instances for any degree, which index an array of powers at run time, may use a stack."""
@@ -52,7 +69,7 @@ def test_hot_kernels_keep_to_the_registers(arch, kernels):
     assert not spilled, "\n".join(["these spill or use a stack:", *resources.table(spilled)])
 
 
-@needs_nvcc
+@needs_kernels
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_vectorised_kernels_load_whole_vectors(arch, kernels):
     """A vector is one access of 16 bytes, of 8 where pairs of half-precision channels turn, and there are several."""

@@ -174,13 +174,18 @@ def test_an_engine_for_another_python_is_named(tmp_path):
 
 def test_doctor_tells_of_a_build_that_does_not_fit():
     note = {"version": "1", "torch": "2.13.0", "minimum_torch": "2.10", "python": "3.11.7", "platform": "linux-x86_64",
-            "libc": "glibc 2.36", "compiler": "g++ 12", "cuda": "13.0", "architectures": ["8.0", "9.0+PTX"]}  # fmt: skip
+            "libc": "glibc 2.36", "compiler": "g++ 12", "cuda": "13.0", "architectures": ["8.0", "9.0+PTX"],
+            "chosen": "no GPU is visible, so for all"}  # fmt: skip
     fits = list(_describe_build(note, "1", "linux-x86_64", "build again"))
     assert fits == [
-        "built      1 for linux-x86_64, glibc 2.36, by g++ 12; CUDA 13.0 for 8.0, 9.0+PTX",
+        "built      1 for linux-x86_64, glibc 2.36, by g++ 12; CUDA 13.0 for 8.0, 9.0+PTX "
+        "(no GPU is visible, so for all)",
         "against    torch 2.13.0, Python 3.11.7; serves torch 2.10 and later",
     ]
-    assert next(_describe_build({**note, "cuda": None}, "1", "linux-x86_64", "")).endswith("no CUDA")
+    without = {**note, "cuda": None, "chosen": "no GPU is visible"}
+    assert next(_describe_build(without, "1", "linux-x86_64", "")).endswith("no CUDA (no GPU is visible)")
+    older = {key: value for key, value in note.items() if key != "chosen"}
+    assert next(_describe_build(older, "1", "linux-x86_64", "")).endswith("CUDA 13.0 for 8.0, 9.0+PTX")
     older, elsewhere = list(_describe_build(note, "2", "linux-aarch64", "build again"))[2:]
     assert older == "mismatch   the library is of 1, the package of 2: build again"
     assert elsewhere.startswith("mismatch   built for linux-x86_64, and this is linux-aarch64: ")

@@ -276,7 +276,7 @@ Status check(const FoldedReadoutArgs& args) {
 
 bool folds(const FoldedReadoutArgs& args) {
   return check(args) == Status::ok &&
-         with_kernels(args, [](auto, auto read) { return check_kernel(read, kReadThreads); }) == Status::ok;
+         is_worth_a_try(with_kernels(args, [](auto, auto read) { return check_kernel(read, kReadThreads); }));
 }
 
 size_t workspace(const FoldedReadoutArgs& args) {

@@ -1,9 +1,190 @@
-// Gates in the operations that read a state: instances, alignment, and the gradient of gates that serve a whole head.
+// Gates in the operations that read a state: as one thread sees them, their instances, alignment, and the gradient of
+// gates that serve a whole head.
 #pragma once
 
 #include "cuda/tokens.cuh"
 
 namespace pom::cuda {
+
+// One head among heads that are turned among themselves: the head it is paired with, and their angle.
+struct TurnedHead {
+  int64_t head = 0, other = 0;
+  int64_t pair = -1;  // column of the angle tables, or -1 where it does not turn
+  bool low = true;    // of the two
+
+  TurnedHead() = default;
+  POM_HD TurnedHead(const Rotary& rotary, int64_t head) : head(head) {
+    if (head >= 2 * rotary.half * rotary.axes) return;
+    const int64_t axis = head / (2 * rotary.half), within = head - axis * 2 * rotary.half;
+    low = within < rotary.half;
+    other = low ? head + rotary.half : head - rotary.half;
+    pair = axis * rotary.half + (low ? within : within - rotary.half);
+  }
+
+  // The head after a turn, backwards if `transpose`; own() gives it before, paired() the one it is paired with.
+  template <class Acc, class Own, class Paired>
+  POM_HD Acc turn(const Rotary& rotary, int64_t token, bool transpose, Own own, Paired paired) const {
+    if (pair < 0) return own();
+    const int64_t at = token * rotary.half * rotary.axes + pair;
+    const Acc cos = static_cast<const Acc*>(rotary.cos)[at], sin = static_cast<const Acc*>(rotary.sin)[at];
+    return own() * cos + (low != transpose ? -paired() : paired()) * sin;
+  }
+};
+
+// One element in the registers of Vec, in a word of its own, so that nothing waits for it before it is used.
+template <class T, int Vec>
+POM_HD void keep_one(const T* p, int word, Packed<T, Vec>& packed) {
+  if constexpr (Vec == 1)
+    packed.x = *p;
+  else if constexpr (sizeof(T) == 4)
+    packed.words.word[word] = float_to_bits(*p);
+  else
+    packed.words.word[word] = p->bits;
+}
+template <class Acc, class T, int Vec>
+POM_HD Acc kept_one(int word, const Packed<T, Vec>& packed) {
+  Packed<T, 1> one;
+  if constexpr (Vec == 1)
+    one = packed;
+  else if constexpr (sizeof(T) == 4)
+    one.x = bits_to_float(packed.words.word[word]);
+  else
+    one.x = {uint16_t(packed.words.word[word])};
+  Acc x;
+  one.unpack(&x);
+  return x;
+}
+
+// What a thread has loaded of a token's gates: those of its channels or, in the same registers, of each range's head
+// and of the one that this is paired with. One channel has no room for the second.
+template <class Rows, bool along, bool has_room>
+struct LoadedGates : Loaded<Rows, along> {
+  using Own = Loaded<Rows, along>;
+  POM_HD Own& paired() { return *this; }
+  POM_HD const Own& paired() const { return *this; }
+};
+template <class Rows, bool along>
+struct LoadedGates<Rows, along, false> : Loaded<Rows, along> {
+  using Own = Loaded<Rows, along>;
+  Own other;
+  POM_HD Own& paired() { return other; }
+  POM_HD const Own& paired() const { return other; }
+};
+
+// The gates of one sample's queries at the channels of a thread: one per channel, or one for all channels of a head.
+// With Along<Gate> their derivatives along a tangent.
+template <class Gate, class T_, int Vec_, int ranges>
+struct GateTokens {
+  using T = T_;
+  using Acc = typename accumulator<T>::type;
+  static constexpr int Vec = Vec_;
+  static constexpr int kNumbers = ranges * Vec;
+  static constexpr bool along = is_along<Gate>;
+  using Num = Number<Acc, along>;
+  using Rows = RowsOf<T, Vec, ranges>;
+  static constexpr bool kPairs = std::is_base_of_v<HardSigmoid, Gate>;  // rotary positions are for the power form
+  using Raw = LoadedGates<Rows, along, Vec != 1 || !kPairs>;
+
+  const Place place;
+  const Rows gate, tangent;
+  const Rotary rotary;
+  const bool by_head;
+  TurnedHead heads[ranges];
+
+  POM_HD GateTokens(const Gates& g, int64_t batch, const Place& place)
+      : place(place),
+        gate(g.gate, batch * g.gate_batch_stride, g.gate_token_stride, place),
+        tangent(g.tangent, batch * g.tangent_batch_stride, g.tangent_token_stride, place),
+        rotary(g.rotary),
+        by_head(g.heads > 1) {
+    if (!by_head) return;
+    const unsigned per_head = unsigned(g.channels / g.heads);
+    POM_UNROLL
+    for (int r = 0; r < ranges; ++r)
+      if (r < place.ranges) heads[r] = TurnedHead(rotary, unsigned(place.channel + r * place.stride) / per_head);
+  }
+
+  POM_HD bool turns() const { return ranges == 2 && !by_head && place.pair >= 0 && rotary.axes; }
+
+  POM_HD void load(int64_t token, Raw& raw) const {
+    if (by_head) {
+      POM_UNROLL
+      for (int r = 0; r < ranges; ++r) {
+        if (r >= place.ranges) continue;
+        load_head(token, r, heads[r].head, 0, raw);
+        if (kPairs && heads[r].pair >= 0) load_head(token, r, heads[r].other, 1, raw.paired());
+      }
+      return;
+    }
+    gate.load(token, raw.at);
+    if constexpr (along) tangent.load(token, raw.along);
+  }
+
+  // γ(g), turned, or its derivative
+  POM_HD void value(int64_t token, const Raw& raw, Acc* value) const {
+    turned(token, raw, [](Num x) { return outcome(Gate::value(x)); }, value);
+  }
+
+  // y = γ(g) ⊙ H
+  POM_HD void multiply(int64_t token, const Raw& raw, const Acc (&mean)[kNumbers], Acc (&y)[kNumbers]) const {
+    value(token, raw, y);
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; ++i) y[i] *= mean[i];
+  }
+  // The derivative of that, for a mean with one.
+  POM_HD void multiply(int64_t token, const Raw& raw, const Dual<Acc> (&mean)[kNumbers], Acc (&y)[kNumbers]) const {
+    Acc gamma[kNumbers];
+    turned(token, raw, [](Num x) { return Gate::value(x).value; }, gamma);
+    value(token, raw, y);
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; ++i) y[i] = outcome(Dual<Acc>(gamma[i], y[i]) * mean[i]);
+  }
+
+  // With a gate per channel: dg from the gradient of γ, which is overwritten.
+  POM_HD void slope(int64_t token, const Raw& raw, Acc* dvalue) const {
+    if (turns()) rotate<Vec>(rotary, token, place.pair, true, dvalue);
+    Num x[kNumbers];
+    unpack<Rows>(raw, x);
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; ++i) dvalue[i] *= outcome(Gate::slope(x[i]));
+  }
+
+ private:
+  // of(g) at every channel, turned
+  template <class Of>
+  POM_HD void turned(int64_t token, const Raw& raw, Of of, Acc* value) const {
+    if (by_head) {
+      POM_UNROLL
+      for (int r = 0; r < ranges; ++r) {
+        auto own = [&] { return of(loaded_head(r, 0, raw)); };
+        auto paired = [&] { return of(loaded_head(r, 1, raw.paired())); };
+        Acc of_head = Acc(0);
+        if (r < place.ranges)
+          of_head = kPairs ? heads[r].template turn<Acc>(rotary, token, false, own, paired) : own();
+        POM_UNROLL
+        for (int i = 0; i < Vec; ++i) value[r * Vec + i] = of_head;
+      }
+      return;
+    }
+    Num x[kNumbers];
+    unpack<Rows>(raw, x);
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; ++i) value[i] = of(x[i]);
+    if (turns()) rotate<Vec>(rotary, token, place.pair, false, value);
+  }
+
+  POM_HD void load_head(int64_t token, int r, int64_t head, int word, Loaded<Rows, along>& raw) const {
+    keep_one(gate.row0 - place.channel + token * gate.token_stride + head, word, raw.at[r]);
+    if constexpr (along)
+      keep_one(tangent.row0 - place.channel + token * tangent.token_stride + head, word, raw.along[r]);
+  }
+  POM_HD static Num loaded_head(int r, int word, const Loaded<Rows, along>& raw) {
+    if constexpr (along)
+      return {kept_one<Acc>(word, raw.at[r]), kept_one<Acc>(word, raw.along[r])};
+    else
+      return kept_one<Acc>(word, raw.at[r]);
+  }
+};
 
 template <class Form>
 struct GateOf;

@@ -18,7 +18,9 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t i = 0; i < per_head; ++i) sum += double(parts[row * plan.count + h * per_head + i]);
     return Acc(sum);
   };
-  Acc d = TurnedHead(g.rotary, head).turn<Acc>(g.rotary, token, true, dvalue);
+  const TurnedHead turned(g.rotary, head);
+  Acc d = turned.turn<Acc>(
+      g.rotary, token, true, [&] { return dvalue(head); }, [&] { return dvalue(turned.other); });
   Packed<T, 1> packed;
   Acc x, along;
   packed.load(static_cast<const T*>(g.gate) + b * g.gate_batch_stride + token * g.gate_token_stride + head);

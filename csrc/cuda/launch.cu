@@ -1,20 +1,75 @@
-// What CUDA says when it refuses a call.
+// What CUDA says when it refuses a call, and which versions of it meet here.
 
 #include "cuda/launch.h"
 
+#include <cstdio>
+
 namespace pom::cuda {
 namespace {
-thread_local const char* words = "no error";
+
+thread_local char words[256] = "no error";
+
+// The first driver that serves every CUDA of a major version; 0 where that is not known.
+int first_driver(int runtime) {
+  switch (runtime / 1000) {
+    case 11:
+      return 450;
+    case 12:
+      return 525;
+    case 13:
+      return 580;
+    default:
+      return 0;
+  }
 }
+
+// CUDA's own words say neither which driver it takes nor what to do.
+void say_driver_is_old() {
+  const Versions v = versions();
+  char found[64] = "there is no NVIDIA driver that loads", needed[32] = "a later driver";
+  if (v.driver)
+    std::snprintf(found, sizeof found, "the NVIDIA driver is too old: it serves CUDA %d.%d", v.driver / 1000,
+                  v.driver % 1000 / 10);
+  if (const int first = first_driver(v.runtime)) std::snprintf(needed, sizeof needed, "driver %d or later", first);
+  std::snprintf(words, sizeof words,
+                "%s, and this library is linked to CUDA %d.%d: install %s, or build the library here with the toolkit "
+                "that torch.version.cuda names",
+                found, v.runtime / 1000, v.runtime % 1000 / 10, needed);
+}
+
+void say_no_code(cudaError_t code) {
+  int device = 0, major = 0, minor = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
+  if (known)
+    std::snprintf(words, sizeof words, "%s, of compute capability %d.%d", cudaGetErrorString(code), major, minor);
+  else
+    std::snprintf(words, sizeof words, "%s", cudaGetErrorString(code));
+}
+
+}  // namespace
 
 Status checked(cudaError_t code) {
   if (code == cudaSuccess) return Status::ok;
-  words = cudaGetErrorString(code);
+  const bool no_code = code == cudaErrorNoKernelImageForDevice || code == cudaErrorInvalidDeviceFunction;
   cudaGetLastError();  // said here: nobody else's check should find it again
-  return code == cudaErrorNoKernelImageForDevice || code == cudaErrorInvalidDeviceFunction ? Status::no_device_code
-                                                                                           : Status::device_error;
+  if (no_code)
+    say_no_code(code);
+  else if (code == cudaErrorInsufficientDriver)
+    say_driver_is_old();
+  else
+    std::snprintf(words, sizeof words, "%s", cudaGetErrorString(code));
+  return no_code ? Status::no_device_code : Status::device_error;
 }
 
 const char* error() { return words; }
+
+Versions versions() {
+  Versions v;
+  if (cudaRuntimeGetVersion(&v.runtime) != cudaSuccess) v.runtime = 0;
+  if (cudaDriverGetVersion(&v.driver) != cudaSuccess) v.driver = 0;
+  return v;
+}
 
 }  // namespace pom::cuda

@@ -17,7 +17,7 @@ namespace pom::cuda {
 
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;  // of a grid's first dimension
 
-// Keeps CUDA's own words for `error()`.
+// Keeps CUDA's own words, or clearer ones, for `error()`.
 Status checked(cudaError_t code);
 
 template <class T>
@@ -37,6 +37,7 @@ Status launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t
                                   pointers, shared_bytes, static_cast<cudaStream_t>(stream)));
 #else
   (void)stream;
+  if (cuda_on_cpu::refusal != cudaSuccess) return checked(cuda_on_cpu::refusal);
   cuda_on_cpu::launch(unsigned(blocks), threads, shared_bytes, [=] { kernel(arguments...); });
   return Status::ok;
 #endif
@@ -50,5 +51,8 @@ Status check_kernel(void (*kernel)(Parameters...), int threads) {
   if (const Status s = checked(cudaFuncGetAttributes(&attributes, kernel)); s != Status::ok) return s;
   return attributes.maxThreadsPerBlock < threads ? Status::no_device_code : Status::ok;
 }
+
+// Whether a call for which check_kernel says this is worth a try: what is wrong with the device, the call itself tells.
+inline bool is_worth_a_try(Status status) { return status == Status::ok || status == Status::device_error; }
 
 }  // namespace pom::cuda

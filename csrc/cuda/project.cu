@@ -252,7 +252,6 @@ struct ProjectPlan {
 template <class Kernel>
 Status launch_project(Kernel kernel, const ProjectSums& sums, void* stream) {
   int device, multiprocessors;
-  if (const Status s = check_kernel(kernel, kProjectThreads); s != Status::ok) return s;
   if (const Status s = checked(cudaGetDevice(&device)); s != Status::ok) return s;
   const cudaDeviceAttr how_many = cudaDevAttrMultiProcessorCount;
   if (const Status s = checked(cudaDeviceGetAttribute(&multiprocessors, how_many, device)); s != Status::ok) return s;
@@ -296,6 +295,8 @@ Status run(const ProjectStateArgs& args, void* workspace, void* stream) {
   ProjectPlan plan(args, workspace);
   const Features& f = args.features;
   if (f.batch * args.groups.count == 0) return Status::ok;
+  const Status found = with_project(f, [](auto kernel) { return check_kernel(kernel, kProjectThreads); });
+  if (found != Status::ok) return found;
   const int64_t token_stride = most(8, args.x_token_stride), batch_stride = most(8, args.x_batch_stride);
   const Tensor16 x = {args.x, args.dim, f.tokens, f.batch, token_stride, batch_stride};
   const Tensor16 weight = {args.weight, args.dim, f.width, 1, args.dim, args.dim * f.width};
@@ -312,7 +313,7 @@ Status run(const ProjectStateArgs& args, void* workspace, void* stream) {
 
 bool projects(const ProjectStateArgs& args) {
   return check(args) == Status::ok &&
-         with_project(args.features, [](auto kernel) { return check_kernel(kernel, kProjectThreads); }) == Status::ok;
+         is_worth_a_try(with_project(args.features, [](auto kernel) { return check_kernel(kernel, kProjectThreads); }));
 }
 
 size_t workspace(const ProjectStateArgs& args) {

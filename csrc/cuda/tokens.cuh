@@ -1,5 +1,5 @@
-// Projected tokens and gates as one thread sees them: Vec channels in each of a few ranges, with weights, heads and
-// rotary positions taken care of. Numbers of a thread are arrays [range * Vec + i].
+// Projected tokens as one thread sees them: Vec channels in each of a few ranges, with weights and rotary positions
+// taken care of. Numbers of a thread are arrays [range * Vec + i].
 #pragma once
 
 #include "cuda/block.cuh"
@@ -153,7 +153,9 @@ struct FeatureTokens {
   static constexpr bool along = is_along<Form>;
   using Num = Number<Acc, along>;
   using Rows = RowsOf<T, Vec, kRanges>;
-  using Raw = Loaded<Rows, along>;
+  struct Raw : Loaded<Rows, along> {
+    Acc weight;
+  };
 
   const Form form;
   const Place place;
@@ -195,6 +197,7 @@ struct FeatureTokens {
   POM_HD void load(int64_t token, Raw& raw) const {
     u.load(token, raw.at);
     if constexpr (along) u_tangent.load(token, raw.along);
+    raw.weight = weight(token);
   }
 
   POM_HD Acc weight(int64_t token) const { return weights ? weights[token] : Acc(1); }
@@ -230,18 +233,14 @@ struct FeatureTokens {
   POM_HD void add(int64_t token, const Raw& raw, Acc (&sum)[kNumbers]) const {
     Acc phi[kNumbers];
     value(token, raw, phi);
-    const Acc w = weight(token);
     POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) sum[i] += w * phi[i];
+    for (int i = 0; i < kNumbers; ++i) sum[i] += raw.weight * phi[i];
   }
 
   // du from dφ (which is overwritten), and dc += a^i dφ
   POM_HD void slope(int64_t token, const Raw& raw, Acc* dphi, Acc* du, Acc (&dc)[kRanges][Vec][kCoeffs]) const {
-    if (weights) {
-      const Acc w = weights[token];
-      POM_UNROLL
-      for (int i = 0; i < kNumbers; ++i) dphi[i] *= w;
-    }
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; ++i) dphi[i] *= raw.weight;
     if (turns()) rotate<Vec>(rotary, token, place.pair, true, dphi);
     Num x[kNumbers];
     unpack<Rows>(raw, x);
@@ -279,138 +278,6 @@ struct FeatureTokens {
   POM_HD void scatter(const Num* factors, int i, Acc* x) const {
     POM_UNROLL
     for (int r = 0; r < form.factors(); ++r) x[r * Vec + i] = outcome(factors[r]);
-  }
-};
-
-// One head among heads that are turned among themselves: the head it is paired with, and their angle.
-struct TurnedHead {
-  int64_t head = 0, other = 0;
-  int64_t pair = -1;  // column of the angle tables, or -1 where it does not turn
-  bool low = true;    // of the two
-
-  TurnedHead() = default;
-  POM_HD TurnedHead(const Rotary& rotary, int64_t head) : head(head) {
-    if (head >= 2 * rotary.half * rotary.axes) return;
-    const int64_t axis = head / (2 * rotary.half), within = head - axis * 2 * rotary.half;
-    low = within < rotary.half;
-    other = low ? head + rotary.half : head - rotary.half;
-    pair = axis * rotary.half + (low ? within : within - rotary.half);
-  }
-
-  // The head after a turn, backwards if `transpose`; x(h) gives head h before.
-  template <class Acc, class X>
-  POM_HD Acc turn(const Rotary& rotary, int64_t token, bool transpose, X x) const {
-    if (pair < 0) return x(head);
-    const int64_t at = token * rotary.half * rotary.axes + pair;
-    const Acc cos = static_cast<const Acc*>(rotary.cos)[at], sin = static_cast<const Acc*>(rotary.sin)[at];
-    return x(head) * cos + (low != transpose ? -x(other) : x(other)) * sin;
-  }
-};
-
-// The gates of one sample's queries at the channels of a thread: one per channel, or one for all channels of a head.
-// With Along<Gate> their derivatives along a tangent.
-template <class Gate, class T_, int Vec_, int ranges>
-struct GateTokens {
-  using T = T_;
-  using Acc = typename accumulator<T>::type;
-  static constexpr int Vec = Vec_;
-  static constexpr int kNumbers = ranges * Vec;
-  static constexpr bool along = is_along<Gate>;
-  using Num = Number<Acc, along>;
-  using Rows = RowsOf<T, Vec, ranges>;
-  using Raw = Loaded<Rows, along>;
-
-  const Place place;
-  const Rows gate, tangent;
-  const Rotary rotary;
-  const bool by_head;
-  TurnedHead heads[ranges];
-
-  POM_HD GateTokens(const Gates& g, int64_t batch, const Place& place)
-      : place(place),
-        gate(g.gate, batch * g.gate_batch_stride, g.gate_token_stride, place),
-        tangent(g.tangent, batch * g.tangent_batch_stride, g.tangent_token_stride, place),
-        rotary(g.rotary),
-        by_head(g.heads > 1) {
-    if (!by_head) return;
-    const unsigned per_head = unsigned(g.channels / g.heads);
-    POM_UNROLL
-    for (int r = 0; r < ranges; ++r)
-      if (r < place.ranges) heads[r] = TurnedHead(rotary, unsigned(place.channel + r * place.stride) / per_head);
-  }
-
-  POM_HD bool turns() const { return ranges == 2 && !by_head && place.pair >= 0 && rotary.axes; }
-
-  POM_HD void load(int64_t token, Raw& raw) const {
-    if (by_head) return;
-    gate.load(token, raw.at);
-    if constexpr (along) tangent.load(token, raw.along);
-  }
-
-  // γ(g), turned, or its derivative
-  POM_HD void value(int64_t token, const Raw& raw, Acc* value) const {
-    turned(token, raw, [](Num x) { return outcome(Gate::value(x)); }, value);
-  }
-
-  // y = γ(g) ⊙ H
-  POM_HD void multiply(int64_t token, const Raw& raw, const Acc (&mean)[kNumbers], Acc (&y)[kNumbers]) const {
-    value(token, raw, y);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) y[i] *= mean[i];
-  }
-  // The derivative of that, for a mean with one.
-  POM_HD void multiply(int64_t token, const Raw& raw, const Dual<Acc> (&mean)[kNumbers], Acc (&y)[kNumbers]) const {
-    Acc gamma[kNumbers];
-    turned(token, raw, [](Num x) { return Gate::value(x).value; }, gamma);
-    value(token, raw, y);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) y[i] = outcome(Dual<Acc>(gamma[i], y[i]) * mean[i]);
-  }
-
-  // With a gate per channel: dg from the gradient of γ, which is overwritten.
-  POM_HD void slope(int64_t token, const Raw& raw, Acc* dvalue) const {
-    if (turns()) rotate<Vec>(rotary, token, place.pair, true, dvalue);
-    Num x[kNumbers];
-    unpack<Rows>(raw, x);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) dvalue[i] *= outcome(Gate::slope(x[i]));
-  }
-
- private:
-  // of(g) at every channel, turned
-  template <class Of>
-  POM_HD void turned(int64_t token, const Raw& raw, Of of, Acc* value) const {
-    if (by_head) {
-      auto gate_of = [&](int64_t head) {
-        Num x;
-        head_number(token, head, x);
-        return of(x);
-      };
-      POM_UNROLL
-      for (int r = 0; r < ranges; ++r) {
-        const Acc of_head = r < place.ranges ? heads[r].template turn<Acc>(rotary, token, false, gate_of) : Acc(0);
-        POM_UNROLL
-        for (int i = 0; i < Vec; ++i) value[r * Vec + i] = of_head;
-      }
-      return;
-    }
-    Num x[kNumbers];
-    unpack<Rows>(raw, x);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) value[i] = of(x[i]);
-    if (turns()) rotate<Vec>(rotary, token, place.pair, false, value);
-  }
-
-  POM_HD Acc one(const Rows& rows, int64_t token, int64_t head) const {
-    Packed<T, 1> packed;
-    Acc x;
-    packed.load(rows.row0 - place.channel + token * rows.token_stride + head);
-    packed.unpack(&x);
-    return x;
-  }
-  POM_HD void head_number(int64_t token, int64_t head, Acc& x) const { x = one(gate, token, head); }
-  POM_HD void head_number(int64_t token, int64_t head, Dual<Acc>& x) const {
-    x = {one(gate, token, head), one(tangent, token, head)};
   }
 };
 

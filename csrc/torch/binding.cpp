@@ -157,6 +157,18 @@ std::string cuda_architectures() {
 #endif
 }
 
+// CUDA's version in the runtime that the library is linked to, and the latest that the driver here serves: "13.0 12.8",
+// "13.0 0.0" without a driver, nothing where the library was built without CUDA.
+std::string cuda_versions() {
+#ifdef POM_CUDA
+  auto text = [](int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); };
+  const pom::cuda::Versions versions = pom::cuda::versions();
+  return text(versions.runtime) + " " + text(versions.driver);
+#else
+  return "";
+#endif
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(pom_ext, m) {
@@ -197,6 +209,7 @@ STABLE_TORCH_LIBRARY(pom_ext, m) {
       "int gate_axes, int form, int degree, int heads) -> Tensor");
   m.def("instruction_set() -> str");
   m.def("cuda_architectures() -> str");
+  m.def("cuda_versions() -> str");
 }
 
 #define POM_IMPLEMENT(m)                                          \
@@ -217,4 +230,5 @@ STABLE_TORCH_LIBRARY_IMPL(pom_ext, CUDA, m) { POM_IMPLEMENT(m); }
 STABLE_TORCH_LIBRARY_IMPL(pom_ext, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
   m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
+  m.impl("cuda_versions", TORCH_BOX(&cuda_versions));
 }

@@ -78,6 +78,8 @@ void call_cuda(const Args& args, const Tensor& like, typename Operation<Args>::C
   if (status == pom::Status::no_device_code || status == pom::Status::device_error)
     details = std::string(" (") + pom::cuda::error() + " on " + name_of(like) +
               "; built for " POM_CUDA_ARCHITECTURES ")";
+  if (status == pom::Status::no_device_code)
+    details += ". In the source folder, `pip install --no-build-isolation -e .` builds for the GPUs that are visible";
   STD_TORCH_CHECK(status == pom::Status::ok, pom::message(status), details);
 }
 #elif defined(POM_CUDA_ON_CPU)

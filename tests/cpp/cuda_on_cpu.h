@@ -182,7 +182,11 @@ inline unsigned atomicInc(unsigned* p, unsigned last) {
 
 // Of a graphics card with few multiprocessors, and kernels that were compiled for it.
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
+};
 struct cudaFuncAttributes {
   int maxThreadsPerBlock;
 };
@@ -190,9 +194,15 @@ struct cudaFuncAttributes {
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
+  cudaErrorInsufficientDriver = 35,
   cudaErrorInvalidDeviceFunction = 98,
   cudaErrorNoKernelImageForDevice = 209
 };
+namespace cuda_on_cpu {
+// What kernels are answered that are launched or asked for from now on, and the versions of the driver and the runtime.
+inline thread_local cudaError_t refusal = cudaSuccess;
+inline thread_local int driver = 13000, runtime = 13000;
+}  // namespace cuda_on_cpu
 using cudaStream_t = void*;
 enum cudaMemcpyKind { cudaMemcpyDefault };
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
@@ -204,14 +214,21 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
-  return *attributes = {1024}, cudaSuccess;
+  return *attributes = {1024}, cuda_on_cpu::refusal;
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
   return cuda_on_cpu::asked_shared = size_t(bytes), cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 3, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  return *value = attribute == cudaDevAttrMultiProcessorCount      ? 3
+                  : attribute == cudaDevAttrComputeCapabilityMajor ? 9
+                                                                   : 0,
+         cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = cuda_on_cpu::driver, cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = cuda_on_cpu::runtime, cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
@@ -219,6 +236,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
       return "no error";
     case cudaErrorInvalidValue:
       return "invalid argument";
+    case cudaErrorInsufficientDriver:
+      return "CUDA driver version is insufficient for CUDA runtime version";
     case cudaErrorInvalidDeviceFunction:
       return "invalid device function";
     default:

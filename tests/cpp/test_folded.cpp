@@ -118,6 +118,24 @@ void test_groups() {
   }
 }
 
+// What is wrong with the device is said by the call, and nothing else is tried in its place.
+void test_an_old_driver() {
+  const FoldedCase c = {Form::power, Dtype::bf16, 2, 37, 64, 8, 16, 40, {}, 1, true};
+  FoldedInputs in(c);
+  Buffer y(c.dtype, c.batch * c.queries * c.out_dim);
+  in.args.y = y.data();
+  const size_t bytes = pom::cuda::workspace(in.args);
+  Workspace memory(bytes);
+  cuda_on_cpu::refusal = cudaErrorInsufficientDriver;
+  const bool taken = pom::cuda::folds(in.args);
+  const Status got = pom::cuda::folded_readout(in.args, memory.data(), bytes, nullptr);
+  cuda_on_cpu::refusal = cudaErrorNoKernelImageForDevice;
+  const bool without_code = pom::cuda::folds(in.args);
+  cuda_on_cpu::refusal = cudaSuccess;
+  expect(taken && got == Status::device_error && y.untouched(), "an old driver: %s", message(got));
+  expect(!without_code, "a GPU that there is no code for is taken");
+}
+
 void test_refusals() {
   const FoldedCase c = {Form::power, Dtype::bf16, 2, 37, 64, 8, 16, 40, {}, 1, true};
   FoldedInputs in(c);
@@ -160,5 +178,6 @@ int main() {
   test_groups();
   section("refusals");
   test_refusals();
+  test_an_old_driver();
   return check::finish();
 }

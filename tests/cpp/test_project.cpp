@@ -94,6 +94,24 @@ void test_no_numbers() {
   }
 }
 
+// What is wrong with the device is said by the call, and nothing else is tried in its place.
+void test_an_old_driver() {
+  const ProjectCase p = {{Form::power, 3, Dtype::bf16, Context::whole, false, false, {1, 70, 16}}, 64, true};
+  const Tokens tokens(p);
+  StateBuffers out(Dtype::f32, 1, 16);
+  const ProjectStateArgs args = tokens.args(p, out.view());
+  const size_t bytes = pom::cuda::workspace(args);
+  Workspace memory(bytes);
+  cuda_on_cpu::refusal = cudaErrorInsufficientDriver;
+  const bool taken = pom::cuda::projects(args);
+  const Status got = pom::cuda::project_state(args, memory.data(), bytes, nullptr);
+  cuda_on_cpu::refusal = cudaErrorNoKernelImageForDevice;
+  const bool without_code = pom::cuda::projects(args);
+  cuda_on_cpu::refusal = cudaSuccess;
+  expect(taken && got == Status::device_error && out.total.untouched(), "an old driver: %s", message(got));
+  expect(!without_code, "a GPU that there is no code for is taken");
+}
+
 // What the kernel is not made for is said, and leaves the output alone.
 void test_refusals() {
   const ProjectCase p = {{Form::power, 3, Dtype::bf16, Context::whole, false, false, {1, 70, 16}}, 64, true};
@@ -142,5 +160,6 @@ int main() {
   test_no_numbers();
   section("refusals");
   test_refusals();
+  test_an_old_driver();
   return check::finish();
 }

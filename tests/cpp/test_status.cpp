@@ -1,6 +1,8 @@
 // Every way in which the torch-free library refuses a call: the status, and that no output is touched.
 
 #include <set>
+#include <string>
+#include <tuple>
 
 #include "inputs.h"
 #ifdef POM_TEST_CUDA
@@ -260,13 +262,48 @@ void test_refused_updates() {
 // What CUDA says becomes a status, and its words are kept.
 void test_cuda_errors() {
   using pom::cuda::checked;
+  auto says = [](const char* part) { return std::strstr(pom::cuda::error(), part) != nullptr; };
   expect(checked(cudaSuccess) == Status::ok, "success is an error");
   for (const auto& [code, status] : {std::pair{cudaErrorNoKernelImageForDevice, Status::no_device_code},
                                      {cudaErrorInvalidDeviceFunction, Status::no_device_code},
                                      {cudaErrorInvalidValue, Status::device_error}}) {
     expect(checked(code) == status, "%s: '%s'", cudaGetErrorString(code), message(checked(code)));
-    expect(std::string(pom::cuda::error()) == cudaGetErrorString(code), "error() says '%s'", pom::cuda::error());
+    expect(says(cudaGetErrorString(code)), "error() says '%s'", pom::cuda::error());
+    const bool no_code = status == Status::no_device_code;
+    expect(says("of compute capability 9.0") == no_code, "error() says '%s'", pom::cuda::error());
   }
+}
+
+// What is wrong, and the driver that would do.
+void test_an_old_driver() {
+  const pom::cuda::Versions here = pom::cuda::versions();
+  expect(here.runtime == cuda_on_cpu::runtime && here.driver == cuda_on_cpu::driver, "other versions");
+  for (const auto& [runtime, driver, words] :
+       {std::tuple{13000, 12040, "serves CUDA 12.4, and this library is linked to CUDA 13.0: install driver 580 or"},
+        {12080, 11080, "serves CUDA 11.8, and this library is linked to CUDA 12.8: install driver 525 or later"},
+        {14020, 13010, "serves CUDA 13.1, and this library is linked to CUDA 14.2: install a later driver, or build"},
+        {13000, 0, "there is no NVIDIA driver that loads, and this library is linked to CUDA 13.0: install driver"}}) {
+    cuda_on_cpu::runtime = runtime, cuda_on_cpu::driver = driver;
+    expect(pom::cuda::checked(cudaErrorInsufficientDriver) == Status::device_error, "another status");
+    const std::string said = pom::cuda::error();
+    expect(said.find(words) != said.npos && said.find("torch.version.cuda names") != said.npos, "error() says '%s'",
+           said.c_str());
+  }
+  cuda_on_cpu::runtime = here.runtime, cuda_on_cpu::driver = here.driver;
+}
+
+// Every operation ends with what its first kernel is answered.
+void test_a_refused_launch() {
+  const Shape shape = {2, 7, 9};
+  const Inputs in({Form::power, 3, Dtype::f32, Context::whole, true, false, shape, 1, 2});
+  StateBuffers out(in.acc, shape.batch, in.p.channels());
+  const StateArgs args = {in.features, in.groups, out.view()};
+  const size_t bytes = device::workspace(args);
+  const Workspace workspace(bytes);
+  cuda_on_cpu::refusal = cudaErrorInsufficientDriver;
+  const Status status = call(args, workspace.data(), bytes, in_order(true));
+  cuda_on_cpu::refusal = cudaSuccess;
+  expect(status == Status::device_error && out.total.untouched(), "state: '%s'", message(status));
 }
 #endif
 
@@ -287,6 +324,8 @@ int main() {
 #ifdef POM_TEST_CUDA
   section("CUDA's errors");
   test_cuda_errors();
+  test_an_old_driver();
+  test_a_refused_launch();
 #endif
   return check::finish();
 }

@@ -265,19 +265,27 @@ Status mix(const MixArgs& args, void* workspace, size_t bytes, void* stream);
 Status update(const UpdateArgs& args, void* workspace, size_t bytes, void* stream);
 
 // By the tensor cores of GPUs of compute capability 9.0: bf16 and f16, the power form of degrees 2 to 4 without rotary
-// positions, directions or a mask, and sizes, strides and addresses of whole 16 bytes. Whether a call is one of these:
+// positions, directions or a mask, and sizes, strides and addresses of whole 16 bytes. Whether a call is one of these;
+// if something is wrong with the device, the call tells:
 bool projects(const ProjectStateArgs& args);
 size_t workspace(const ProjectStateArgs& args);
 Status project_state(const ProjectStateArgs& args, void* workspace, size_t bytes, void* stream);
 
 // By the tensor cores of compute capability 8.0 and later: bf16 and f16, up to 64 heads and 6,144 channels, those of a
-// head a multiple of 8, and sizes, strides and addresses of whole 16 bytes. Whether a call is one of these:
+// head a multiple of 8, and sizes, strides and addresses of whole 16 bytes. Whether a call is one of these, likewise:
 bool folds(const FoldedReadoutArgs& args);
 size_t workspace(const FoldedReadoutArgs& args);
 Status folded_readout(const FoldedReadoutArgs& args, void* workspace, size_t bytes, void* stream);
 
 // What CUDA said of the last call on this thread that returned no_device_code or device_error.
 const char* error();
+
+// 13000 for CUDA 13.0: of the runtime that the library is linked to, and the latest that the driver here serves, 0
+// without one. Needs no GPU.
+struct Versions {
+  int runtime = 0, driver = 0;
+};
+Versions versions();
 
 }  // namespace cuda
 }  // namespace pom
