@@ -37,7 +37,7 @@ Status join_coeff(const Acc* rows, int64_t count, int64_t degree, int64_t width,
 // four rows at a time, and these to each other. What other blocks have written before a fence is seen.
 template <class Number>
 __device__ double column_sum(const Number* column, int64_t stride, int64_t first, int64_t last) {
-  constexpr int kSums = 8, kRows = 4, kAtOnce = 4;  // sums at once: more would take too many registers
+  constexpr int kSums = 8, kRows = 4, kAtOnce = sizeof(Number) == 4 ? 8 : 4;  // sums at once, as registers allow
   double sum = 0;
   POM_UNROLL_1
   for (int begin = 0; begin < kSums; begin += kAtOnce) {
