@@ -48,6 +48,7 @@ class Kernel:
     shared: int = 0
     threads: int = 0  # at most in a block; 0 where the PTX was not read
     loads: dict = dataclasses.field(default_factory=dict)  # from global memory: {bits: instructions}
+    ahead: int | None = None  # 128-bit loads that stand before the first product of a tensor core, if there is one
 
     @property
     def vector_bits(self):
@@ -120,8 +121,14 @@ def parse_log(text):
 ACCESS = re.compile(r"\bld\.global\S*?(?:\.v(\d))?\.[busf](\d+)\s")
 
 
+def loads_ahead(code, load, product):
+    """How many loads stand before the first product in a kernel's code; None if it has no product."""
+    before, found, _ = code.partition(product)
+    return len(re.findall(load, before)) if found else None
+
+
 def parse_ptx(text):
-    """(architecture, {mangled name: (threads of a block, {bits of a load from global memory: how many})})."""
+    """(architecture, {mangled name: (threads of a block, {bits of a load from global memory: how many}, ahead)})."""
     arch = re.search(r"^\.target sm_(\d+)(\d)[af]?", text, re.MULTILINE)
     kernels = {}
     for body in re.split(r"^(?:\.\w+ )*\.entry ", text, flags=re.MULTILINE)[1:]:
@@ -129,7 +136,8 @@ def parse_ptx(text):
         for match in ACCESS.finditer(body):
             bits = int(match[1] or 1) * int(match[2])
             loads[bits] = loads.get(bits, 0) + 1
-        kernels[re.match(r"\w+", body)[0]] = (int(threads[1]) if threads else 0, loads)
+        ahead = loads_ahead(body, r"\bld\.global\S*\.v4\.[busf]32\s", "mma.sync")
+        kernels[re.match(r"\w+", body)[0]] = (int(threads[1]) if threads else 0, loads, ahead)
     return f"{arch[1]}.{arch[2]}", kernels
 
 
@@ -148,11 +156,26 @@ def parse_sass(text):
     return kernels
 
 
+def parse_sass_ahead(text):
+    """{(mangled name, architecture): 128-bit loads ahead of the first product} of the kernels that have one."""
+    kernels = {}
+    if " HMMA." not in text:
+        return kernels
+    for code in text.split("code for sm_")[1:]:
+        arch = re.sub(r"^(\d+)(\d)[af]?\s.*", r"\1.\2", code, flags=re.DOTALL)
+        for body in code.split("Function : ")[1:]:
+            ahead = loads_ahead(body, r"\sLDG\.E\S*\.128\b", " HMMA.")
+            if ahead is not None:
+                kernels[re.match(r"\w+", body)[0], arch] = ahead
+    return kernels
+
+
 def disassembled(file):
-    """parse_sass of an object file, or nothing without the tools for it."""
+    """(parse_sass, parse_sass_ahead) of an object file, or nothing without the tools for it."""
     if not (shutil.which("cuobjdump") and shutil.which("nvdisasm")):
-        return {}
-    return parse_sass(subprocess.run(["cuobjdump", "-sass", file], check=True, capture_output=True, text=True).stdout)
+        return {}, {}
+    text = subprocess.run(["cuobjdump", "-sass", file], check=True, capture_output=True, text=True).stdout
+    return parse_sass(text), parse_sass_ahead(text)
 
 
 def read_build(folder=BUILD):
@@ -167,12 +190,16 @@ def read_build(folder=BUILD):
         kernels |= parse_log(log.read_text())
     for file in sorted(Path(folder).glob("*.ptx")):
         arch, found = parse_ptx(file.read_text())
-        for name, (threads, loads) in found.items():
+        for name, (threads, loads, ahead) in found.items():
             if (name, arch) in kernels:
-                kernels[name, arch].threads, kernels[name, arch].loads = threads, loads
+                kernel = kernels[name, arch]
+                kernel.threads, kernel.loads, kernel.ahead = threads, loads, ahead
     for log in logs:
-        for key, loads in disassembled(log.with_suffix(".o")).items():
+        loads_of, ahead_of = disassembled(log.with_suffix(".o"))
+        for key, loads in loads_of.items():
             kernels[key].loads = loads
+        for key, ahead in ahead_of.items():
+            kernels[key].ahead = ahead
     names = demangled(sorted({kernel.name for kernel in kernels.values()}))
     for kernel in kernels.values():
         kernel.name = names[kernel.name]

@@ -83,6 +83,17 @@ def test_vectorised_kernels_load_whole_vectors(arch, kernels):
     assert not narrow, "\n".join(["these load less at once:", *resources.table(narrow)])
 
 
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_loads_are_in_flight_together(arch, kernels):
+    """A warp that multiplies what it loads has many loads on their way before the first product waits for one."""
+    number = arch.removesuffix("+PTX")
+    products = [kernel for kernel in kernels if kernel.arch == number and kernel.ahead is not None]
+    assert len(products) == (16 if float(number) >= 8 else 0), "one for each gate, type and sixteen of heads"
+    few = [f"{kernel.name}: {kernel.ahead}" for kernel in products if kernel.ahead < 16]
+    assert not few, f"these have fewer than 16 loads ahead of their first product: {few}"
+
+
 LOG = """
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z5firstv' for 'sm_80'
@@ -124,13 +135,15 @@ def test_ptx_is_read():
 	ld.global.L1::no_allocate.u16 	%rs1, [%rd1];
 	st.global.v4.f32 	[%rd1], {%f1, %f2, %f3, %f4};
 	ld.shared.v4.f32 	{%f1, %f2, %f3, %f4}, [%r7];
+	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1, %f2, %f3, %f4}, {%r1, %r2, %r3, %r4}, {%r5, %r6};
+	ld.global.v4.u32 	{%r1, %r2, %r3, %r4}, [%rd1];
 }
 .entry _Z1bv()
 {
 	ret;
 }
 """
-    assert resources.parse_ptx(text) == ("9.0", {"_Z1av": (256, {128: 3, 16: 1}), "_Z1bv": (0, {})})
+    assert resources.parse_ptx(text) == ("9.0", {"_Z1av": (256, {128: 4, 16: 1}, 2), "_Z1bv": (0, {}, None)})
 
 
 def test_machine_code_is_read():
@@ -143,11 +156,14 @@ def test_machine_code_is_read():
         /*3360*/                   LDG.E.U16 R24, desc[UR26][R50.64] ;
         /*3370*/                   STG.E.128 desc[UR26][R50.64], R24 ;
         /*3380*/                   LDL.128 R24, [R1] ;
+        /*3390*/                   HMMA.16816.F32.BF16 R4, R8, R20, R4 ;
+        /*33a0*/                   LDG.E.128 R24, desc[UR26][R50.64] ;
 	code for sm_80
 		Function : _Z1av
         /*0000*/                   LDG.E.64 R24, [R50.64] ;
 """
-    assert resources.parse_sass(text) == {("_Z1av", "9.0"): {128: 2, 32: 1, 16: 1}, ("_Z1av", "8.0"): {64: 1}}
+    assert resources.parse_sass(text) == {("_Z1av", "9.0"): {128: 3, 32: 1, 16: 1}, ("_Z1av", "8.0"): {64: 1}}
+    assert resources.parse_sass_ahead(text) == {("_Z1av", "9.0"): 2}
 
 
 def test_names_are_short():

@@ -1,6 +1,7 @@
 """The layer's own ways with its projections: in blocks, folded, stored or made again. All are the same function."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +9,9 @@ import torch.nn.functional as F
 from cases import FLOOR, norm_error, twice_differentiable_gate
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pom_ext import PoM, _blocks, module, reference
+from pom_ext import PoM, _blocks, _projections, module, polynomial_state, reference
 from pom_ext.ops import angles_of
-from pom_ext.projected import folding_pays
+from pom_ext.projected import folded_readout, folding_pays
 
 LAYERS = {
     "power-heads": {"form": "power", "degree": 3, "n_sel_heads": 4},
@@ -394,6 +395,36 @@ def test_when_folding_pays():
     assert not folding_pays(x, 1, 1024, 1)
     assert not folding_pays(x, 64, 1024, 8, even=False)
     assert not folding_pays(x[:, :1], 1, 1024, 8)
+
+
+def test_when_folding_pays_on_a_gpu():
+    """With gradients from as many queries of all samples on as its small kernels take; without, of a group."""
+    pays = lambda batch, tokens, groups=1: folding_pays(
+        SimpleNamespace(device=torch.device("cuda"), shape=(batch, tokens, 512)), groups, 1024, 8
+    )
+    assert pays(2, 2048) and pays(1, 4096, 64) and not pays(1, 4095) and not pays(2, 2047)
+    with torch.no_grad():
+        assert pays(1, 128) and pays(1, 1280, 10) and not pays(8, 127) and not pays(1, 1279, 10)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("recorded", (False, True), ids=("no gradients", "gradients"))
+def test_a_group_of_no_weight_reads_the_bias_alone(recorded, dtype, device):
+    """Though its tokens, which count nothing, are infinite: then the sum of the group is not a number."""
+    u, weight = torch.randn(2, 60, 64, dtype=dtype, device=device), torch.ones(2, 60, device=device)
+    u[1, 40:, ::3], weight[1, 40:] = float("inf"), 0
+    state = polynomial_state(u, form="product", degree=1, weight=weight, cu_seqlens=[0, 20, 40, 60])
+    assert state.total[1, 2].isnan().any() and state.count[1, 2] == 0
+    gates, out = torch.nn.Linear(32, 4, device=device, dtype=dtype), torch.nn.Linear(64, 24, device=device, dtype=dtype)
+    x = torch.randn(2, 60, 32, dtype=dtype, device=device, requires_grad=True)
+    with torch.set_grad_enabled(recorded):
+        y = folded_readout(x, gates, out, state, form="product", n_sel_heads=4, frames=20)
+        folded = _projections.fold(state.total, state.residual, state.count, out.weight, 4)
+    assert torch.equal(y[1, 40:], out.bias.expand(20, -1)) and y.isfinite().all()
+    assert not folded[1, 2].any() and folded.isfinite().all()
+    if recorded:
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert not grad[1, 40:].any() and grad.isfinite().all()
 
 
 @pytest.mark.parametrize("tokens, batch", [(70, 2), (5, 7), (3, 0), (0, 2)])

@@ -10,10 +10,12 @@ namespace pom::cuda {
 namespace {
 
 constexpr int kRunLength = 8;       // neighbours that a lane loads at once: 16 bytes
-constexpr int kRowShift = 4;        // queries of a warp: 16 rows of a product
+constexpr int kRunsAtOnce = 4;      // that a lane has in flight
+constexpr int kRowShift = 4;        // queries of a block: 16 rows of a product
 constexpr int kHeadsAtOnce = 16;    // inputs of a product
 constexpr int kMostHeads = 64;
 constexpr int kReadThreads = 128;
+constexpr int kParts = kReadThreads / kWarp;
 constexpr int64_t kMostFolded = 6 << 10;  // channels, whose means and sums are in the shared memory of a block
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr bool kHasTensorCores = false;  // for 16-bit types (check_kernel)
@@ -35,51 +37,64 @@ struct Folding {
 
 // A block folds the row of its group into 8 outputs, a warp each.
 template <class T>
-__global__ void __launch_bounds__(kThreads) fold_heads(Folding args) {
+__global__ void __launch_bounds__(kThreads, 4) fold_heads(Folding args) {
   POM_SHARED(memory);
   float* const mean = reinterpret_cast<float*>(memory);
   const int blocks = int(ceil_div(args.out_dim, kThreads / kWarp)), warp = int(threadIdx.x) / kWarp;
   const BlockIndex block(blocks);
-  const int64_t row = block.row, first = row * args.channels;
+  const int out = int(block.slab) * (kThreads / kWarp) + warp, lane = int(threadIdx.x) % kWarp;
+  const int64_t row = block.row, from = row * args.channels;
+  const int runs = out < args.out_dim ? int(args.channels / kRunLength) : 0;
+  const T* const weight = static_cast<const T*>(args.weight) + out * args.channels;
+  Packed<T, kRunLength> packed[kRunsAtOnce];
+  auto load = [&](int first) {
+    POM_UNROLL
+    for (int i = 0; i < kRunsAtOnce; ++i)
+      if (const int run = first + i * kWarp; run < runs) packed[i].load(weight + int64_t(run) * kRunLength);
+  };
+  load(lane);  // on their way while the means are made
+
   const double scale = inverse(args.state.count[row]);
-  const float *total = static_cast<const float*>(args.state.total), *residual = static_cast<const float*>(args.state.residual);
-  for (int64_t c = threadIdx.x; c < args.channels; c += kThreads)
-    mean[c] = float((double(total[first + c]) + double(residual[first + c])) * scale);
+  const float *total = static_cast<const float*>(args.state.total) + from,
+              *residual = static_cast<const float*>(args.state.residual) + from;
+  POM_UNROLL_4
+  for (int c = int(threadIdx.x); c < int(args.channels); c += kThreads)
+    mean[c] = scale != 0 ? float((double(total[c]) + double(residual[c])) * scale) : 0.f;  // of infinite sums too
   __syncthreads();
 
-  const int out = int(block.slab) * (kThreads / kWarp) + warp, lane = int(threadIdx.x) % kWarp;
-  const int64_t runs = args.channels / kRunLength, runs_of_head = args.width / kRunLength;
-  float* const sums = mean + args.channels + warp * runs;  // of every run
-  if (out < args.out_dim) {
-    const T* const weight = static_cast<const T*>(args.weight) + out * args.channels;
-    for (int64_t run = lane; run < runs; run += kWarp) {
-      Packed<T, kRunLength> packed;
-      packed.load(weight + run * kRunLength);
+  float* const sums = mean + args.channels + warp * (args.channels / kRunLength);  // of every run
+  for (int first = lane; first < runs; first += kRunsAtOnce * kWarp) {
+    if (first != lane) load(first);
+    POM_UNROLL
+    for (int i = 0; i < kRunsAtOnce; ++i) {
+      const int run = first + i * kWarp;
+      if (run >= runs) break;
       float w[kRunLength], m[kRunLength];
-      packed.unpack(w);
+      packed[i].unpack(w);
       load_numbers<kRunLength>(mean + run * kRunLength, m);
       float sum = 0;
       POM_UNROLL
-      for (int i = 0; i < kRunLength; ++i) sum += w[i] * m[i];
+      for (int k = 0; k < kRunLength; ++k) sum += w[k] * m[k];
       sums[run] = sum;
     }
   }
   __syncwarp();
   if (out >= args.out_dim) return;
+  const int64_t runs_of_head = args.width / kRunLength;
   T* const to = static_cast<T*>(args.folded) + (row * args.out_dim + out) * args.padded;
   for (int head = lane; head < args.padded; head += kWarp) {
     float sum = 0;
     if (head < args.heads)
       for (int64_t run = head * runs_of_head; run < (head + 1) * runs_of_head; ++run) sum += sums[run];
-    Packed<T, 1> packed;
-    packed.pack(&sum);
-    packed.store(to + head / kHeadsAtOnce * kHeadsAtOnce + place_of(head % kHeadsAtOnce));
+    Packed<T, 1> number;
+    number.pack(&sum);
+    number.store(to + head / kHeadsAtOnce * kHeadsAtOnce + place_of(head % kHeadsAtOnce));
   }
 }
 
 struct Reading {
-  Pieces pieces;  // of the queries, a warp each
-  unsigned slots = 0, all_slots = 0;
+  Pieces pieces;  // of the queries, a block each
+  unsigned slots = 0;
   int64_t queries = 0;
   int dim = 0, heads = 0, out_dim = 0;
   const void* x = nullptr;
@@ -96,64 +111,134 @@ __device__ inline Words<16> load_run(const T* p, bool there) {
   return words;
 }
 
-// The gates of a warp's queries, lanes and numbers as in mma.cuh, for `count` times 8 heads.
+// What part `part` of the channels adds to the gates, lanes and numbers as in mma.cuh, for `count` times 8 heads.
 //
 // Which input is which does not matter to a sum as long as both factors agree: a lane takes eight neighbours of a row.
 template <class T, int count>
-__device__ void project_gates(const Reading& args, const T* const (&rows)[2], float (&gates)[count][4]) {
+__device__ void project_gates(const Reading& args, const T* const (&rows)[2], int part, float (&gates)[count][4]) {
   const int lane = int(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
   const T* const weight = static_cast<const T*>(args.gate_weight) + int64_t(g) * args.dim;
   constexpr int kStep = 4 * kRunLength;
-  POM_UNROLL_4
-  for (int k = kRunLength * q; k < args.dim + kRunLength * q; k += kStep) {
-    const bool inside = k < args.dim;
-    const Words<16> low = load_run(rows[0] + k, inside && rows[0]), high = load_run(rows[1] + k, inside && rows[1]);
+  const int length = int(ceil_div(args.dim, kStep * kParts)) * kStep, begin = part * length;
+  const int end = int(least(args.dim, begin + length));
+  for (int first = begin; first < end; first += kRunsAtOnce * kStep) {
+    // All loads ahead of all products: the bounds of the kernel leave the registers for it (test_cuda_code.py).
+    Words<16> low[kRunsAtOnce], high[kRunsAtOnce], w[kRunsAtOnce][count];
     POM_UNROLL
-    for (int i = 0; i < count; ++i) {
-      const Words<16> w = load_run(weight + int64_t(8 * i) * args.dim + k, inside && 8 * i + g < args.heads);
+    for (int step = 0; step < kRunsAtOnce; ++step) {
+      const int k = first + step * kStep + kRunLength * q;
+      const bool inside = k < end;
+      low[step] = load_run(rows[0] + k, inside && rows[0]), high[step] = load_run(rows[1] + k, inside && rows[1]);
       POM_UNROLL
-      for (int j = 0; j < 4; j += 2)
-        multiply_add<T>(gates[i], {low.word[j], high.word[j], low.word[j + 1], high.word[j + 1]}, w.word[j],
-                        w.word[j + 1]);
+      for (int i = 0; i < count; ++i)
+        w[step][i] = load_run(weight + int64_t(8 * i) * args.dim + k, inside && 8 * i + g < args.heads);
+    }
+    POM_UNROLL
+    for (int step = 0; step < kRunsAtOnce; ++step) {
+      POM_UNROLL
+      for (int i = 0; i < count; ++i) {
+        POM_UNROLL
+        for (int j = 0; j < 4; j += 2)
+          multiply_add<T>(gates[i],
+                          {low[step].word[j], high[step].word[j], low[step].word[j + 1], high[step].word[j + 1]},
+                          w[step][i].word[j], w[step][i].word[j + 1]);
+      }
     }
   }
 }
 
-template <class Gate, class T, int sixteens>
-__global__ void __launch_bounds__(kHasTensorCores ? kReadThreads : kWarp) read_folded(Reading args) {
-  if constexpr (kHasTensorCores) {
-    const unsigned slot = blockIdx.x * (kReadThreads / kWarp) + threadIdx.x / kWarp;
-    if (slot >= args.all_slots) return;
-    const unsigned b = slot / args.slots;
-    const Piece piece = args.pieces.at(slot - b * args.slots);
+// 32 neighbouring outputs of a warp: what its lanes multiply with, and add.
+template <class T, int sixteens>
+struct Outputs {
+  Words<8> inputs[4][sixteens];
+  Packed<T, kRunLength> bias;
+
+  // Column g of product j is output 8 (g / 2) + 2 j + g % 2 of 32: a lane's sums are eight neighbours of a row.
+  __device__ void load(const Reading& args, const T* folded, int first) {
     const int lane = int(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
+    POM_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int out = first + g / 2 * kRunLength + 2 * j + g % 2;
+      const T* const row = folded + int64_t(out) * (sixteens * kHeadsAtOnce) + 4 * q;
+      POM_UNROLL
+      for (int i = 0; i < sixteens; ++i) {
+        inputs[j][i] = {};
+        if (out < args.out_dim) inputs[j][i] = *reinterpret_cast<const Words<8>*>(row + i * kHeadsAtOnce);
+      }
+    }
+    bias = {};
+    if (const int out = first + kRunLength * q; args.out_bias && out < args.out_dim)
+      bias.load(static_cast<const T*>(args.out_bias) + out);
+  }
+
+  __device__ void multiply(const uint32_t (&values)[sixteens][4], float (&sums)[4][4]) const {
+    POM_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      POM_UNROLL
+      for (int i = 0; i < sixteens; ++i) multiply_add<T>(sums[j], values[i], inputs[j][i].word[0], inputs[j][i].word[1]);
+    }
+  }
+};
+
+// A block takes 16 queries. Its four warps add up the gates of a quarter of the channels each, and then write a quarter
+// of the outputs each. The quarters depend on `dim` and `out_dim` alone, so the bits on nothing else of the call.
+template <class Gate, class T, int sixteens>
+__global__ void __launch_bounds__(kHasTensorCores ? kReadThreads : kWarp, sixteens == 1 ? 4 : 2)
+    read_folded(Reading args) {
+  if constexpr (kHasTensorCores) {
+    constexpr int kGates = 2 * sixteens, kPadded = sixteens * kHeadsAtOnce;
+    POM_SHARED(memory);
+    float* const parts = reinterpret_cast<float*>(memory);  // (kParts, kGates * 4, kWarp)
+    const unsigned b = blockIdx.x / args.slots;
+    const Piece piece = args.pieces.at(blockIdx.x - b * args.slots);
+    if (piece.begin >= piece.end) return;
+    const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
     const int64_t query[] = {piece.begin + g, piece.begin + g + 8};
     const bool there[] = {query[0] < piece.end, query[1] < piece.end};
-    if (piece.begin >= piece.end) return;
 
     const T *const x = static_cast<const T*>(args.x) + b * args.x_batch_stride, *rows[2];
     POM_UNROLL
     for (int i = 0; i < 2; ++i) rows[i] = there[i] ? x + query[i] * args.x_token_stride : nullptr;
-    float gates[2 * sixteens][4] = {};
-    project_gates<T>(args, rows, gates);
+    float gates[kGates][4] = {};
+    if (warp == 0 && args.gate_bias) {
+      POM_UNROLL
+      for (int i = 0; i < kGates; ++i) {
+        POM_UNROLL
+        for (int k = 0; k < 2; ++k)
+          if (const int head = 8 * i + 2 * q + k; head < args.heads) {
+            Packed<T, 1> bias;
+            bias.load(static_cast<const T*>(args.gate_bias) + head);
+            bias.unpack(&gates[i][k]);
+            gates[i][k + 2] = gates[i][k];
+          }
+      }
+    }
+    project_gates<T>(args, rows, warp, gates);
+    POM_UNROLL
+    for (int i = 0; i < kGates * 4; ++i) parts[(warp * kGates * 4 + i) * kWarp + lane] = gates[i / 4][i % 4];
+
+    // A warp's next outputs are on their way while it writes the ones before; the first ones, while it waits here.
+    constexpr int kStep = 4 * kRunLength * kParts;
+    const int64_t group = int64_t(b) * args.pieces.groups + piece.group;
+    const T* const folded = static_cast<const T*>(args.folded) + group * args.out_dim * kPadded;
+    Outputs<T, sixteens> outputs;
+    outputs.load(args, folded, warp * 4 * kRunLength);
+    __syncthreads();
 
     // The sums of two products are, two neighbours to a word, the inputs of the next one.
     uint32_t values[sixteens][4];
     POM_UNROLL
-    for (int i = 0; i < 2 * sixteens; ++i) {
-      const int head = 8 * i + 2 * q;
+    for (int i = 0; i < kGates; ++i) {
       POM_UNROLL
       for (int j = 0; j < 4; j += 2) {
         float value[2];
         POM_UNROLL
         for (int k = 0; k < 2; ++k) {
-          Packed<T, 1> bias = {};
-          float added = 0;
-          if (args.gate_bias && head + k < args.heads) {
-            bias.load(static_cast<const T*>(args.gate_bias) + head + k);
-            bias.unpack(&added);
-          }
-          value[k] = Gate::value(gates[i][j + k] + added);
+          float of_part[kParts];
+          POM_UNROLL
+          for (int part = 0; part < kParts; ++part)
+            of_part[part] = parts[((part * kGates + i) * 4 + j + k) * kWarp + lane];
+          value[k] = Gate::value((of_part[0] + of_part[1]) + (of_part[2] + of_part[3]));
         }
         Packed<T, 2> packed;
         packed.pack(value);
@@ -161,44 +246,28 @@ __global__ void __launch_bounds__(kHasTensorCores ? kReadThreads : kWarp) read_f
       }
     }
 
-    const int padded = sixteens * kHeadsAtOnce;
-    const int64_t group = int64_t(b) * args.pieces.groups + piece.group;
-    const T* const folded = static_cast<const T*>(args.folded) + group * args.out_dim * padded;
-    // Column g of product j is output 8 (g / 2) + 2 j + g % 2 of 32: a lane's sums are eight neighbours of a row.
-    for (int first = 0; first < args.out_dim; first += 4 * kRunLength) {
-      float sums[4][4] = {};
-      POM_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int out = first + g / 2 * kRunLength + 2 * j + g % 2;
-        POM_UNROLL
-        for (int i = 0; i < sixteens; ++i) {
-          Words<8> inputs = {};
-          if (out < args.out_dim)
-            inputs = *reinterpret_cast<const Words<8>*>(folded + int64_t(out) * padded + i * kHeadsAtOnce + 4 * q);
-          multiply_add<T>(sums[j], values[i], inputs.word[0], inputs.word[1]);
-        }
-      }
+    T* const y = static_cast<T*>(args.y) + (b * args.queries + query[0]) * args.out_dim;
+    for (int first = warp * 4 * kRunLength; first < args.out_dim; first += kStep) {
+      float sums[4][4] = {}, bias[kRunLength];
+      outputs.multiply(values, sums);
+      outputs.bias.unpack(bias);
+      outputs.load(args, folded, first + kStep);
       const int out = first + kRunLength * q;
       if (out >= args.out_dim) continue;
-      float bias[kRunLength] = {};
-      if (args.out_bias) {
-        Packed<T, kRunLength> packed;
-        packed.load(static_cast<const T*>(args.out_bias) + out);
-        packed.unpack(bias);
-      }
       POM_UNROLL
       for (int i = 0; i < 2; ++i) {
         if (!there[i]) continue;
-        float y[kRunLength];
+        float numbers[kRunLength];
         POM_UNROLL
-        for (int n = 0; n < kRunLength; ++n) y[n] = sums[n / 2][2 * i + n % 2] + bias[n];
+        for (int n = 0; n < kRunLength; ++n) numbers[n] = sums[n / 2][2 * i + n % 2] + bias[n];
         Packed<T, kRunLength> packed;
-        packed.pack(y);
-        packed.store(static_cast<T*>(args.y) + (b * args.queries + query[i]) * args.out_dim + out);
+        packed.pack(numbers);
+        packed.store(y + int64_t(8 * i) * args.out_dim + out);
       }
     }
   }
 }
+static_assert(kParts == 4, "the parts of a gate are added by name");
 
 struct FoldedPlan {
   Arena arena;
@@ -216,7 +285,7 @@ struct FoldedPlan {
     fold.folded = arena.take<uint16_t>(fold.rows * args.out_dim * padded);
     read.pieces = Pieces(args.queries, kRowShift, args.groups, args.offsets);
     slots = args.batch * read.pieces.slots();
-    read.slots = unsigned(read.pieces.slots()), read.all_slots = unsigned(slots);
+    read.slots = unsigned(read.pieces.slots());
     read.queries = args.queries;
     read.dim = int(args.dim), read.heads = int(args.heads), read.out_dim = int(args.out_dim);
     read.x = args.x, read.x_batch_stride = args.x_batch_stride, read.x_token_stride = args.x_token_stride;
@@ -294,7 +363,8 @@ Status folded_readout(const FoldedReadoutArgs& args, void* workspace, size_t byt
     const size_t shared = plan.fold.channels * (1 + kWarps / kRunLength) * sizeof(float);
     const Status s = launch(fold, plan.fold.rows * ceil_div(args.out_dim, kWarps), kThreads, shared, stream, plan.fold);
     if (s != Status::ok) return s;
-    return launch(read, ceil_div(plan.slots, kReadThreads / kWarp), kReadThreads, 0, stream, plan.read);
+    const size_t parts = sizeof(float) * kReadThreads * plan.fold.padded / 2;  // of four, eight numbers for 16 heads
+    return launch(read, plan.slots, kReadThreads, parts, stream, plan.read);
   });
 }
 

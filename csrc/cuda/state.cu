@@ -1,5 +1,8 @@
 // State forward and backward: φ summed over the tokens of each group, and the way back.
 
+#include <optional>
+
+#include "cuda/mask.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/sums.cuh"
 
@@ -20,6 +23,7 @@ struct StatePlan {
 
 template <class Acc>
 Status run(const StateArgs& args, void* workspace, void* stream) {
+  if (args.groups.mask) return masked_state<Acc>(args, workspace, stream);
   const StatePlan<Acc> plan(args, workspace);
   const Features& f = args.features;
   if (f.batch * args.groups.count == 0) return Status::ok;
@@ -41,20 +45,6 @@ struct Backward {
   void* grad_u = nullptr;
   Acc* coeff_rows = nullptr;  // (blocks of the deal, degree, width)
 };
-
-// dL/dφ of a token: the gradients of the groups, weighted by how much each sees of it.
-template <class Acc>
-__global__ void __launch_bounds__(kThreads) mask_gradients(const Acc* mask, const Acc* grad, int64_t groups,
-                                                           int64_t tokens, int64_t channels, Acc* token_grad) {
-  const BlockIndex block(int(ceil_div(channels, kThreads)));
-  const int64_t channel = int64_t(block.slab) * kThreads + threadIdx.x, b = block.row / tokens,
-                token = block.row % tokens;
-  if (channel >= channels) return;
-  double sum = 0;
-  for (int64_t row = b * groups; row < (b + 1) * groups; ++row)
-    sum += double(mask[row * tokens + token]) * double(grad[row * channels + channel]);
-  token_grad[block.row * channels + channel] = Acc(sum);
-}
 
 template <class I>
 constexpr int kSlopeBlocks =  // of a multiprocessor at the least
@@ -115,7 +105,7 @@ struct StateBackwardPlan {
   Backward<Acc> args;
   Pieces groups;  // a row each, for their gradients
   Acc* suffix;    // (batch, groups, C): gradient of every group's own tokens, for cumulative groups
-  Acc* token_grad;
+  std::optional<MaskProduct<Acc>> masked;  // dL/dφ of the tokens, with a dense mask
   bool aligned;
 
   StateBackwardPlan(const StateBackwardArgs& given, void* workspace) : arena(workspace) {
@@ -123,12 +113,16 @@ struct StateBackwardPlan {
     aligned = is_aligned(f).pointers({given.grad_total, given.grad_u, given.grad_coeff});
     args.features = f;
     args.slabs = slabs_of(f, f.rotary, aligned);
-    const bool whole = given.groups.mask != nullptr;
-    args.pieces = {f.tokens, chunk_shift(f.tokens), whole ? 1 : given.groups.count, given.groups.offsets};
+    args.pieces = {f.tokens, chunk_shift(f.tokens), given.groups.mask ? 1 : given.groups.count, given.groups.offsets};
     args.channels = f.channels();
     args.deal = coeff_deal(f.batch * args.pieces.slots(), args.slabs);
-    token_grad = given.groups.mask ? arena.take<Acc>(f.batch * f.tokens * args.channels) : nullptr;
-    args.token_grad = token_grad;
+    if (given.groups.mask) {
+      Acc* const token_grad = arena.take<Acc>(f.batch * f.tokens * args.channels);
+      masked.emplace(f.batch, f.tokens, given.groups.count, args.channels, given.groups.mask, true, arena);
+      masked->x = static_cast<const Acc*>(given.grad_total);
+      masked->out.total = token_grad;
+      args.token_grad = token_grad;
+    }
     args.grad_u = given.grad_u;
     groups = Pieces(1, 0, given.groups.count, nullptr, true);
     suffix = given.groups.cumulative ? arena.take<Acc>(f.batch * given.groups.count * args.channels) : nullptr;
@@ -146,12 +140,8 @@ Status run(const StateBackwardArgs& given, void* workspace, void* stream) {
     suffix.out.total = plan.suffix;
     if (const Status s = scan(suffix, true, stream); s != Status::ok) return s;
   }
-  if (plan.token_grad) {
-    const Status s =
-        launch(mask_gradients<Acc>, f.batch * f.tokens * ceil_div(f.channels(), kThreads), kThreads, 0, stream,
-               static_cast<const Acc*>(given.groups.mask), static_cast<const Acc*>(given.grad_total),
-               given.groups.count, f.tokens, f.channels(), plan.token_grad);
-    if (s != Status::ok) return s;
+  if (plan.masked) {
+    if (const Status s = plan.masked->launch(stream); s != Status::ok) return s;
   }
   if (f.batch * plan.args.pieces.slots() > kMaxBlocks || f.tokens > kMaxTokens) return Status::bad_size;
   const Status launched = with_instance(f, f.rotary.axes > 0, plan.aligned, [&](auto instance) {
@@ -171,7 +161,10 @@ Status run(const StateBackwardArgs& given, void* workspace, void* stream) {
 
 }  // namespace
 
-size_t workspace(const StateArgs& args) { return planned_bytes<StatePlan>(args, args.features.dtype); }
+size_t workspace(const StateArgs& args) {
+  return args.groups.mask ? planned_bytes<MaskedStatePlan>(args, args.features.dtype)
+                          : planned_bytes<StatePlan>(args, args.features.dtype);
+}
 
 Status state(const StateArgs& args, void* workspace, size_t bytes, void* stream) {
   return checked_run(args, args.features.dtype, workspace, bytes,

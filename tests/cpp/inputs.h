@@ -163,7 +163,7 @@ struct Inputs {
       offsets = {0, 0, n / 4, n / 4, n - n / 3, n, n};
     p.groups = offsets.empty() ? 1 : int64_t(offsets.size()) - 1;
     if (c.context == Context::even) p.groups = n % 3 ? n % 2 ? n : 2 : 3;
-    if (c.context == Context::mask) p.groups = choose(12);  // none, too
+    if (c.context == Context::mask) p.groups = c.other_queries < 0 ? choose(12) : c.other_queries;  // none, too
     if (c.context == Context::causal) p.groups = n;
     p.reads.resize(p.queries);
     for (int64_t m = 0; m < p.queries; ++m)

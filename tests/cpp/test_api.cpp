@@ -112,6 +112,23 @@ void test_large() {
   }
 }
 
+// Dense masks of more groups, tokens and channels than a tile of a product holds, and of so many that sums are cut.
+void test_masks() {
+  auto test = [](Form form, int degree, Dtype dtype, Shape shape, int64_t groups, bool aligned) {
+    Case c = {form, degree, dtype, Context::mask, false, false, shape};
+    c.other_queries = groups, c.aligned = aligned;
+    test_state(c);
+  };
+  for (bool aligned : {true, false}) {
+    test(Form::power, 3, Dtype::f32, {2, 330, 66}, 70, aligned);
+    test(Form::power, 2, Dtype::f32, {1, 332, 8}, 300, aligned);
+    test(Form::product, 2, Dtype::bf16, {1, 70, 20}, 330, aligned);
+  }
+  test(Form::product, 3, Dtype::f16, {1, 36, 48}, 131, true);
+  test(Form::power, 1, Dtype::f64, {1, 300, 5}, 261, true);
+  test(Form::power, 2, Dtype::f32, {1, 0, 5}, 70, true);
+}
+
 // Sums that a float cannot hold: what it cannot is in the residual, and is not lost on the way from a prior state.
 void test_residual() {
   constexpr int64_t kTokens = 128, kHalf = kTokens / 2, kWidth = 3;
@@ -150,6 +167,8 @@ int main() {
   test_grid(test_causal, {Context::causal});
   section("large inputs");
   test_large();
+  section("masks");
+  test_masks();
   section("residual");
   test_residual();
   return check::finish();

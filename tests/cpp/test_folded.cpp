@@ -43,7 +43,12 @@ struct FoldedInputs {
           counts = draw(rows, 5, 9);
     for (double& w : of_gates) w *= 3 / std::sqrt(double(c.dim));
     if (c.biases) gate_biases = draw(c.heads, -1, 1), out_biases = draw(c.out_dim, -1, 1);
-    if (rows > 1) counts.back() = 0;
+    if (rows > 1) {  // of the last group nothing counts, whatever its sums are
+      counts.back() = 0;
+      for (int64_t i = 0; i < c.channels(); ++i)
+        totals[(rows - 1) * c.channels() + i] =
+            i % 2 ? std::numeric_limits<double>::infinity() : std::numeric_limits<double>::quiet_NaN();
+    }
     x = Rows(c.dtype, numbers, c.batch, c.queries, c.dim, c.layout);
     gate_weight = Buffer(c.dtype, of_gates), gate_bias = Buffer(c.dtype, gate_biases);
     out_weight = Buffer(c.dtype, of_out), out_bias = Buffer(c.dtype, out_biases);
@@ -107,6 +112,23 @@ void test_sizes() {
       test({form, dtype, 1, 70, 40, 40, 16, 24, {}, 1, true});
       test({form, dtype, 1, 20, 32, 64, 8, 264, {}, 1, false});
     }
+  // More than the warps of a block have in flight at once.
+  test({Form::power, Dtype::bf16, 1, 18, 1096, 16, 8, 136, {}, 1, true});
+  test({Form::power, Dtype::bf16, 1, 3, 40, 16, 136, 24, {}, 1, true});
+}
+
+// A query's bits depend on nothing but the query: not on the samples and the queries beside it.
+void test_bits() {
+  const FoldedCase c = {Form::power, Dtype::bf16, 3, 50, 200, 20, 8, 136, {}, 1, true};
+  FoldedInputs in(c);
+  Buffer all(c.dtype, c.batch * c.queries * c.out_dim), few(c.dtype, 7 * c.out_dim);
+  in.args.y = all.data();
+  run(c.name(), in.args, {&all});
+  in.args.batch = 1, in.args.queries = 7, in.args.y = few.data();
+  run(c.name(), in.args, {&few});
+  for (int64_t i = 0; i < few.size(); ++i)
+    expect(few.get(i) == all.get(i), "%snumber %d is %.9g alone, %.9g among others", c.name().c_str(), int(i),
+           few.get(i), all.get(i));
 }
 
 void test_groups() {
@@ -176,6 +198,8 @@ int main() {
   test_sizes();
   section("groups");
   test_groups();
+  section("bits");
+  test_bits();
   section("refusals");
   test_refusals();
   test_an_old_driver();
