@@ -29,8 +29,8 @@ Status run(const StateArgs& args, void* workspace, void* stream) {
   if (args.features.batch * args.groups.count == 0) return Status::ok;
   if (const Status s = plan.sums.launch(stream); s != Status::ok) return s;
   const Join<Acc> joined = {
-      plan.pieces, args.features.batch, args.features.channels(), plan.sums.rows, plan.sums.weight_rows, {}, nullptr,
-      args.out};
+      plan.pieces, args.features.batch, args.features.channels(), plan.sums.rows, plan.sums.weight_rows,
+      args.prior, nullptr, args.out};
   return args.groups.cumulative ? scan(joined, false, stream) : join(joined, stream);
 }
 
