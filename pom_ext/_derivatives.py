@@ -12,7 +12,7 @@ Every function takes the arguments of its operation by name (`x`), as `_autograd
 import torch
 
 from ._autograd import has_tangent, needs_gradient
-from .state import State
+from .state import State, two_sum
 
 ops = torch.ops.pom_ext
 
@@ -123,6 +123,12 @@ def moved_prior(t):
     return {"total": total, "residual": residual, "count": total.new_zeros(total.shape[:2], dtype=torch.float64)}
 
 
+def _rounded(t):
+    """The direction that `t` has of a state alone, as total and residual of what operations make of it."""
+    moved = moved_prior(t)
+    return two_sum(moved["total"], moved["residual"]) if "residual" in t else (moved["total"], moved["residual"])
+
+
 def with_moving_count(operation):
     """The operation where the count from before has a derivative: then torch adds that state. Otherwise None.
 
@@ -163,8 +169,7 @@ def state_jvp(x, t):
         directions[0] |= moved
         total, residual, _ = _sum([ops.state(**directed) for directed in directions])
         return total, residual, None
-    groups = _groups(x)
-    return *(moved[name].expand(-1, groups, -1).contiguous() for name in STATE), None
+    return *(part.expand(-1, _groups(x), -1).contiguous() for part in _rounded(t)), None
 
 
 def _groups(x):
@@ -261,16 +266,15 @@ def mix_vjp(x, _, grad_y, grad_total, grad_residual, grad_count):
 
 def mix_jvp(x, t):
     _refuse(t, "u", "coeff", "gate", *STATE)
-    moved = []
+    moved = ()
     if _only(t, "u", "coeff"):
         along = _along(_state_of(x), t.get("u"), t.get("coeff"))
-        moved.append(ops.state(**along, **moved_prior(t))[:2])
+        moved = ops.state(**along, **moved_prior(t))[:2]
     elif _only(t, *STATE):
-        moved.append(tuple(_moved_state(x, t).values()))
-    direction = {name: t[name] for name in ("gate",) if name in t} | dict(zip(STATE, _sum(moved) if moved else ()))
+        moved = _rounded(t)
+    direction = {name: t[name] for name in ("gate",) if name in t} | dict(zip(STATE, moved))
     y = readout_jvp(_readout_of(x, *x["out"]) | NO_DIRECTION, direction)
-    still = (torch.zeros_like(part) for part in x["out"][:2])
-    return y, *(_sum(moved) if moved else still), None
+    return y, *(moved or map(torch.zeros_like, x["out"][:2])), None
 
 
 def _state_of(x):
