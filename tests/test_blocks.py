@@ -107,6 +107,27 @@ def test_launches_of_blocks(batch, tokens, count, prior, small_blocks):
     assert len(back.names) == len(without_total) + count
 
 
+def test_refused_additions():
+    """What is added to is the caller's own memory, and there is one state to start from."""
+    u, before = torch.randn(2, 5, 4), draw_prior(2, 4, torch.float32)
+    state = [t.clone() for t in before]
+    add = lambda prior, empty, state: torch.ops.pom_ext.add_to_state(
+        u, None, None, *prior, None, None, 0, 0, 2, empty, *state
+    )
+    nothing = (None, None, None)
+    with pytest.raises(RuntimeError, match="prior: expected None"):
+        add(before, False, state)
+    with pytest.raises(RuntimeError, match="prior: incomplete state"):
+        add((before[0], None, None), True, state)
+    with pytest.raises(RuntimeError, match="total: expected a contiguous tensor"):
+        add(nothing, False, (torch.randn(2, 1, 8)[..., ::2], *state[1:]))
+    with pytest.raises(RuntimeError, match="total: unexpected shape"):
+        add(nothing, False, (torch.randn(2, 2, 4), *state[1:]))
+    with pytest.raises(RuntimeError, match="in place has no derivative"):
+        torch.func.jvp(lambda total: add(nothing, False, (total, *state[1:])), (state[0],), (state[0],))
+    assert all(map(torch.equal, state, before))
+
+
 def test_blocks_write_what_they_are_given(small_blocks):
     """Tokens in other strides, and states that nobody else may see change."""
     x = torch.randn(2, DIM, 70).mT

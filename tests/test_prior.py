@@ -13,6 +13,15 @@ from pom_ext.projected import projected_state
 TOKENS, DIM = 70, 16
 
 
+def assert_as_if_merged(found, merged, *parts):
+    """The same sums, and totals that round differently only where the sum lies in the middle of two numbers."""
+    exact, eps = sum(map(value, parts)), torch.finfo(found.total.dtype).eps
+    assert (value(found) - exact).abs().max() <= 1e-14 * exact.abs().max()
+    torch.testing.assert_close(found.total, merged.total, rtol=eps, atol=8 * 2.0**-52 * exact.abs().max().item())
+    assert (found.residual.abs() <= eps * found.total.abs()).all()
+    torch.testing.assert_close(found.count, merged.count, rtol=1e-15, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "context", ({}, {"weight": True}, {"frames": 5}, {"frames": [0, 0, 3, 3, 70]}, {"causal": True}), ids=str
@@ -29,13 +38,7 @@ def test_a_state_from_before_is_as_if_merged(form, context, dtype, device):
     found = polynomial_state(u, coeff, form=form, degree=3, state=before, **context)
     merged = before + alone
     assert (found.total.dtype, found.total.shape) == (wide, merged.total.shape) and found.total.is_contiguous()
-    assert torch.equal(found.count, merged.count)
-    # Rounded differently only where the sum lies in the middle of two numbers.
-    eps = torch.finfo(wide).eps
-    torch.testing.assert_close(found.total, merged.total, rtol=eps, atol=0)
-    exact = value(before) + value(alone)
-    assert (value(found) - exact).abs().max() <= max(1e-12, 4 * 2.0**-52) * exact.abs().max()
-    assert (found.residual.abs() <= eps * found.total.abs()).all()
+    assert_as_if_merged(found, merged, before, alone)
 
 
 @pytest.mark.parametrize("context", ({}, {"frames": 2}, {"causal": True}), ids=str)
@@ -174,15 +177,13 @@ def test_a_projected_state_from_before_is_as_if_merged(dtype, context, keep):
     state = lambda **more: projected_state(
         x, layer.context_proj, layer.coeff, form="power", degree=3, keep=keep, **context, **more
     )
-    with Launches() as added:
+    with Launches() as when_added:
         found = state(state=before)
-    with Launches() as alone:
-        merged = state()
-    assert added.names == alone.names and "project_state" in added.names
-    merged = before + merged
-    exact = merged.total.double() + merged.residual.double()
-    error = (found.total.double() + found.residual.double() - exact).abs().max() / exact.abs().max()
-    assert error <= 1e-12 and torch.equal(found.count, merged.count)
+    with Launches() as by_itself:
+        alone = state()
+    assert when_added.names == by_itself.names and "project_state" in by_itself.names
+    merged = before + alone
+    assert_as_if_merged(found, merged, before, alone)
     leaves = [x, before.total, *layer.context_proj.parameters(), layer.coeff]
     weights = torch.randn_like(found.total)
     grads = [torch.autograd.grad((weights * each.total).sum(), leaves) for each in (found, merged)]
