@@ -40,9 +40,16 @@ inline Status check(const Gates& g) {
   return g.batch * g.tokens > 0 && !g.gate ? Status::null_pointer : Status::ok;
 }
 
+// All of a state, or nothing.
+inline Status check_prior(const StateView& prior) {
+  const int given = !!prior.total + !!prior.residual + !!prior.count;
+  return given == 0 || given == 3 ? Status::ok : Status::null_pointer;
+}
+
 inline Status check(const StateArgs& args) {
   if (const Status s = check(args.features); s != Status::ok) return s;
   if (const Status s = check(args.groups, args.features); s != Status::ok) return s;
+  if (const Status s = check_prior(args.prior); s != Status::ok) return s;
   const bool empty = args.features.batch * args.groups.count == 0;
   return !empty && !(args.out.total && args.out.residual && args.out.count) ? Status::null_pointer : Status::ok;
 }
@@ -85,8 +92,7 @@ inline Status check_causal(const Features& f, const Gates& g, const StateView& p
   if (f.rotary.axes != g.rotary.axes || (g.heads == 1 && f.rotary.half != g.rotary.half)) return Status::bad_size;
   if (f.dtype != g.dtype) return Status::bad_dtype;
   if (f.u_tangent && g.tangent) return Status::no_tangents;
-  const int given = !!prior.total + !!prior.residual + !!prior.count;  // all of a state or nothing
-  return given == 0 || given == 3 ? Status::ok : Status::null_pointer;
+  return check_prior(prior);
 }
 
 inline Status check(const CausalArgs& args) {
@@ -115,8 +121,7 @@ inline Status check_mix(const Features& f, const Gates& g) {
 
 inline Status check(const MixArgs& args) {
   if (const Status s = check_mix(args.features, args.gates); s != Status::ok) return s;
-  const int given = !!args.prior.total + !!args.prior.residual + !!args.prior.count;
-  if (given != 0 && given != 3) return Status::null_pointer;
+  if (const Status s = check_prior(args.prior); s != Status::ok) return s;
   if (args.features.batch * args.gates.tokens > 0 && !args.y) return Status::null_pointer;
   return args.features.batch > 0 && !(args.out.total && args.out.residual && args.out.count) ? Status::null_pointer
                                                                                              : Status::ok;

@@ -1,7 +1,7 @@
 // Sums kept as a number and what that number cannot hold, on any device.
 #pragma once
 
-#include "pom/types.h"
+#include "pom/pom.h"
 
 namespace pom {
 
@@ -20,6 +20,16 @@ POM_HD void split(double sum, double rest, Acc& total, Acc& residual) {
   total = Acc(sum + rest);
   // An infinite or NaN sum has no rest.
   residual = total - total == Acc(0) ? Acc((sum - double(total)) + rest) : Acc(0);
+}
+
+// Adds to `sum` a prior state, total and residual, at element `at`; gives back what rounding lost. No prior, no change.
+template <class Acc>
+POM_HD double add_prior(const StateView& prior, int64_t at, double& sum) {
+  if (!prior.total) return 0;
+  const double before = static_cast<const Acc*>(prior.total)[at], own = sum;
+  sum = before + own;
+  const double lost = rounded_off(before, own, sum);
+  return prior.residual ? lost + double(static_cast<const Acc*>(prior.residual)[at]) : lost;
 }
 
 }  // namespace pom

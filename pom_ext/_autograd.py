@@ -13,7 +13,7 @@ from torch.autograd.function import _SingleLevelFunction
 WITHOUT_GRADIENT = ("count", "kept")  # results
 
 
-def differentiable(library, operation, vjp, jvp=None, *, keeps=0, parts=None):
+def differentiable(library, operation, vjp, jvp=None, *, keeps=0, parts=None, forgets=(), instead=None):
     """Give an operation its derivatives.
 
     Args:
@@ -24,6 +24,8 @@ def differentiable(library, operation, vjp, jvp=None, *, keeps=0, parts=None):
         jvp: of the arguments by name and the tangents there are, by name: a tangent or None for every result.
         keeps: how many of the last results `vjp` and `jvp` find as the argument "out".
         parts: in place of `jvp`: the same function made of other operations, which takes over where there is a tangent.
+        forgets: arguments that no derivative reads. They are not kept: `vjp` and `jvp` find True in place of the tensor.
+        instead: of all arguments: the results by other operations, or None to go on here.
     """
     names = [argument.name for argument in operation._schema.arguments]
     results = [result.name for result in operation._schema.returns]
@@ -35,6 +37,8 @@ def differentiable(library, operation, vjp, jvp=None, *, keeps=0, parts=None):
 
     def setup_context(ctx, inputs, output):
         arguments = inputs[1:]
+        kept = [not isinstance(value, torch.Tensor) or name not in forgets for name, value in zip(names, arguments)]
+        arguments = [value if keep else True for value, keep in zip(arguments, kept)]
         saved = [value if isinstance(value, torch.Tensor) else None for value in arguments]
         saved += output[len(output) - keeps :] if keeps else ()
         ctx.save_for_backward(*saved)
@@ -66,6 +70,8 @@ def differentiable(library, operation, vjp, jvp=None, *, keeps=0, parts=None):
     function = type(operation._opname, (_SingleLevelFunction,), {k: staticmethod(v) for k, v in methods.items()})
 
     def kernel(keyset, *arguments):
+        if instead is not None and (results := instead(*arguments)) is not None:
+            return results
         moving = has_tangent(arguments)
         if moving and parts is not None:
             return parts(*arguments)

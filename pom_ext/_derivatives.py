@@ -11,6 +11,9 @@ Every function takes the arguments of its operation by name (`x`), as `_autograd
 
 import torch
 
+from ._autograd import has_tangent, needs_gradient
+from .state import State, two_sum
+
 ops = torch.ops.pom_ext
 
 
@@ -102,13 +105,57 @@ NO_DIRECTION = {"total_tangent": None, "residual_tangent": None}
 FEATURES = ("u", "coeff", "u_tangent", "coeff_tangent")
 GATES = ("gate", "gate_tangent")
 STATE = ("total", "residual")
+NO_PRIOR = {"total": None, "residual": None, "count": None}
 
 
-def state_vjp(x, _, grad_total, grad_residual, grad_count):
+def prior_grads(grad_total):
+    """Gradients of a state from before, which was added to every group."""
+    grad = grad_total if grad_total.shape[1] == 1 else grad_total.sum(1, keepdim=True)
+    return {"total": grad, "residual": grad}
+
+
+def moved_prior(t):
+    """The direction that `t` has of a state from before, as a state from before."""
+    if not _only(t, *STATE):
+        return NO_PRIOR
+    total = t["total"] if "total" in t else torch.zeros_like(t["residual"])
+    residual = t["residual"] if "residual" in t else torch.zeros_like(total)
+    return {"total": total, "residual": residual, "count": total.new_zeros(total.shape[:2], dtype=torch.float64)}
+
+
+def _rounded(t):
+    """The direction that `t` has of a state alone, as total and residual of what operations make of it."""
+    moved = moved_prior(t)
+    return two_sum(moved["total"], moved["residual"]) if "residual" in t else (moved["total"], moved["residual"])
+
+
+def with_moving_count(operation):
+    """The operation where the count from before has a derivative: then torch adds that state. Otherwise None.
+
+    A count is a sum of weights, which have no derivative, so no kernel knows one of it.
+    """
+    names = [argument.name for argument in operation._schema.arguments]
+    at = [names.index(name) for name in NO_PRIOR]
+
+    def instead(*arguments):
+        prior = [arguments[i] for i in at]
+        count = prior[2:]
+        if count[0] is None or not (needs_gradient(count) or has_tangent(count)):
+            return None
+        total, residual, count, *rest = operation(*(None if i in at else x for i, x in enumerate(arguments)))
+        return *State(*prior).merge(State(total, residual, count)).state_dict().values(), *rest
+
+    return instead
+
+
+def state_vjp(x, needs, grad_total, grad_residual, grad_count):
     # The residual is rounding error of the total: as a function of the inputs its derivative is zero.
     if grad_total is None:
         return {}
-    grads = dict(zip(("u", "coeff"), ops.state_backward(grad_total=grad_total, **x)))
+    grads, x = prior_grads(grad_total) if needs.intersection(STATE) else {}, _without(x, *NO_PRIOR)
+    if needs.isdisjoint(FEATURES):
+        return grads
+    grads |= zip(("u", "coeff"), ops.state_backward(grad_total=grad_total, **x))
     if x["u_tangent"] is not None:
         linear = ops.state_backward(grad_total=grad_total, **_undirected(x))
         grads |= zip(("u_tangent", "coeff_tangent"), linear)
@@ -116,15 +163,26 @@ def state_vjp(x, _, grad_total, grad_residual, grad_count):
 
 
 def state_jvp(x, t):
-    _refuse(t, *FEATURES)
-    total, residual, _ = _sum([ops.state(**directed) for directed in _feature_directions(x, t)])
-    return total, residual, None
+    _refuse(t, *FEATURES, *STATE)
+    directions, moved = list(_feature_directions(x | NO_PRIOR, t)), moved_prior(t)
+    if directions:
+        directions[0] |= moved
+        total, residual, _ = _sum([ops.state(**directed) for directed in directions])
+        return total, residual, None
+    return *(part.expand(-1, _groups(x), -1).contiguous() for part in _rounded(t)), None
+
+
+def _groups(x):
+    """How many groups the state has."""
+    if x["mask"] is not None:
+        return x["mask"].shape[1]
+    return 1 if x["offsets"] is None else x["offsets"].shape[0] - 1
 
 
 def state_backward_vjp(x, _, v_u, v_coeff):
     forward = _along(_without(x, "grad_total"), v_u, v_coeff)
     grads = dict(zip(("u", "coeff"), ops.state_backward(grad_total=x["grad_total"], **forward)))
-    return grads | {"grad_total": ops.state(**forward)[0]}
+    return grads | {"grad_total": ops.state(**forward, **NO_PRIOR)[0]}
 
 
 def state_backward_jvp(x, t):
@@ -208,15 +266,15 @@ def mix_vjp(x, _, grad_y, grad_total, grad_residual, grad_count):
 
 def mix_jvp(x, t):
     _refuse(t, "u", "coeff", "gate", *STATE)
-    moved = []
+    moved = ()
     if _only(t, "u", "coeff"):
-        moved.append(ops.state(**_along(_state_of(x), t.get("u"), t.get("coeff")))[:2])
-    if _only(t, *STATE):
-        moved.append(tuple(_moved_state(x, t).values()))
-    direction = {name: t[name] for name in ("gate",) if name in t} | dict(zip(STATE, _sum(moved) if moved else ()))
+        along = _along(_state_of(x), t.get("u"), t.get("coeff"))
+        moved = ops.state(**along, **moved_prior(t))[:2]
+    elif _only(t, *STATE):
+        moved = _rounded(t)
+    direction = {name: t[name] for name in ("gate",) if name in t} | dict(zip(STATE, moved))
     y = readout_jvp(_readout_of(x, *x["out"]) | NO_DIRECTION, direction)
-    still = (torch.zeros_like(part) for part in x["out"][:2])
-    return y, *(_sum(moved) if moved else still), None
+    return y, *(moved or map(torch.zeros_like, x["out"][:2])), None
 
 
 def _state_of(x):

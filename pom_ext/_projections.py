@@ -7,6 +7,7 @@ more than one gradient is asked for: a derivative of these then costs what it co
 import torch
 
 from ._autograd import below_autograd, differentiable, has_tangent, made_of, needs_gradient
+from ._derivatives import NO_PRIOR, STATE, prior_grads, with_moving_count
 from .checks import FORMS, accumulator
 from .state import State
 
@@ -69,40 +70,48 @@ def _linear_batched(info, dims, x, weight, bias):
 def _directions(moving, still):
     """Tensors, the first of them tokens, and the directions that they move in: where one pass takes both, else None.
 
-    It does on the CPU, where the tokens move, nothing of `still` does, and no gradient is to come.
+    It does on the CPU, where the tokens move, nothing of `still` does, and no gradient is to come. What is None stays it.
     """
     if moving[0].device.type != "cpu" or has_tangent(still):
         return None
-    given, along = zip(*(torch._VF._unpack_dual(t, level=0) for t in moving))
+    given, along = zip(*((None, None) if t is None else torch._VF._unpack_dual(t, level=0) for t in moving))
     if along[0] is None or needs_gradient((*moving, *along, *still)):
         return None
-    return given, [torch.zeros_like(t) if direction is None else direction for t, direction in zip(given, along)]
+    moved = ((t, direction) for t, direction in zip(given, along))
+    return given, [d if d is not None or t is None else torch.zeros_like(t) for t, d in moved]
 
 
 def _dual(value, tangent):
     return torch._VF._make_dual(value, tangent, level=0)
 
 
-def project_state(x, weight, bias, coeff, token_weight, offsets, cumulative, cos, sin, axes, form, degree, keep=False):
+def project_state(
+    x, weight, bias, coeff, token_weight, offsets, cumulative, total, residual, count, cos, sin, axes, form, degree,
+    keep=False,
+):  # fmt: skip
     """The State, and of the operation the projections u that it is to keep for gradients, or nothing."""
-    rest = weight, bias, coeff
-    if (found := _directions((x,), rest)) is not None:
-        (given,), (along,) = found
-        context = token_weight, offsets, cumulative, cos, sin, axes, form, degree
-        total, residual, count, *moved = below_autograd(ops.project_state_along, given, along, *rest, *context)
+    rest, angles = (weight, bias, coeff), (cos, sin, axes, form, degree)
+    if (found := _directions((x, total, residual), rest)) is not None:
+        (x, *prior), (along, *prior_along) = found
+        context = token_weight, offsets, cumulative, *prior, count, *prior_along
+        total, residual, count, *moved = below_autograd(ops.project_state_along, x, along, *rest, *context, *angles)
         return *map(_dual, (total, residual), moved), count, x.new_empty(0, 0, 0)
-    u = linear(x, weight, bias)
-    state = ops.state(u, coeff, *NO_TANGENTS, token_weight, None, offsets, cumulative, cos, sin, axes, form, degree)
+    u, prior = linear(x, weight, bias), (total, residual, count)
+    state = ops.state(u, coeff, *NO_TANGENTS, token_weight, None, offsets, cumulative, *prior, *angles)
     return *state, x.new_empty(0, 0, 0)
 
 
-def project_state_along(x, x_tangent, weight, bias, coeff, *context):
-    """The State, and its derivative along a direction of x."""
-    token_weight, rest = context[0], context[1:]
+def project_state_along(
+    x, x_tangent, weight, bias, coeff, token_weight, offsets, cumulative, total, residual, count, total_tangent,
+    residual_tangent, *angles,
+):  # fmt: skip
+    """The State, and its derivative along directions of x and of what came before."""
+    groups = token_weight, None, offsets, cumulative
     u, along = linear(x, weight, bias), linear(x_tangent, weight, None)
-    state = ops.state(u, coeff, *NO_TANGENTS, token_weight, None, *rest)
+    state = ops.state(u, coeff, *NO_TANGENTS, *groups, total, residual, count, *angles)
     still = None if coeff is None else torch.zeros_like(coeff)
-    return *state, *ops.state(u, coeff, along, still, token_weight, None, *rest)[:2]
+    moved = total_tangent, residual_tangent, None if total_tangent is None else count
+    return *state, *ops.state(u, coeff, along, still, *groups, *moved, *angles)[:2]
 
 
 def project_state_backward(
@@ -128,12 +137,20 @@ def _kept(x):
     return rest | {"kept": x["out"][0] if x["keep"] else None}
 
 
+def _without_prior(x):
+    return {name: value for name, value in x.items() if name not in NO_PRIOR}
+
+
 def project_state_vjp(x, needs, grad_total, grad_residual, grad_count, grad_kept):
     # The residual is rounding error of the total: as a function of the inputs its derivative is zero.
     if grad_total is None:
         return {}
-    grads = ops.project_state_backward(grad_total, **_kept(x), needs_x="x" in needs, needs_weight="weight" in needs)
-    return {name: grad for name, grad in zip(("x", "weight", "bias", "coeff"), grads) if name in needs}
+    names, found = ("x", "weight", "bias", "coeff"), prior_grads(grad_total) if needs.intersection(STATE) else {}
+    if needs.isdisjoint(names):
+        return found
+    needed = {f"needs_{name}": name in needs for name in ("x", "weight")}
+    grads = ops.project_state_backward(grad_total, **_kept(_without_prior(x)), **needed)
+    return found | {name: grad for name, grad in zip(names, grads) if name in needs}
 
 
 def project_readout(
@@ -328,7 +345,10 @@ def register(library):
         torch.library.register_fake(f"pom_ext::{parts.__name__}", fake)
         operation = getattr(ops, parts.__name__).default
         torch.library.register_vmap(f"pom_ext::{parts.__name__}", _one_by_one(operation))
-    differentiable(library, ops.project_state.default, project_state_vjp, parts=project_state, keeps=1)
+    differentiable(
+        library, ops.project_state.default, project_state_vjp, parts=project_state, keeps=1, forgets=NO_PRIOR,
+        instead=with_moving_count(ops.project_state.default),
+    )  # fmt: skip
     differentiable(library, ops.project_readout.default, project_readout_vjp, parts=project_readout, keeps=1)
     for parts in (
         project_state_along, project_state_backward, project_readout_along, project_readout_backward, folded_readout,

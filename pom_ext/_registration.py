@@ -26,7 +26,7 @@ def _contiguous_like(t):
     return t.new_empty(t.shape)
 
 
-def _state_fake(u, coeff, u_tangent, coeff_tangent, weight, mask, offsets, cumulative, cos, sin, axes, form, degree):
+def _state_fake(u, coeff, u_tangent, coeff_tangent, weight, mask, offsets, *rest):
     groups = mask.shape[1] if mask is not None else offsets.shape[0] - 1 if offsets is not None else 1
     return _new_state(u, groups)
 
@@ -60,6 +60,10 @@ def _mix_fake(u, gate, *rest):
 
 def _update_fake(u, gate, *rest):
     return gate.new_empty(gate.shape[0], gate.shape[1], u.shape[2])
+
+
+def _add_to_state_fake(u, *rest):
+    return None
 
 
 # Arguments whose first dimension is the batch; the others belong to all samples.
@@ -101,6 +105,13 @@ def _batched(operation):
 _LIBRARY = torch.library.Library("pom_ext", "FRAGMENT")
 
 
+# What to say where an operation in place is asked for a derivative.
+_IN_PLACE = {
+    "update": "an update in place has no derivative; use polynomial_mix",
+    "add_to_state": "adding to a state in place has no derivative; use polynomial_state with state=",
+}
+
+
 def register():
     for name, fake in {
         "state": _state_fake,
@@ -111,14 +122,18 @@ def register():
         "causal_mix_backward": _causal_mix_backward_fake,
         "mix": _mix_fake,
         "update": _update_fake,
+        "add_to_state": _add_to_state_fake,
     }.items():
         torch.library.register_fake(f"pom_ext::{name}", fake)
         operation = getattr(torch.ops.pom_ext, name).default
-        if name == "update":
-            refuse_tangents(_LIBRARY, operation, "pom_ext: an update in place has no derivative; use polynomial_mix")
+        if name in _IN_PLACE:
+            refuse_tangents(_LIBRARY, operation, f"pom_ext: {_IN_PLACE[name]}")
             continue
         torch.library.register_vmap(f"pom_ext::{name}", _batched(operation))
         vjp, jvp = getattr(derivatives, f"{name}_vjp"), getattr(derivatives, f"{name}_jvp")
-        differentiable(_LIBRARY, operation, vjp, jvp, keeps=3 if name == "mix" else 0)
+        options = {"keeps": 3} if name == "mix" else {}
+        if name == "state":
+            options = {"forgets": derivatives.NO_PRIOR, "instead": derivatives.with_moving_count(operation)}
+        differentiable(_LIBRARY, operation, vjp, jvp, **options)
     _projections.register(_LIBRARY)
     _blocks.register(_LIBRARY)

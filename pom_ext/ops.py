@@ -77,6 +77,10 @@ def coefficients_of(coeff, u):
     return None if coeff is None else coeff.to(accumulator(u.dtype))
 
 
+def prior_of(state):
+    return (None, None, None) if state is None else (state.total, state.residual, state.count)
+
+
 def angles_of(rotary):
     return (None, None, 0) if rotary is None else (rotary.cos, rotary.sin, rotary.axes)
 
@@ -116,10 +120,10 @@ def polynomial_state(
     check_rotary("rotary", rotary, u.shape[1], u.shape[2], form, u)
     weight, mask, offsets, cumulative = context_of(u, weight, mask, 1 if causal else frames, cu_seqlens)
     new = torch.ops.pom_ext.state(
-        u, coefficients_of(coeff, u), None, None, weight, mask, offsets, cumulative, *angles_of(rotary), FORMS.index(form),
-        degree,
+        u, coefficients_of(coeff, u), None, None, weight, mask, offsets, cumulative, *prior_of(state), *angles_of(rotary),
+        FORMS.index(form), degree,
     )  # fmt: skip
-    return State(*new) if state is None else state + State(*new)
+    return State(*new)
 
 
 def polynomial_readout(gate, state, *, form, n_sel_heads=1, frames=None, cu_seqlens=None, rotary=None):
@@ -218,8 +222,7 @@ def _mix_arguments(u, coeff, form, weight, rotary, gate_rotary, state):
         check_state("state", state, u.shape[0], u.shape[2], u.dtype, u)
     check_rotary("rotary", rotary, u.shape[1], u.shape[2], form, u)
     weight = context_of(u, weight, None, None, None)[0]
-    prior = (None, None, None) if state is None else (state.total, state.residual, state.count)
-    return coefficients_of(coeff, u), weight, prior, angles_of(rotary), angles_of(gate_rotary)
+    return coefficients_of(coeff, u), weight, prior_of(state), angles_of(rotary), angles_of(gate_rotary)
 
 
 def _whole_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary, state, return_state):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _projections
 from .checks import FORMS, check_state, is_integer, under_autocast
-from .ops import angles_of, coefficients_of, context_of, only_one, query_offsets
+from .ops import angles_of, coefficients_of, context_of, only_one, prior_of, query_offsets
 from .state import State
 
 # When a GPU gains by folding, by arithmetic for an H100 and not measured.
@@ -85,10 +85,10 @@ def projected_state(
         check_state("state", state, x.shape[0], len(matrix), tokens.dtype, x)
     weight, _, offsets, cumulative = context_of(tokens, weight, None, frames, cu_seqlens)
     *new, _ = torch.ops.pom_ext.project_state(
-        tokens, matrix, bias, coefficients_of(coeff, tokens), weight, offsets, cumulative, *angles_of(rotary),
-        FORMS.index(form), degree, keep,
+        tokens, matrix, bias, coefficients_of(coeff, tokens), weight, offsets, cumulative, *prior_of(state),
+        *angles_of(rotary), FORMS.index(form), degree, keep,
     )  # fmt: skip
-    return State(*new) if state is None else state + State(*new)
+    return State(*new)
 
 
 def projected_readout(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pom_ext import State, polynomial_mix, reference
 from pom_ext.rotary import Rotary, rotary_table
@@ -199,6 +200,29 @@ def prior_state(inputs, total, device="cpu"):
     if total is None:
         return None
     return State(total=total, residual=inputs.prior_residual.to(device), count=inputs.prior_count.to(device))
+
+
+def draw_prior(batch, width, dtype=torch.float64):
+    """Total, residual and count of a state with one group."""
+    total = torch.randn(batch, 1, width, dtype=state_dtype(dtype)) * 10
+    return total, total * torch.finfo(total.dtype).eps / 4, torch.rand(batch, 1, dtype=torch.float64)
+
+
+class Launches(TorchDispatchMode):
+    """The operations that a GPU would launch something for: all but those that make views and memory."""
+
+    FREE = ("view", "slice", "select", "t", "transpose", "permute", "reshape", "empty", "new_empty", "empty_like",
+            "_unsafe_view", "expand", "detach", "as_strided", "_reshape_alias")  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.__name__.split(".")[0]
+        if name not in self.FREE:
+            self.names.append(name)
+        return operation(*args, **(kwargs or {}))
 
 
 def reference_context(inputs, dtype):

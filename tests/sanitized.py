@@ -16,7 +16,7 @@ from pom_ext import State, polynomial_update
 MODES = ("whole", "weight", "mask", "frames", "frames_unequal", "causal", "cu_seqlens")
 SELECTION = (
     *(Case(form, 3, mode, torch.bfloat16, tokens=70, width=72) for form, mode in product(FORMS, MODES)),
-    *(Case(form, 2, mode, torch.float32, tokens=131, width=33, prior=mode in ("whole", "causal"))
+    *(Case(form, 2, mode, torch.float32, tokens=131, width=33, prior=mode not in ("mask", "cu_seqlens"))
       for form, mode in product(FORMS, MODES)),
     *(Case("power", 4, mode, torch.float16, tokens=70, width=64, heads=heads, axes=2)
       for mode, heads in product(("whole", "frames", "causal"), (1, 4))),
@@ -36,13 +36,25 @@ def update_twice(inputs, device):
     return {"updated": state.total, "y of the update": y}
 
 
+def added_in_place(device):
+    """A state that tokens are added to twice, as blocks of projected tokens are."""
+    for form, dtype, width in (("power", torch.bfloat16, 72), ("product", torch.float32, 33)):
+        u = torch.randn(2, 131, width, device=device).to(dtype)
+        coeff = torch.randn(width, 3, device=device) if form == "power" else None
+        state = State.empty(2, width, device=device).state_dict().values()
+        rest = coeff, None, None, None, None, None, None, 0, FORMS.index(form), 3
+        for empty in (True, False):
+            torch.ops.pom_ext.add_to_state(u, *rest, empty, *state)
+        yield from state
+
+
 def at_once(device):
     """What the tensor cores take together with its projections, where this device's can."""
     ops, key = torch.ops.pom_ext, "CPU" if device == "cpu" else "CUDA"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("pom_ext::folds_at_once", key):
         return
     for context in ("whole", "weight", "offsets"):
-        call = arguments(draw_state_call(context, torch.bfloat16, bias=True), device)
+        call = arguments(draw_state_call(context, torch.bfloat16, bias=True, prior=context != "weight"), device)
         if ops.projects_at_once(*call):
             yield from ops.project_state_at_once(*call)
     for context in ("whole", "even", "offsets"):
@@ -61,6 +73,8 @@ def main(device):
             results |= update_twice(inputs, device)
         for name, result in results.items():
             assert torch.isfinite(result).all(), f"{case}: {name}"
+    for result in added_in_place(device):
+        assert torch.isfinite(result).all()
     taken = 0
     for result in at_once(device):
         assert torch.isfinite(result).all()

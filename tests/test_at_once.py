@@ -33,8 +33,9 @@ def tensor_cores(device):
     return device_if(device, lambda capability: capability >= (8, 0))
 
 
-def draw_state_call(context, dtype, bias, degree=3, batch=2, tokens=150, dim=72, width=264):
+def draw_state_call(context, dtype, bias, degree=3, batch=2, tokens=150, dim=72, width=264, prior=False):
     x = torch.randn(batch, tokens, dim).to(dtype)
+    total = torch.randn(batch, 1, width) * 50 if prior else None
     weight = (torch.randn(width, dim) / dim**0.5).to(dtype)
     return SimpleNamespace(
         x=x,
@@ -44,6 +45,9 @@ def draw_state_call(context, dtype, bias, degree=3, batch=2, tokens=150, dim=72,
         token_weight=torch.rand(batch, tokens) if "weight" in context else None,
         offsets=None if context in ("whole", "weight") else torch.tensor([0, 10, 10, 100, tokens]),
         cumulative="cumulative" in context,
+        total=total,
+        residual=total * 2.0**-26 if prior else None,
+        count=torch.rand(batch, 1, dtype=torch.float64) if prior else None,
         degree=degree,
     )
 
@@ -58,14 +62,20 @@ def state_of(call, dtype):
     u = torch.nn.functional.linear(call.x.to(dtype), call.weight.to(dtype), bias)
     frames = {} if call.offsets is None else {"frames" if call.cumulative else "cu_seqlens": call.offsets.tolist()}
     weight = None if call.token_weight is None else call.token_weight.to(dtype)
-    return reference.state(u, call.coeff.to(dtype), form="power", degree=call.degree, weight=weight, **frames)
+    total, count = reference.state(
+        u, call.coeff.to(dtype), form="power", degree=call.degree, weight=weight, **frames
+    )
+    if call.total is None:
+        return total, count
+    return total + call.total.to(dtype) + call.residual.to(dtype), count + call.count.to(dtype)
 
 
+@pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_state(context, dtype, bias, hopper):
-    call = draw_state_call(context, dtype, bias)
+def test_state(context, dtype, bias, prior, hopper):
+    call = draw_state_call(context, dtype, bias, prior=prior)
     assert OPS.projects_at_once(*arguments(call, hopper))
     total, residual, count = OPS.project_state_at_once(*arguments(call, hopper))
     (exact, exact_count), (plain, _) = state_of(call, torch.float64), state_of(call, dtype)
@@ -75,20 +85,23 @@ def test_state(context, dtype, bias, hopper):
     assert (residual.abs() <= torch.finfo(torch.float32).eps * total.abs()).all()
 
 
-@pytest.mark.parametrize("change", [{}, {"degree": 5}, {"width": 260}, {"dtype": torch.float32}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{}, {"prior": True}, {"degree": 5}, {"width": 260}, {"dtype": torch.float32}], ids=str
+)
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_other_states_take_the_old_way(context, change, hopper, monkeypatch):
     """What the layer calls: by this kernel where it can be, and the same to rounding."""
     call = draw_state_call(context, **{"dtype": torch.bfloat16, "bias": True} | change)
-    x, weight, bias, coeff, token_weight, offsets, cumulative, degree = arguments(call, hopper)
-    rest = token_weight, offsets, cumulative, None, None, 0, FORMS.index("power"), degree
-    assert OPS.projects_at_once(*arguments(call, hopper)) == (not change)
+    x, weight, bias, coeff, token_weight, offsets, cumulative, *prior, degree = arguments(call, hopper)
+    rest = token_weight, offsets, cumulative, *prior, None, None, 0, FORMS.index("power"), degree
+    taken_at_once = change in ({}, {"prior": True})
+    assert OPS.projects_at_once(*arguments(call, hopper)) == taken_at_once
     states = []
     for taken in (False, True):
         monkeypatch.setattr(_blocks, "AT_ONCE", taken)
         states.append(_blocks.project_state(x, weight, bias, coeff, *rest))
     (total, _, count, _), (same_total, _, same_count, _) = states
-    torch.testing.assert_close(same_total, total, rtol=0, atol=0 if change else 0.02 * total.abs().max().item())
+    torch.testing.assert_close(same_total, total, rtol=0, atol=0.02 * total.abs().max().item() if taken_at_once else 0)
     assert torch.equal(same_count, count)
 
 

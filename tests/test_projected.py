@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from cases import FLOOR, norm_error, twice_differentiable_gate
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pom_ext import PoM, _blocks, _projections, module, polynomial_state, reference
-from pom_ext.ops import angles_of
+from pom_ext import PoM, _projections, module, polynomial_state, reference
 from pom_ext.projected import folded_readout, folding_pays
 
 LAYERS = {
@@ -425,43 +424,6 @@ def test_a_group_of_no_weight_reads_the_bias_alone(recorded, dtype, device):
     if recorded:
         (grad,) = torch.autograd.grad(y.sum(), x)
         assert not grad[1, 40:].any() and grad.isfinite().all()
-
-
-@pytest.mark.parametrize("tokens, batch", [(70, 2), (5, 7), (3, 0), (0, 2)])
-@pytest.mark.parametrize("form", ("power", "product"))
-def test_blocks_of_a_gpu(form, tokens, batch, monkeypatch):
-    """What a GPU does block by block, on the CPU: outputs and gradients are those of the CPU's own operations."""
-    monkeypatch.setattr(_blocks, "BLOCK_BYTES", 0)
-    monkeypatch.setattr(_blocks, "LEAST_ROWS", 16)
-    layer = PoM(DIM, 3, form=form, rope="1d" if form == "power" else None, bias=True).double().requires_grad_(False)
-    x, grad_y = torch.randn(2, batch, tokens, DIM, dtype=torch.float64)
-    weights, grad_total = (
-        torch.rand(batch, tokens, dtype=torch.float64),
-        torch.randn(batch, 1, 32 if form == "power" else 96),
-    )
-    rotary, gate_rotary = layer._rotaries(x, x, None, None)
-    rest = int(form == "power"), 3
-
-    def run(ops):
-        projection = x, layer.context_proj.weight, layer.context_proj.bias, layer.coeff
-        context = weights, None, False, *angles_of(rotary), *rest
-        *state, kept = ops.project_state(*projection, *context, False)
-        back = ops.project_state_backward(grad_total.double(), *projection, *context, None, True, True)
-        assert kept.numel() == 0
-        reading = (x, layer.gate_proj.weight, layer.gate_proj.bias, *state, layer.out_proj.weight, layer.out_proj.bias, None,
-                   *angles_of(gate_rotary), rest[0], 1)  # fmt: skip
-        return (
-            *state,
-            *back,
-            ops.project_readout(*reading, False)[0],
-            *ops.project_readout_backward(grad_y, *reading, None),
-        )
-
-    found, expected = run(_blocks), run(torch.ops.pom_ext)
-    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
-        assert one.dtype == other.dtype and one.shape == other.shape, i
-        if i != 1:  # the residual: rounding of the total
-            torch.testing.assert_close(one, other, msg=lambda text, i=i: f"{i}: {text}")
 
 
 def test_dtypes_that_do_not_go_together():

@@ -11,12 +11,13 @@ from cases import FORMS, Case, draw_inputs, op_function
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pom_ext import PoM, State, polynomial_mix, polynomial_readout, polynomial_state, polynomial_update
+from pom_ext import PoM, State, _blocks, polynomial_mix, polynomial_readout, polynomial_state, polynomial_update
 
 GRADIENTS = {f"{name}_backward" for name in ("state", "readout", "causal_mix", "project_state", "project_readout")}
 ALONG = {f"{name}_along" for name in ("project_state", "project_readout", "folded_readout")}
 PROJECTED = {"linear", "project_state", "project_readout", "folded_readout", *ALONG}  # on the CPU alone
-OPS = {"state", "readout", "causal_mix", "mix", "update", *PROJECTED, *GRADIENTS}
+IN_PLACE = {"update", "add_to_state"}
+OPS = {"state", "readout", "causal_mix", "mix", *IN_PLACE, *PROJECTED, *GRADIENTS}
 # What some of these are on a GPU, below all rules of torch; with questions whether they can be.
 AT_ONCE = {"project_state_at_once", "projects_at_once", "folded_readout_at_once", "folds_at_once"}
 
@@ -58,11 +59,17 @@ def recorded_projections(form, context):
         with torch.no_grad():
             x = torch.randn(2, 70, 6)
             layer(x, causal=True)
+            matrix, coeff = layer.context_proj.weight, layer.coeff
+            state = polynomial_state(layer.context_proj(x), coeff, form=form, degree=3).state_dict().values()
+            for before in (state, (None, None, None)):
+                given = x, matrix, None, coeff, None, None, False, *before, None, None, 0, FORMS.index(form), 3
+                torch.ops.pom_ext.project_state(*given, False)
+                _blocks.project_state(*given)
             for heads in (1, 2):
                 layer = PoM(6, 3, form=form, n_sel_heads=heads)
                 layer(x)
                 torch.func.jvp(layer, (x,), (x,))
-    return [call for call in record.calls if call[0].__name__.startswith(("linear", "project", "folded"))]
+    return [call for call in record.calls if call[0].__name__.startswith(("linear", "project", "folded", "add"))]
 
 
 def test_every_operation_is_recorded():
@@ -88,7 +95,7 @@ def test_opcheck_of_projections(form, context):
 
 def check_calls(calls):
     for op, args in calls:
-        differentiable = op.__name__.removesuffix(".default") not in {*GRADIENTS, "update"}
+        differentiable = op.__name__.removesuffix(".default") not in {*GRADIENTS, *IN_PLACE}
         args = [
             arg.detach().requires_grad_(arg.requires_grad and differentiable) if isinstance(arg, torch.Tensor) else arg
             for arg in args

@@ -24,24 +24,11 @@ struct MixPlan {
 };
 
 template <class Acc>
-void add_prior(const StateView& prior, const StateOut& state, int64_t batch, int64_t channels) {
-  if (!prior.total) return;
-  Acc *total = static_cast<Acc*>(state.total), *residual = static_cast<Acc*>(state.residual);
-  for (int64_t i = 0; i < batch * channels; ++i) {
-    const double before = static_cast<const Acc*>(prior.total)[i], own = total[i], sum = before + own;
-    const double rest = double(residual[i]) + double(static_cast<const Acc*>(prior.residual)[i]);
-    split(sum, rounded_off(before, own, sum) + rest, total[i], residual[i]);
-  }
-  for (int64_t b = 0; b < batch; ++b) state.count[b] += prior.count[b];
-}
-
-template <class Acc>
 Status run(const Features& f, const Gates& g, const StateView& prior, const StateOut& out, void* y, void* workspace,
            const Executor& executor) {
   if (f.batch == 0) return Status::ok;
   const MixPlan<Acc> plan(f, g, workspace);
-  if (const Status s = state({f, {}, plan.state}, plan.memory, plan.bytes, executor); s != Status::ok) return s;
-  add_prior<Acc>(prior, plan.state, f.batch, f.channels());
+  if (const Status s = state({f, {}, plan.state, prior}, plan.memory, plan.bytes, executor); s != Status::ok) return s;
   if (const Status s = readout(plan.readout(g, y), plan.memory, plan.bytes, executor); s != Status::ok) return s;
   std::copy_n(static_cast<Acc*>(plan.state.total), f.batch * f.channels(), static_cast<Acc*>(out.total));
   std::copy_n(static_cast<Acc*>(plan.state.residual), f.batch * f.channels(), static_cast<Acc*>(out.residual));

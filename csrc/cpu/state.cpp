@@ -1,7 +1,7 @@
 // State forward and backward: φ summed over the tokens of each group, and the way back.
 
-#include "cpu/means.h"
 #include "cpu/tokens.h"
+#include "residual.h"
 
 namespace pom::cpu {
 namespace {
@@ -24,12 +24,13 @@ struct StatePlan {
         partial(arena.take<double>(args.features.batch * slots * tokens.channels())) {}
 };
 
-// Count of every group: the number of its tokens, or the sum of their weights.
+// Count of every group: the number of its tokens, or the sum of their weights, and what came before.
 template <class Acc>
 void counts(const StateArgs& args) {
   const Features& f = args.features;
   const Segments segments = segments_of(f, args.groups);
   for (int64_t b = 0; b < f.batch; ++b) {
+    const double before = args.prior.count ? args.prior.count[b] : 0.0;
     double count = 0;
     for (int64_t g = 0; g < args.groups.count; ++g) {
       if (!args.groups.cumulative) count = 0;
@@ -40,7 +41,7 @@ void counts(const StateArgs& args) {
         for (int64_t n = begin; n < end; ++n) count += weight[n];
       else
         count += double(end - begin);
-      args.out.count[b * args.groups.count + g] = count;
+      args.out.count[b * args.groups.count + g] = before + count;
     }
   }
 }
@@ -112,9 +113,12 @@ Status run(const StateArgs& args, void* workspace, const Executor& executor) {
         add(g);
       else
         plan.pieces.of_group(g, add);
-      const int64_t at = (b * groups + g) * channels + first;
-      for (int64_t c = 0; c < width; ++c)
-        split(sum[c], 0.0, static_cast<Acc*>(args.out.total)[at + c], static_cast<Acc*>(args.out.residual)[at + c]);
+      const int64_t at = (b * groups + g) * channels + first, before = b * channels + first;
+      for (int64_t c = 0; c < width; ++c) {
+        double total = sum[c];
+        const double rest = add_prior<Acc>(args.prior, before + c, total);
+        split(total, rest, static_cast<Acc*>(args.out.total)[at + c], static_cast<Acc*>(args.out.residual)[at + c]);
+      }
     }
   });
   return Status::ok;

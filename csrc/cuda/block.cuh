@@ -142,14 +142,4 @@ struct BlockIndex {
   __device__ explicit BlockIndex(int slabs) : slab(blockIdx.x % unsigned(slabs)), row(blockIdx.x / unsigned(slabs)) {}
 };
 
-// Adds to `sum` a prior state, total and residual, at element `at`; gives back what rounding lost. No prior, no change.
-template <class Acc>
-POM_HD double add_prior(const StateView& prior, int64_t at, double& sum) {
-  if (!prior.total) return 0;
-  const double before = static_cast<const Acc*>(prior.total)[at], own = sum;
-  sum = before + own;
-  const double lost = rounded_off(before, own, sum);
-  return prior.residual ? lost + double(static_cast<const Acc*>(prior.residual)[at]) : lost;
-}
-
 }  // namespace pom::cuda

@@ -62,6 +62,7 @@ struct MaskedStatePlan {
         product(args.features.batch, args.groups.count, args.features.tokens, args.features.channels(),
                 args.groups.mask, false, arena) {
     product.x = phi;
+    product.prior = args.prior;
     product.out = args.out;
   }
 };

@@ -274,7 +274,7 @@ Status with_project(const Features& f, Body body) {
 Status check(const ProjectStateArgs& args) {
   Features f = args.features;
   f.u = args.x;
-  if (const Status s = pom::check(StateArgs{f, args.groups, args.out}); s != Status::ok) return s;
+  if (const Status s = pom::check(StateArgs{f, args.groups, args.out, args.prior}); s != Status::ok) return s;
   if (!args.weight) return Status::null_pointer;
   if (f.dtype != Dtype::bf16 && f.dtype != Dtype::f16) return Status::bad_dtype;
   if (f.degree < 2 || f.degree > 4) return Status::bad_degree;
@@ -304,8 +304,8 @@ Status run(const ProjectStateArgs& args, void* workspace, void* stream) {
   if (const Status s = make_tile_map(weight, kProductColumns, plan.sums.weight); s != Status::ok) return s;
   const Status s = with_project(f, [&](auto kernel) { return launch_project(kernel, plan.sums, stream); });
   if (s != Status::ok) return s;
-  const Join<float> joined = {plan.sums.pieces, f.batch, f.width, plan.sums.rows, plan.sums.weight_rows, {}, nullptr,
-                              args.out};
+  const Join<float> joined = {plan.sums.pieces, f.batch, f.width, plan.sums.rows, plan.sums.weight_rows,
+                              args.prior, nullptr, args.out};
   return args.groups.cumulative ? scan(joined, false, stream) : join(joined, stream);
 }
 

@@ -27,9 +27,10 @@ Status run(const StateArgs& args, void* workspace, void* stream) {
   const StatePlan<Acc> plan(args, workspace);
   const Features& f = args.features;
   if (f.batch * args.groups.count == 0) return Status::ok;
-  if (!args.groups.cumulative) return plan.sums.launch_joined({}, args.out, stream);
+  if (!args.groups.cumulative) return plan.sums.launch_joined(args.prior, args.out, stream);
   if (const Status s = plan.sums.launch(stream); s != Status::ok) return s;
-  return scan(Join<Acc>{plan.pieces, f.batch, f.channels(), plan.sums.rows, plan.sums.weight_rows, {}, nullptr, args.out},
+  return scan(Join<Acc>{plan.pieces, f.batch, f.channels(), plan.sums.rows, plan.sums.weight_rows, args.prior, nullptr,
+                        args.out},
               false, stream);
 }
 

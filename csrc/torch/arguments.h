@@ -196,6 +196,14 @@ struct State {
   }
 };
 
+// A state that was there before, with one group, or nothing.
+struct Prior : State {
+  Prior(const Optional& total, const Optional& residual, const Optional& count, const Tensor& like, int64_t channels)
+      : State(total, residual, count, like, like.size(0), 1, channels) {
+    STD_TORCH_CHECK(bool(total) == bool(residual) && bool(total) == bool(count), "prior: incomplete state");
+  }
+};
+
 // New tensors for a state.
 struct NewState {
   Tensor total, residual, count;
@@ -260,7 +268,7 @@ inline Tensor new_coeff_grad(const Features& f) {
 struct Mixed {
   Features features;
   Gates gates;
-  State prior;
+  Prior prior;
   Mixed(const Tensor& u, const Tensor& gate, const Optional& coeff, const Optional& u_tangent,
         const Optional& gate_tangent, const Optional& coeff_tangent, const Optional& weight, const Optional& total,
         const Optional& residual, const Optional& count, const Optional& cos, const Optional& sin, int64_t axes,
@@ -268,9 +276,8 @@ struct Mixed {
         int64_t heads)
       : features(u, coeff, u_tangent, coeff_tangent, weight, cos, sin, axes, form, degree),
         gates(gate, gate_tangent, u.size(2), gate_cos, gate_sin, gate_axes, form, heads),
-        prior(total, residual, count, u, u.size(0), 1, u.size(2)) {
+        prior(total, residual, count, u, u.size(2)) {
     expect_device(gate, u, "gate");
-    STD_TORCH_CHECK(bool(total) == bool(residual) && bool(total) == bool(count), "prior: incomplete state");
   }
 };
 

@@ -10,10 +10,11 @@
 STABLE_TORCH_LIBRARY_FRAGMENT(pom_ext, m) {
   m.def(
       "projects_at_once(Tensor x, Tensor weight, Tensor? bias, Tensor coeff, Tensor? token_weight, Tensor? offsets, "
-      "bool cumulative, int degree) -> bool");
+      "bool cumulative, Tensor? total, Tensor? residual, Tensor? count, int degree) -> bool");
   m.def(
       "project_state_at_once(Tensor x, Tensor weight, Tensor? bias, Tensor coeff, Tensor? token_weight, "
-      "Tensor? offsets, bool cumulative, int degree) -> (Tensor total, Tensor residual, Tensor count)");
+      "Tensor? offsets, bool cumulative, Tensor? total, Tensor? residual, Tensor? count, int degree) "
+      "-> (Tensor total, Tensor residual, Tensor count)");
   m.def(
       "folds_at_once(Tensor x, Tensor gate_weight, Tensor? gate_bias, Tensor total, Tensor residual, Tensor count, "
       "Tensor out_weight, Tensor? out_bias, Tensor? offsets, int form) -> bool");
@@ -55,15 +56,18 @@ struct ProjectStateCall {
   Tensor x;
   Projection projection;
   Plain coeff, token_weight, offsets;
+  Prior prior;
   pom::ProjectStateArgs args;
 
   ProjectStateCall(const Tensor& x_, const Tensor& weight, const Optional& bias, const Tensor& coeff_,
-                   const Optional& token_weight_, const Optional& offsets_, bool cumulative, int64_t degree)
+                   const Optional& token_weight_, const Optional& offsets_, bool cumulative, const Optional& total,
+                   const Optional& residual, const Optional& count, int64_t degree)
       : x(checked_tokens(x_)),
         projection(weight, bias, x_, x_.size(2), "weight"),
         coeff(coeff_, x_, acc_of(x_), {weight.size(0), degree}, "coeff"),
         token_weight(token_weight_, x_, acc_of(x_), {x_.size(0), x_.size(1)}, "token_weight"),
-        offsets(offsets_, x_, ScalarType::Long, {offsets_ ? offsets_->size(0) : 0}, "offsets") {
+        offsets(offsets_, x_, ScalarType::Long, {offsets_ ? offsets_->size(0) : 0}, "offsets"),
+        prior(total, residual, count, x_, weight.size(0)) {
     pom::Features& f = args.features;
     f.form = pom::Form::power;
     f.degree = int(degree);
@@ -82,6 +86,7 @@ struct ProjectStateCall {
     args.groups.offsets = checked_offsets(offsets, x.size(1));
     args.groups.count = offsets_ ? offsets_->size(0) - 1 : 1;
     args.groups.cumulative = cumulative;
+    args.prior = prior.view;
   }
 };
 
@@ -134,8 +139,9 @@ bool ask(const Tensor& x, const Args& args, bool (*question)(const Args&)) {
 
 // Whether there is a kernel for a call of project_state_at_once.
 bool projects_at_once(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& coeff,
-                      const Optional& token_weight, const Optional& offsets, bool cumulative, int64_t degree) {
-  ProjectStateCall in(x, weight, bias, coeff, token_weight, offsets, cumulative, degree);
+                      const Optional& token_weight, const Optional& offsets, bool cumulative, const Optional& total,
+                      const Optional& residual, const Optional& count, int64_t degree) {
+  ProjectStateCall in(x, weight, bias, coeff, token_weight, offsets, cumulative, total, residual, count, degree);
   double nothing;  // nobody looks at the outputs
   in.args.out = {&nothing, &nothing, &nothing};
   return ask(x, in.args, pom::cuda::projects);
@@ -143,8 +149,10 @@ bool projects_at_once(const Tensor& x, const Tensor& weight, const Optional& bia
 
 std::tuple<Tensor, Tensor, Tensor> project_state_at_once(const Tensor& x, const Tensor& weight, const Optional& bias,
                                                          const Tensor& coeff, const Optional& token_weight,
-                                                         const Optional& offsets, bool cumulative, int64_t degree) {
-  ProjectStateCall in(x, weight, bias, coeff, token_weight, offsets, cumulative, degree);
+                                                         const Optional& offsets, bool cumulative,
+                                                         const Optional& total, const Optional& residual,
+                                                         const Optional& count, int64_t degree) {
+  ProjectStateCall in(x, weight, bias, coeff, token_weight, offsets, cumulative, total, residual, count, degree);
   NewState out(x, x.size(0), in.args.groups.count, weight.size(0));
   in.args.out = out.out;
   call_cuda(in.args, x, pom::cuda::project_state);

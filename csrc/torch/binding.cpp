@@ -15,13 +15,37 @@ using namespace pom_torch;
 
 std::tuple<Tensor, Tensor, Tensor> state(const Tensor& u, const Optional& coeff, const Optional& u_tangent,
                                          const Optional& coeff_tangent, const Optional& weight, const Optional& mask,
-                                         const Optional& offsets, bool cumulative, const Optional& cos,
+                                         const Optional& offsets, bool cumulative, const Optional& total,
+                                         const Optional& residual, const Optional& count, const Optional& cos,
                                          const Optional& sin, int64_t axes, int64_t form, int64_t degree) {
   const Features features(u, coeff, u_tangent, coeff_tangent, weight, cos, sin, axes, form, degree);
   const Groups groups(features, mask, offsets, cumulative);
+  const Prior prior(total, residual, count, u, u.size(2));
   NewState out(u, u.size(0), groups.args.count, u.size(2));
-  call(pom::StateArgs{features.args, groups.args, out.out}, u, POM_OPERATION(state));
+  call(pom::StateArgs{features.args, groups.args, out.out, prior.view}, u, POM_OPERATION(state));
   return {out.total, out.residual, out.count};
+}
+
+// What is written in place must be the caller's own memory.
+void expect_contiguous(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor, since it is written in place");
+}
+
+// Adds all tokens to a state in place or, if there is nothing in it yet, makes it theirs and what came before's.
+void add_to_state(const Tensor& u, const Optional& coeff, const Optional& weight, const Optional& prior_total,
+                  const Optional& prior_residual, const Optional& prior_count, const Optional& cos,
+                  const Optional& sin, int64_t axes, int64_t form, int64_t degree, bool empty, Tensor total,
+                  Tensor residual, Tensor count) {
+  const Features features(u, coeff, {}, {}, weight, cos, sin, axes, form, degree);
+  const Prior prior(prior_total, prior_residual, prior_count, u, u.size(2));
+  const Prior state(total, residual, count, u, u.size(2));
+  STD_TORCH_CHECK(empty || !prior_total, "prior: expected None, since the state is added to");
+  expect_contiguous(total, "total");
+  expect_contiguous(residual, "residual");
+  expect_contiguous(count, "count");
+  const pom::StateOut out = {total.mutable_data_ptr(), residual.mutable_data_ptr(),
+                             static_cast<double*>(count.mutable_data_ptr())};
+  call(pom::StateArgs{features.args, {}, out, empty ? prior.view : state.view}, u, POM_OPERATION(state));
 }
 
 std::tuple<Tensor, Tensor> state_backward(const Tensor& grad_total, const Tensor& u, const Optional& coeff,
@@ -121,11 +145,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mix(const Tensor& u, const Tensor& ga
   return {y, out.total, out.residual, out.count};
 }
 
-// What is written in place must be the caller's own memory.
-void expect_contiguous(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor, since it is written in place");
-}
-
 Tensor update(const Tensor& u, const Tensor& gate, const Optional& coeff, const Optional& weight, Tensor total,
               Tensor residual, Tensor count, Tensor ticket, const Optional& cos, const Optional& sin, int64_t axes,
               const Optional& gate_cos, const Optional& gate_sin, int64_t gate_axes, int64_t form, int64_t degree,
@@ -174,8 +193,12 @@ std::string cuda_versions() {
 STABLE_TORCH_LIBRARY(pom_ext, m) {
   m.def(
       "state(Tensor u, Tensor? coeff, Tensor? u_tangent, Tensor? coeff_tangent, Tensor? weight, Tensor? mask, "
-      "Tensor? offsets, bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, int degree) "
-      "-> (Tensor total, Tensor residual, Tensor count)");
+      "Tensor? offsets, bool cumulative, Tensor? total, Tensor? residual, Tensor? count, Tensor? cos, Tensor? sin, "
+      "int axes, int form, int degree) -> (Tensor total, Tensor residual, Tensor count)");
+  m.def(
+      "add_to_state(Tensor u, Tensor? coeff, Tensor? weight, Tensor? prior_total, Tensor? prior_residual, "
+      "Tensor? prior_count, Tensor? cos, Tensor? sin, int axes, int form, int degree, bool empty, Tensor(a!) total, "
+      "Tensor(b!) residual, Tensor(c!) count) -> ()");
   m.def(
       "state_backward(Tensor grad_total, Tensor u, Tensor? coeff, Tensor? u_tangent, Tensor? coeff_tangent, "
       "Tensor? weight, Tensor? mask, Tensor? offsets, bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, "
@@ -214,6 +237,7 @@ STABLE_TORCH_LIBRARY(pom_ext, m) {
 
 #define POM_IMPLEMENT(m)                                          \
   m.impl("state", TORCH_BOX(&state));                             \
+  m.impl("add_to_state", TORCH_BOX(&add_to_state));               \
   m.impl("state_backward", TORCH_BOX(&state_backward));           \
   m.impl("readout", TORCH_BOX(&readout));                         \
   m.impl("readout_backward", TORCH_BOX(&readout_backward));       \

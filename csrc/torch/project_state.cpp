@@ -55,11 +55,11 @@ struct Projected {
   }
 };
 
-// The states of all groups, summed from those of the blocks.
+// The states of all groups, summed from those of the blocks and what came before.
 class BlockStates {
  public:
-  BlockStates(const Tensor& x, int64_t groups, int64_t channels)
-      : out(x, x.size(0), groups, channels), x_(x), groups_(groups), channels_(channels),
+  BlockStates(const Tensor& x, int64_t groups, int64_t channels, const pom::StateView& prior)
+      : out(x, x.size(0), groups, channels), x_(x), groups_(groups), channels_(channels), prior_(prior),
         sums_(x.size(0) * groups * channels), counts_(x.size(0) * groups) {}
 
   void add(const Features& features, const Block& block, const Bounds::Local& local) {
@@ -79,7 +79,8 @@ class BlockStates {
 
   void finish(bool cumulative) {
     with_acc(x_, [&](auto acc) {
-      auto *const total = static_cast<decltype(acc)*>(out.out.total), *const residual = static_cast<decltype(acc)*>(out.out.residual);
+      using Acc = decltype(acc);
+      auto *const total = static_cast<Acc*>(out.out.total), *const residual = static_cast<Acc*>(out.out.residual);
       parallel(x_.size(0), [&](int64_t b) {
         for (int64_t row = b * groups_; row < (b + 1) * groups_; ++row) {
           double* const sums = &sums_[row * channels_];
@@ -87,8 +88,12 @@ class BlockStates {
             for (int64_t c = 0; c < channels_; ++c) sums[c] += sums[c - channels_];
             counts_[row] += counts_[row - 1];
           }
-          for (int64_t c = 0, i = row * channels_; c < channels_; ++c, ++i) pom::split(sums[c], 0.0, total[i], residual[i]);
-          out.out.count[row] = counts_[row];
+          for (int64_t c = 0, i = row * channels_; c < channels_; ++c, ++i) {
+            double sum = sums[c];
+            const double rest = pom::add_prior<Acc>(prior_, b * channels_ + c, sum);
+            pom::split(sum, rest, total[i], residual[i]);
+          }
+          out.out.count[row] = counts_[row] + (prior_.count ? prior_.count[b] : 0.0);
         }
       });
     });
@@ -99,6 +104,7 @@ class BlockStates {
  private:
   Tensor x_;
   int64_t groups_, channels_;
+  pom::StateView prior_;
   std::vector<double> sums_, counts_;
 };
 
@@ -113,19 +119,22 @@ struct Grouped {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> project_state(const Tensor& x, const Tensor& weight, const Optional& bias,
                                                          const Optional& coeff, const Optional& token_weight,
-                                                         const Optional& offsets, bool cumulative, const Optional& cos,
+                                                         const Optional& offsets, bool cumulative,
+                                                         const Optional& total, const Optional& residual,
+                                                         const Optional& count, const Optional& cos,
                                                          const Optional& sin, int64_t axes, int64_t form,
                                                          int64_t degree, bool keep) {
   const Projected in(x, weight, bias, coeff, token_weight, cos, sin, axes, form, degree);
+  const Prior prior(total, residual, count, x, weight.size(0));
   const Bounds bounds = Grouped(offsets, x).bounds;
   if (keep) {
     NewState out(x, x.size(0), bounds.count(), weight.size(0));
     const Features features = in.features({0, x.size(0), 0, x.size(1)}, 0);
-    call(pom::StateArgs{features.args, {bounds.count(), bounds.data(), cumulative}, out.out}, features.u,
+    call(pom::StateArgs{features.args, {bounds.count(), bounds.data(), cumulative}, out.out, prior.view}, features.u,
          POM_OPERATION(state));
     return {out.total, out.residual, out.count, features.u};
   }
-  BlockStates states(x, bounds.count(), weight.size(0));
+  BlockStates states(x, bounds.count(), weight.size(0), prior.view);
   each_block(x, weight.size(0), [&](const Block& block, int64_t first) {
     states.add(in.features(block, first), block, bounds.within(block));
   });
@@ -133,15 +142,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> project_state(const Tensor& x, const 
   return {states.out.total, states.out.residual, states.out.count, torch::stable::new_empty(x, {0, 0, 0})};
 }
 
-// The state, and its derivative along a direction of the tokens, in one pass over them.
+// The state, and its derivative along directions of the tokens and of what came before, in one pass over the tokens.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> project_state_along(
     const Tensor& x, const Tensor& x_tangent, const Tensor& weight, const Optional& bias, const Optional& coeff,
-    const Optional& token_weight, const Optional& offsets, bool cumulative, const Optional& cos, const Optional& sin,
-    int64_t axes, int64_t form, int64_t degree) {
+    const Optional& token_weight, const Optional& offsets, bool cumulative, const Optional& total,
+    const Optional& residual, const Optional& count, const Optional& total_tangent, const Optional& residual_tangent,
+    const Optional& cos, const Optional& sin, int64_t axes, int64_t form, int64_t degree) {
   const Projected in(x, weight, bias, coeff, token_weight, cos, sin, axes, form, degree);
   const Bounds bounds = Grouped(offsets, x).bounds;
   const Tensor direction = direction_of(x_tangent, x);
-  BlockStates states(x, bounds.count(), weight.size(0)), along(x, bounds.count(), weight.size(0));
+  const int64_t channels = weight.size(0);
+  const Prior prior(total, residual, count, x, channels);
+  const Prior moved(total_tangent, residual_tangent, total_tangent ? count : Optional(), x, channels);
+  BlockStates states(x, bounds.count(), channels, prior.view), along(x, bounds.count(), channels, moved.view);
   each_block(x, weight.size(0), [&](const Block& block, int64_t first) {
     const Bounds::Local local = bounds.within(block);
     const Features features = in.features(block, first);
@@ -216,12 +229,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> project_state_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(pom_ext, m) {
   m.def(
       "project_state(Tensor x, Tensor weight, Tensor? bias, Tensor? coeff, Tensor? token_weight, Tensor? offsets, "
-      "bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, int degree, bool keep) "
-      "-> (Tensor total, Tensor residual, Tensor count, Tensor kept)");
+      "bool cumulative, Tensor? total, Tensor? residual, Tensor? count, Tensor? cos, Tensor? sin, int axes, int form, "
+      "int degree, bool keep) -> (Tensor total, Tensor residual, Tensor count, Tensor kept)");
   m.def(
       "project_state_along(Tensor x, Tensor x_tangent, Tensor weight, Tensor? bias, Tensor? coeff, "
-      "Tensor? token_weight, Tensor? offsets, bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, "
-      "int degree) -> (Tensor total, Tensor residual, Tensor count, Tensor total_tangent, Tensor residual_tangent)");
+      "Tensor? token_weight, Tensor? offsets, bool cumulative, Tensor? total, Tensor? residual, Tensor? count, "
+      "Tensor? total_tangent, Tensor? residual_tangent, Tensor? cos, Tensor? sin, int axes, int form, int degree) "
+      "-> (Tensor total, Tensor residual, Tensor count, Tensor total_tangent, Tensor residual_tangent)");
   m.def(
       "project_state_backward(Tensor grad_total, Tensor x, Tensor weight, Tensor? bias, Tensor? coeff, "
       "Tensor? token_weight, Tensor? offsets, bool cumulative, Tensor? cos, Tensor? sin, int axes, int form, "

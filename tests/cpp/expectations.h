@@ -34,10 +34,12 @@ inline void expect_state(const Case& c, const std::string& name, const StateBuff
   }
 }
 
-// The numbers of a state and what the tokens of a problem add to it.
+// The numbers of a state with one group, and what the tokens of a problem add to it: for every group of theirs.
 inline naive::State added(const naive::State& before, const naive::Problem& p) {
   naive::State state = naive::state(p);
-  for (size_t i = 0; i < state.total.size(); ++i) state.total[i] += before.total[i];
-  for (size_t i = 0; i < state.count.size(); ++i) state.count[i] += before.count[i];
+  const int64_t channels = p.channels(), of_sample = p.groups * channels;
+  for (int64_t i = 0; i < int64_t(state.total.size()); ++i)
+    state.total[i] += before.total[i / of_sample * channels + i % channels];
+  for (int64_t i = 0; i < int64_t(state.count.size()); ++i) state.count[i] += before.count[i / p.groups];
   return state;
 }

@@ -130,6 +130,9 @@ class Workspace {
 
 using Outputs = std::vector<Buffer*>;
 
+// The bytes of one buffer in another one of the same kind.
+inline void copy(const Buffer& from, Buffer& to) { std::memcpy(to.data(), from.data(), from.bytes()); }
+
 inline std::string bits(const Buffer& buffer) { return {static_cast<char*>(buffer.data()), buffer.bytes()}; }
 
 template <class Args>

@@ -6,12 +6,29 @@
 using check::expect;
 using check::section;
 
+// Added to the prior state where it lies: the bits of `wanted`, in any order.
+void test_in_place(const Case& c, const Inputs& in, const Before& prior, StateBuffers& wanted) {
+  StateBuffers state(in.acc, c.shape.batch, c.channels());
+  for (const bool ascending : {true, false}) {
+    copy(prior.total, state.total), copy(prior.residual, state.residual), copy(prior.count, state.count);
+    const StateOut own = state.view();
+    run_once(c.name("state in place"), StateArgs{in.features, in.groups, own, own.view()}, ascending);
+    for (size_t i = 0; i < 3; ++i)
+      expect(bits(*state.outputs()[i]) == bits(*wanted.outputs()[i]), "%s: not the bits of another state's memory",
+             c.name("state in place").c_str());
+  }
+}
+
 void test_state(const Case& c) {
   const Inputs in(c);
   const int64_t rows = c.shape.batch * in.p.groups, channels = c.channels();
   StateBuffers out(in.acc, rows, channels);
-  run(c.name("state"), StateArgs{in.features, in.groups, out.view()}, out.outputs());
-  expect_state(c, c.name("state"), out, naive::state(in.p));
+  Before prior(in.acc, c.shape.batch, channels, false);
+  const StateView before = c.prior ? prior.view() : StateView{};
+  const naive::State state = c.prior ? added(prior.values, in.p) : naive::state(in.p);
+  run(c.name("state"), StateArgs{in.features, in.groups, out.view(), before}, out.outputs());
+  expect_state(c, c.name("state"), out, state);
+  if (c.prior && in.p.groups == 1) test_in_place(c, in, prior, out);
 
   Array grad_values = draw(rows * channels, -0.5, 1.5);
   const Buffer grad_total(in.acc, grad_values);
@@ -152,6 +169,8 @@ void test_residual() {
 
   const Gates gates = {Form::power, Dtype::f32, 1, kTokens, kWidth, 1, u.data(), u.size(), kWidth, {}};
   const StateView prior = {prior_total.data(), prior_residual.data(), prior_count.doubles()};
+  run("state", StateArgs{features, {}, out.view(), prior}, out.outputs());
+  expect_sum(0x1p28 + 0x1p26, 0x1p-4 + 0x1p-9, 0x1p26 + 69);
   Buffer y(Dtype::f32, u.size());
   run("causal_mix", CausalArgs{features, gates, prior, y.data(), out.view()},
       {&y, &out.total, &out.residual, &out.count});

@@ -20,9 +20,6 @@ void test_mix(const Case& c) {
   expect_state(c, c.name("mix"), out, state);
 }
 
-// The bytes of one buffer in another one of the same kind.
-void copy(const Buffer& from, Buffer& to) { std::memcpy(to.data(), from.data(), from.bytes()); }
-
 // Frames one after the other, each of which finds the tickets as the one before has left them. From an empty state, or
 // one that there was before.
 void test_update(const Case& c) {

@@ -38,21 +38,22 @@ struct Tokens {
       }
   }
 
-  ProjectStateArgs args(const ProjectCase& p, const StateOut& out) const {
+  ProjectStateArgs args(const ProjectCase& p, const StateOut& out, const StateView& prior = {}) const {
     Features features = in.features;
     features.u = nullptr;
     return {features,      x.buffer.data(), p.dim, x.batch_stride, x.token_stride,
-            weight.data(), p.bias ? bias.data() : nullptr, in.groups, out};
+            weight.data(), p.bias ? bias.data() : nullptr, in.groups, out, prior};
   }
 };
 
 void test(const ProjectCase& p) {
   const Tokens tokens(p);
   StateBuffers out(Dtype::f32, p.c.shape.batch * tokens.in.p.groups, p.c.shape.width);
-  const ProjectStateArgs args = tokens.args(p, out.view());
+  Before prior(Dtype::f32, p.c.shape.batch, p.c.shape.width, false);
+  const ProjectStateArgs args = tokens.args(p, out.view(), p.c.prior ? prior.view() : StateView{});
   expect(pom::cuda::projects(args), "%sis not taken", p.name().c_str());
   run(p.name(), args, out.outputs());
-  expect_state(p.c, p.name(), out, naive::state(tokens.in.p));
+  expect_state(p.c, p.name(), out, p.c.prior ? added(prior.values, tokens.in.p) : naive::state(tokens.in.p));
 }
 
 // Inputs that fill a step or not, more of them than stages; pieces cut by groups; channels that fill a block or not;
@@ -67,6 +68,7 @@ void test_sizes() {
     for (Context context : {Context::whole, Context::offsets, Context::cumulative})
       for (bool weighted : {false, true}) {
         Case c = {Form::power, 2 + int(choose(3)), choose(2) ? Dtype::bf16 : Dtype::f16, context, weighted};
+        c.prior = choose(2) == 0;
         c.shape = shape;
         c.layout = choose(2) ? Layout::dense : Layout::spaced;
         test({c, dim, choose(2) == 0});
@@ -142,6 +144,7 @@ void test_refusals() {
   refuses("an odd address", Status::bad_size, [](Args& a) { a.x = static_cast<const char*>(a.x) + 2; });
   refuses("no tokens' memory", Status::null_pointer, [](Args& a) { a.x = nullptr; });
   refuses("no weight", Status::null_pointer, [](Args& a) { a.weight = nullptr; });
+  refuses("half a prior state", Status::null_pointer, [](Args& a) { a.prior.total = a.weight; });
   refuses("no coefficients", Status::null_pointer, [](Args& a) { a.features.coeff = nullptr; });
 
   ProjectStateArgs args = tokens.args(p, out.view());

@@ -179,7 +179,8 @@ void test_refusals() {
   Buffer y(in.acc, size), grad_u(in.acc, size), grad_gate(in.acc, size), grad_total(in.acc, rows * channels);
   Buffer grad_coeff(in.acc, int64_t(in.p.coeff.size()));
 
-  const Refusals state("state", StateArgs{in.features, in.groups, out.view()}, out.outputs());
+  const Refusals state("state", StateArgs{in.features, in.groups, out.view(), before.view()}, out.outputs());
+  refuse_prior(state);
   refuse_features(state);
   refuse_groups(state);
   refuse_state_out(state);

@@ -99,10 +99,13 @@ struct StateOut {
   StateView view() const { return {total, residual, count}; }
 };
 
+// The sum of every group's tokens and of `prior`, if there is one: tokens are added to a state in one call. With one
+// group `out` may be the memory of `prior`, which is then added to in place.
 struct StateArgs {
   Features features;
   Groups groups;
   StateOut out;
+  StateView prior = {};  // (batch, 1, C); null pointers for none
 };
 
 struct StateBackwardArgs {
@@ -198,6 +201,7 @@ struct ProjectStateArgs {
   const void* bias = nullptr;    // dtype (C), or null
   Groups groups;
   StateOut out;
+  StateView prior = {};  // as of StateArgs
 };
 
 // The readout of queries that are projected to one gate per head, through a projection of its own:
