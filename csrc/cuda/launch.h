@@ -37,7 +37,8 @@ Status launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t
                                   pointers, shared_bytes, static_cast<cudaStream_t>(stream)));
 #else
   (void)stream;
-  cuda_on_cpu::launch(unsigned(blocks), threads, shared_bytes, [=] { kernel(arguments...); });
+  cuda_on_cpu::launch(unsigned(blocks), threads, shared_bytes, [=] { kernel(arguments...); },
+                      reinterpret_cast<const void*>(kernel));
   return Status::ok;
 #endif
 }
