@@ -38,13 +38,14 @@ def jobs(folder, counted):
     headers += cpp.glob("*.h")
     common = ["-fPIC", "-fvisibility=hidden", *(f"-I{ROOT / name}" for name in ("csrc", "csrc/include", "tests/cpp"))]
     optimised = ["-std=c++17", "-O2", *common]
+    kernels = ["-x", "c++", *(["-std=c++17", "-O1", *common, *COUNTED] if counted else optimised)]
     target = re.search(r'^TORCH_TARGET = "(\w+)"', (ROOT / "setup.py").read_text(), re.MULTILINE)[1]
     torch = ["-std=c++20", "-O1", *common, "-DPOM_CUDA_ON_CPU", f"-DTORCH_TARGET_VERSION={target}"]
     torch += ["-DPy_LIMITED_API=0x030A0000", "-isystem", sysconfig.get_paths()["include"]]
     torch += [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
     stand_in = [cpp / "cuda_on_cpu.cpp", ROOT / "csrc/status.cpp"] + [cpp / "count_on_cpu.cpp"] * counted
     groups = (
-        ("cuda", sorted((ROOT / "csrc/cuda").glob("*.cu")), ["-x", "c++", *optimised, *(COUNTED * counted)]),
+        ("cuda", sorted((ROOT / "csrc/cuda").glob("*.cu")), kernels),
         ("torch", (ROOT / "csrc/torch").glob("*.cpp"), torch),
         ("cpu", (ROOT / "csrc/cpu").glob("*.cpp"), ["-std=c++17", *common]),  # linked, not called
         ("stand_in", stand_in, optimised),

@@ -9,8 +9,8 @@
 // 64 KiB of sectors that counted: about what a block has of a multiprocessor's L1 cache. So the lanes of a warp that read
 // one number move one sector, coefficients that a block reads again and again are moved once, and a second pass over
 // more than the cache holds moves everything again. Loads and stores are kept apart; a store moves its sector once, an
-// atomic operation loads and stores it. Threads take turns after every access, as they do on a GPU, or one would be
-// through with its tokens before its neighbour touches the other half of their sectors. There is no L2: what two blocks
+// atomic operation loads and stores it. Threads take turns with every sector, as they do on a GPU, or one would be through
+// with its tokens before its neighbour touches the other half of their sectors. There is no L2: what two blocks
 // load counts twice.
 
 #include "count_on_cpu.h"
@@ -42,7 +42,9 @@ class Sectors {
   }
   uint64_t counted() const { return counted_; }
 
-  void touch(uint64_t sector) {
+  // Whether it counts.
+  bool touch(uint64_t sector) {
+    const uint64_t before = counted_;
     Entry* entry = find(sector);
     if (entry->block != block_) {
       if (2 * ++used_ > entries_.size()) {
@@ -54,6 +56,7 @@ class Sectors {
       ++counted_;
     }
     entry->stamp = counted_;
+    return counted_ > before;
   }
 
  private:
@@ -154,9 +157,12 @@ void transfer(bool reads, size_t bytes) {
 constexpr cuda_on_cpu::Counter kCounter = {start_grid, start_block, end_block, transfer};
 const bool installed = [] { return cuda_on_cpu::counter = &kCounter, true; }();
 
-void touch(Sectors& sectors, const char* p, size_t bytes) {
+bool touch(Sectors& sectors, const char* p, size_t bytes) {
+  bool counts = false;
   const uint64_t last = (reinterpret_cast<uint64_t>(p) + bytes - 1) >> kSectorBits;
-  for (uint64_t sector = reinterpret_cast<uint64_t>(p) >> kSectorBits; sector <= last; ++sector) sectors.touch(sector);
+  for (uint64_t sector = reinterpret_cast<uint64_t>(p) >> kSectorBits; sector <= last; ++sector)
+    counts |= sectors.touch(sector);
+  return counts;
 }
 
 void access(const void* address, size_t bytes, bool loads, bool stores) {
@@ -165,9 +171,8 @@ void access(const void* address, size_t bytes, bool loads, bool stores) {
   if (!stack || size_t(p - stack) < Fiber::kStack) return;
   Traffic& own = traffic;
   if (own.thread_local_variables.has(p) || own.shared.has(p) || parameters.has(p) || program.has(p)) return;
-  if (loads) touch(own.loads, p, bytes);
-  if (stores) touch(own.stores, p, bytes);
-  cuda_on_cpu::make_room();
+  const bool counts = (loads && touch(own.loads, p, bytes)) | (stores && touch(own.stores, p, bytes));
+  if (counts) cuda_on_cpu::make_room();
 }
 
 }  // namespace
