@@ -3,6 +3,7 @@
 Needs no GPU. ptxas tells registers, stack and spills of each kernel and architecture; the PTX beside the objects tells
 the threads of a block. From these follows how many blocks of a kernel a multiprocessor can hold. How wide the loads
 from global memory are is read from the machine code where cuobjdump and nvdisasm are on the path, else from the PTX.
+With --launches: what the cases of the device benchmark launch and move instead (launches.py).
 """
 
 import argparse
@@ -229,7 +230,16 @@ def main(arguments=None):
     parser.add_argument("--build", default=BUILD, metavar="FOLDER", help="where the objects and logs are")
     parser.add_argument("--arch", nargs="+", default=list(MULTIPROCESSORS), help="architectures to show, or 'all'")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    parser.add_argument("--launches", action="store_true", help="count the launches and bytes of benchmark cases instead")
+    parser.add_argument("--case", nargs="+", default=["*"], metavar="NAME", help="of --launches: names or patterns")
     options = parser.parse_args(arguments)
+    if options.launches:
+        from . import launches  # needs torch
+
+        try:
+            return launches.report(options.case, options.json)
+        except LookupError as error:
+            parser.error(str(error))
     try:
         kernels = read_build(options.build)
     except FileNotFoundError as error:

@@ -7,11 +7,13 @@ whose operations are the CUDA ones, and the ordinary tests of the operations wit
 import os
 import subprocess
 import sys
-import sysconfig
 
 import pytest
-from cpp_programs import CPP, CXX, ROOT, call, compile_all, link_and_run, setup_constant, side_by_side
-from torch.utils import cpp_extension
+from cpp_programs import CPP, ROOT, call, compile_all, link_and_run, side_by_side
+
+sys.path.insert(0, str(ROOT))  # tools are no part of the installed package
+
+from tools import stand_in
 
 # Buffers lie between inaccessible pages whatever the flags: the sanitizers look after local arrays and vector accesses.
 SANITIZED = [
@@ -85,29 +87,13 @@ def test_kernels(name, programs):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """The extension as setup.py builds it, but with the CUDA operations in place of the CPU's."""
-    common = ["-fPIC", "-fvisibility=hidden"]
-    optimised = ["-std=c++17", "-O2", *common]
-    target = setup_constant("TORCH_TARGET")
-    torch = ["-std=c++20", "-O1", *common, "-DPOM_CUDA_ON_CPU", f"-DTORCH_TARGET_VERSION={target}"]
-    torch += ["-DPy_LIMITED_API=0x030A0000", "-isystem", sysconfig.get_paths()["include"]]
-    torch += [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
-    jobs = {f"torch_{source.stem}": (source, torch) for source in (ROOT / "csrc/torch").glob("*.cpp")}
-    jobs |= {f"cuda_{source.stem}": (source, as_cpp(optimised)) for source in KERNELS}
-    # Linked, not called.
-    jobs |= {f"cpu_{source.stem}": (source, ["-std=c++17", *common]) for source in (ROOT / "csrc/cpu").glob("*.cpp")}
-    jobs |= {source.stem: (source, optimised) for source in (STAND_IN, ROOT / "csrc/status.cpp")}
-    folder = tmp_path_factory.mktemp("library")
-    files = [future.result() for future in compile_all(folder, jobs).values()]
-    torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
-    call(CXX, "-shared", *files, "-pthread", *torch_libraries, "-o", folder / "_C.abi3.so")
-    return folder / "_C.abi3.so"
+    return stand_in.build_library(tmp_path_factory.mktemp("library"))
 
 
 @pytest.fixture(scope="module")
 def runs(library):
     """Futures of the tests of the operations, run side by side, with threads and blocks in random order."""
-    environment = os.environ | {"POM_EXT_TEST_LIBRARY": str(library), "CUDA_ON_CPU_SEED": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {stand_in.VARIABLE: str(library), "CUDA_ON_CPU_SEED": "1", "OMP_NUM_THREADS": "1"}
 
     def run(name):
         command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", LEFT_OUT)
@@ -123,7 +109,7 @@ def test_operations(name, runs):
 
 def test_the_library_given_is_the_one_in_use(library):
     """Or the tests of the operations would have tested another one."""
-    environment = os.environ | {"POM_EXT_TEST_LIBRARY": str(library)}
+    environment = os.environ | {stand_in.VARIABLE: str(library)}
     ask = "import conftest, pom_ext, sys; print(sys.modules['pom_ext._C'].__file__, pom_ext._library.ERROR)"
     answer = subprocess.run(
         (sys.executable, "-c", ask), cwd=ROOT / "tests", env=environment | {"PYTHONPATH": str(ROOT)},

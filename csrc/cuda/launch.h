@@ -38,7 +38,8 @@ Status launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t
 #else
   (void)stream;
   if (cuda_on_cpu::refusal != cudaSuccess) return checked(cuda_on_cpu::refusal);
-  cuda_on_cpu::launch(unsigned(blocks), threads, shared_bytes, [=] { kernel(arguments...); });
+  cuda_on_cpu::launch(unsigned(blocks), threads, shared_bytes, [=] { kernel(arguments...); },
+                      reinterpret_cast<const void*>(kernel));
   return Status::ok;
 #endif
 }

@@ -5,6 +5,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdarg>
@@ -64,7 +65,9 @@ struct Grid {
   int threads;
   size_t shared_bytes;
   const std::function<void()>* body;
-  uint64_t seed;
+  const void* kernel;
+  Range parameters;
+  uint64_t seed = 0;
   std::vector<unsigned> order = {};  // of the blocks, if it is not the ascending one
   std::atomic<unsigned> next{0};
 };
@@ -97,6 +100,10 @@ class Multiprocessor {
   }
   void poll(const Wait& wait) { stop(wait, Thread::polling); }
   void note_progress() { progress_ = true; }
+  void make_room() {
+    made_room_ = true;
+    threads_[here.thread.x].fiber.switch_to(scheduler_);
+  }
 
   void meet(int number, int threads, const char* file, int line) {
     if (number < 0 || number >= kMeetings || threads % kWarp)
@@ -156,14 +163,18 @@ class Multiprocessor {
       threads_[i].state = Thread::ready;
     }
     for (Meeting& meeting : meetings_) meeting = {};
+    if (counter) counter->start_block({shared_, shared_ + shared_pages_});
     do {
       all_warps();
       while (!warps_.empty()) {  // those with threads that can go on
         const size_t at = grid_->seed ? random_.below(int64_t(warps_.size())) : 0;
         run_warp(warps_[at]);
-        if (!release_warp(warps_[at])) warps_.erase(warps_.begin() + int64_t(at));
+        if (made_room_)  // and is ready to go on, after the other warps
+          std::rotate(warps_.begin() + int64_t(at), warps_.begin() + int64_t(at) + 1, warps_.end());
+        else if (!release_warp(warps_[at])) warps_.erase(warps_.begin() + int64_t(at));
       }
     } while (release_polling() || release_block());
+    if (counter) counter->end_block();
     check_shared_memory();
   }
 
@@ -178,10 +189,13 @@ class Multiprocessor {
     lanes_.resize(last - first);
     std::iota(lanes_.begin(), lanes_.end(), first);
     if (grid_->seed) random_.shuffle(lanes_);
+    made_room_ = false;
     for (int lane : lanes_)
       if (threads_[lane].state == Thread::ready) {
         here.thread = {unsigned(lane), 0, 0};
+        here.stack = threads_[lane].fiber.stack();
         scheduler_.switch_to(threads_[lane].fiber);
+        here.stack = nullptr;
       }
   }
 
@@ -284,7 +298,7 @@ class Multiprocessor {
   std::vector<Thread> threads_;
   Fiber scheduler_;
   std::vector<int> warps_, lanes_;
-  bool progress_ = false;
+  bool progress_ = false, made_room_ = false;
   Meeting meetings_[kMeetings];
   Random random_{0};
   char* shared_ = nullptr;
@@ -340,6 +354,7 @@ class Device {
 
   void run(Grid& grid) {
     const std::lock_guard<std::mutex> one(launching_);
+    if (counter) counter->start_grid(grid.kernel, grid.blocks, grid.threads, grid.parameters);
     if (seed_) {
       grid.seed = (seed_ * 0x9e3779b97f4a7c15 + ++launches_ * 0xd1b54a32d192ed03) | 1;
       grid.order.resize(grid.blocks);
@@ -411,18 +426,23 @@ class Device {
 void wait(const Wait& wait) { running->wait(wait); }
 void poll(const Wait& wait) { running->poll(wait); }
 void note_progress() { running->note_progress(); }
+void make_room() { running->make_room(); }
 void meet(int number, int threads, const char* file, int line) { running->meet(number, threads, file, line); }
 void fail_here(const char* message) { running->fail_here(message); }
 
 void set_seed(uint64_t seed) { Device::get().set_seed(seed); }
 
-void run_grid(unsigned blocks, int threads, size_t shared_bytes, const std::function<void()>& body) {
+void run_grid(unsigned blocks, int threads, size_t shared_bytes, const std::function<void()>& body, const void* kernel,
+              Range parameters) {
   if (blocks < 1 || threads < 1 || threads > kMaxThreads || shared_bytes > kAllShared ||
       shared_bytes > std::max(kMaxShared, asked_shared))
     fail("a GPU refuses " + std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads with " +
          std::to_string(shared_bytes) + " bytes of shared memory");
   asked_shared = 0;  // by the kernel that starts
-  Grid grid{blocks, threads, shared_bytes, &body, 0};
+  // The function is the launch's own, as its parameters are, and lies beside them.
+  const char* const function = reinterpret_cast<const char*>(&body);
+  parameters = {std::min(parameters.begin, function), std::max(parameters.end, function + sizeof body)};
+  Grid grid{blocks, threads, shared_bytes, &body, kernel, parameters};
   Device::get().run(grid);
 }
 

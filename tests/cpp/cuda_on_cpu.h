@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>  // before the macros: the standard library has a __noinline__ of its own
@@ -40,6 +41,7 @@ struct Here {
   uint3 thread{}, block{};
   dim3 threads, blocks;
   char* shared = nullptr;
+  const char* stack = nullptr;  // its own; null while no thread runs, nor code that stands for the GPU's
 };
 inline thread_local Here here;
 
@@ -78,12 +80,40 @@ void set_seed(uint64_t seed);
 // Bytes of shared memory that a kernel was allowed beyond those that any may have.
 inline thread_local size_t asked_shared = 0;
 
-void run_grid(unsigned blocks, int threads, size_t shared_bytes, const std::function<void()>& body);
+// Who is told of what runs: count_on_cpu.cpp, in a program that is linked to it. See there.
+struct Range {
+  const char *begin = nullptr, *end = nullptr;
+  bool has(const char* p) const { return p >= begin && p < end; }
+};
+struct Counter {
+  void (*start_grid)(const void* kernel, unsigned blocks, int threads, Range parameters);
+  void (*start_block)(Range shared);
+  void (*end_block)();
+  void (*transfer)(bool reads, size_t bytes);
+};
+inline const Counter* counter = nullptr;
 
-// Runs body() in every thread of every block, and returns when all have ended.
+// Lets the other threads of the block have their next access to memory first.
+void make_room();
+
+// Code within its life stands for hardware: its accesses to memory are not the kernel's. No thread may wait in it.
+class Aside {
+ public:
+  Aside() : stack_(here.stack) { here.stack = nullptr; }
+  ~Aside() { here.stack = stack_; }
+
+ private:
+  const char* const stack_;
+};
+
+void run_grid(unsigned blocks, int threads, size_t shared_bytes, const std::function<void()>& body, const void* kernel,
+              Range parameters);
+
+// Runs body() in every thread of every block, and returns when all have ended. The kernel is its name to a counter.
 template <class F>
-void launch(unsigned blocks, int threads, size_t shared_bytes, F body) {
-  run_grid(blocks, threads, shared_bytes, body);
+void launch(unsigned blocks, int threads, size_t shared_bytes, F body, const void* kernel = nullptr) {
+  const char* const parameters = reinterpret_cast<const char*>(&body);
+  run_grid(blocks, threads, shared_bytes, std::ref(body), kernel, {parameters, parameters + sizeof body});
 }
 
 inline int lane() { return int(here.thread.x) % kWarp; }
@@ -206,9 +236,11 @@ inline thread_local int driver = 13000, runtime = 13000;
 using cudaStream_t = void*;
 enum cudaMemcpyKind { cudaMemcpyDefault };
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  if (cuda_on_cpu::counter) cuda_on_cpu::counter->transfer(false, bytes);
   return std::memset(to, value, bytes), cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  if (cuda_on_cpu::counter) cuda_on_cpu::counter->transfer(true, bytes);
   return std::memcpy(to, from, bytes), cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
@@ -222,7 +254,9 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  return *value = attribute == cudaDevAttrMultiProcessorCount      ? 3
+  // Few, unless the environment says otherwise.
+  const char* const multiprocessors = std::getenv("CUDA_ON_CPU_MULTIPROCESSORS");
+  return *value = attribute == cudaDevAttrMultiProcessorCount      ? multiprocessors ? std::atoi(multiprocessors) : 3
                   : attribute == cudaDevAttrComputeCapabilityMajor ? 9
                                                                    : 0,
          cudaSuccess;
