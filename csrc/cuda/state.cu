@@ -9,9 +9,9 @@
 namespace pom::cuda {
 namespace {
 
-// The pieces of a state: with a dense mask every group has all tokens.
+// The pieces of a state without a mask.
 Pieces pieces_of(const Features& f, const Groups& groups) {
-  return {f.tokens, chunk_shift(f.tokens), groups.count, groups.offsets, groups.mask != nullptr};
+  return {f.tokens, chunk_shift(f.tokens), groups.count, groups.offsets};
 }
 
 template <class Acc>
@@ -23,7 +23,7 @@ struct StatePlan {
   StatePlan(const StateArgs& args, void* workspace)
       : arena(workspace),
         pieces(pieces_of(args.features, args.groups)),
-        sums(args.features, pieces, static_cast<const Acc*>(args.groups.mask), false, arena) {}
+        sums(args.features, pieces, false, arena) {}
 };
 
 template <class Acc>

@@ -21,8 +21,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<I>) features_of_pieces(SumAr
   const unsigned slots = unsigned(args.pieces.slots()), b = block.row / slots;
   const Piece piece = args.pieces.at(block.row - b * slots);
 
-  Features features = args.features;
-  if (args.mask) features.weight = args.mask + (b * (args.pieces.groups - 1) + piece.group) * features.tokens;
+  const Features& features = args.features;
   const Tokens tokens(features, b, place);
   Acc sum[kNumbers] = {};
   typename Tokens::Raw raw[kUnroll];

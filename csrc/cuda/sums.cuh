@@ -57,7 +57,6 @@ struct SumArgs {
   Features features;
   Slabs slabs;
   Pieces pieces;
-  const Acc* mask = nullptr;      // (batch, groups, tokens), in place of the weights
   Acc* rows = nullptr;            // (batch, slots, C)
   double* weight_rows = nullptr;  // (batch, slots)
 };
@@ -72,11 +71,11 @@ class PieceSums {
   Acc* rows;            // (batch, slots, C)
   double* weight_rows;  // (batch, slots), null unless there are weights or they are `counted` anyway
 
-  PieceSums(const Features& f, const Pieces& pieces, const Acc* mask, bool counted, Arena& arena)
+  PieceSums(const Features& f, const Pieces& pieces, bool counted, Arena& arena)
       : rows(arena.take<Acc>(f.batch * pieces.slots() * f.channels())),
-        weight_rows(f.weight || mask || counted ? arena.take<double>(f.batch * pieces.slots()) : nullptr),
+        weight_rows(f.weight || counted ? arena.take<double>(f.batch * pieces.slots()) : nullptr),
         aligned_(is_aligned(f)),
-        args_{f, slabs_of(f, f.rotary, aligned_), pieces, mask, rows, weight_rows} {}
+        args_{f, slabs_of(f, f.rotary, aligned_), pieces, rows, weight_rows} {}
 
   Status launch(void* stream) const { return sum_pieces(args_, aligned_, stream); }
 
