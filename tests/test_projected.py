@@ -414,7 +414,7 @@ def test_a_group_of_no_weight_reads_the_bias_alone(recorded, dtype, device):
     u[1, 40:, ::3], weight[1, 40:] = float("inf"), 0
     state = polynomial_state(u, form="product", degree=1, weight=weight, cu_seqlens=[0, 20, 40, 60])
     assert state.total[1, 2].isnan().any() and state.count[1, 2] == 0
-    gates, out = torch.nn.Linear(32, 4, device=device, dtype=dtype), torch.nn.Linear(64, 24, device=device, dtype=dtype)
+    gates, out = torch.nn.Linear(32, 4).to(device, dtype), torch.nn.Linear(64, 24).to(device, dtype)
     x = torch.randn(2, 60, 32, dtype=dtype, device=device, requires_grad=True)
     with torch.set_grad_enabled(recorded):
         y = folded_readout(x, gates, out, state, form="product", n_sel_heads=4, frames=20)

@@ -161,6 +161,35 @@ def pick(state, group):
     return State(*(field[:, group : group + 1] for field in (state.total, state.residual, state.count)))
 
 
+@pytest.mark.parametrize("groups, tokens", [(70, 700), (600, 66)])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_dense_mask_is_a_product_of_matrices(form, groups, tokens, device):
+    """Of more groups, tokens and channels than a kernel takes at once, with a group that sees nothing."""
+    u, coeff = draw_leaves(form, 2, 2, tokens, 34, device)
+    mask, grad = draw_weights(2, groups, tokens).to(device), torch.randn(2, groups, u.shape[-1])
+    mask[:, 5] = 0
+    state = polynomial_state(u.requires_grad_(), coeff, form=form, degree=2, mask=mask)
+    (slope,) = torch.autograd.grad(state.total, u, grad.to(device))
+    wide, weights = u.detach().double().cpu().requires_grad_(), mask.double().cpu()
+    of_coeff = None if coeff is None else coeff.double().cpu()
+    total = weights @ reference.features(wide, of_coeff, form=form, degree=2)
+    (exact,) = torch.autograd.grad(total, wide, grad.double())
+    assert norm_error(value(state), total) <= 1e-6 and norm_error(slope, exact) <= 1e-6
+    torch.testing.assert_close(state.count.cpu(), weights.sum(2), rtol=1e-12, atol=0)
+    assert not state.total[:, 5].any() and not state.residual[:, 5].any() and not state.count[:, 5].any()
+
+
+def test_infinite_features_under_a_dense_mask(device):
+    """They reach their own channel alone, and where nothing is seen the mean is zero even so."""
+    u, mask = torch.randn(1, 70, 40, device=device), torch.ones(1, 70, 70, device=device)
+    u[0, 66, 33], mask[0, 3] = float("inf"), 0
+    state = polynomial_state(u, form="product", degree=1, mask=mask)
+    finite = state.total.isfinite()
+    assert not finite[0, :, 33].any() and finite.sum() == 70 * 39
+    assert state.total[0, 4, 33] == float("inf") and state.residual[0, 4, 33] == 0
+    assert not state.mean()[0, 3].any()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_one_frame_length_and_manual_chunks(form, device):
     u, coeff = draw_leaves(form, 2, 2, 12, 7, device)

@@ -175,7 +175,8 @@ struct Outputs {
     POM_UNROLL
     for (int j = 0; j < 4; ++j) {
       POM_UNROLL
-      for (int i = 0; i < sixteens; ++i) multiply_add<T>(sums[j], values[i], inputs[j][i].word[0], inputs[j][i].word[1]);
+      for (int i = 0; i < sixteens; ++i)
+        multiply_add<T>(sums[j], values[i], inputs[j][i].word[0], inputs[j][i].word[1]);
     }
   }
 };
