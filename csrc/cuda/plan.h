@@ -31,19 +31,23 @@ struct Pieces {
   int shift = 0;                     // a chunk has 2^shift tokens
   int64_t group_length = 0;          // without offsets
   const int64_t* offsets = nullptr;  // (groups + 1), or null: groups of equal length
-  bool every = false;                // every group holds all tokens: pieces are group * chunks + chunk
+  bool apart = false;                // every group has `chunks` rows of its own, whatever they are of
 
   Pieces() = default;
-  Pieces(int64_t tokens, int shift, int64_t groups, const int64_t* offsets, bool every = false)
+  Pieces(int64_t tokens, int shift, int64_t groups, const int64_t* offsets)
       : tokens(tokens),
         chunks(most(1, ceil_div(tokens, int64_t(1) << shift))),
         groups(groups),
         shift(shift),
         group_length(tokens / most(1, groups)),
-        offsets(offsets),
-        every(every) {}
+        offsets(offsets) {}
+  static Pieces rows(int64_t groups, int64_t of_each = 1) {
+    Pieces pieces;
+    pieces.chunks = of_each, pieces.groups = groups, pieces.apart = true;
+    return pieces;
+  }
 
-  POM_HD int64_t slots() const { return every ? chunks * groups : groups ? chunks + groups - 1 : 0; }
+  POM_HD int64_t slots() const { return apart ? chunks * groups : groups ? chunks + groups - 1 : 0; }
 
   // Offsets come from the caller's device memory and were never seen by the host: no token outside may be touched.
   POM_HD int64_t border(int64_t group) const {
@@ -52,14 +56,14 @@ struct Pieces {
   }
   POM_HD int64_t passed(int64_t token) const { return token > 0 ? (token - 1) >> shift : 0; }  // chunks that end before
   POM_HD int64_t first_slot(int64_t group) const {
-    return every ? group * chunks : least(group + passed(border(group)), chunks + group - 1);
+    return apart ? group * chunks : least(group + passed(border(group)), chunks + group - 1);
   }
   POM_HD int64_t last_slot(int64_t group) const {
-    return every ? group * chunks + chunks - 1 : least(group + passed(border(group + 1)), chunks + group - 1);
+    return apart ? group * chunks + chunks - 1 : least(group + passed(border(group + 1)), chunks + group - 1);
   }
 
   POM_HD int64_t group_of(int64_t slot) const {
-    if (groups == 1 || every) return groups == 1 ? 0 : slot / chunks;
+    if (groups == 1) return 0;
     int64_t low = most(0, slot - (chunks - 1)), high = least(slot, groups - 1);
     while (low < high) {  // the first group whose slots do not end before this one
       const int64_t middle = (low + high) / 2;
@@ -71,9 +75,8 @@ struct Pieces {
     return low;
   }
   POM_HD Piece at(int64_t slot, int64_t group) const {
-    const int64_t chunk = every ? slot - group * chunks : slot - group;
-    const int64_t begin = chunk << shift, end = least(tokens, (chunk + 1) << shift);
-    if (groups == 1 || every) return {group, begin, end};
+    const int64_t chunk = slot - group, begin = chunk << shift, end = least(tokens, (chunk + 1) << shift);
+    if (groups == 1) return {group, begin, end};
     return {group, most(begin, border(group)), least(end, border(group + 1))};
   }
   POM_HD Piece at(int64_t slot) const { return at(slot, group_of(slot)); }

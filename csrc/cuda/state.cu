@@ -125,7 +125,7 @@ struct StateBackwardPlan {
       args.token_grad = token_grad;
     }
     args.grad_u = given.grad_u;
-    groups = Pieces(1, 0, given.groups.count, nullptr, true);
+    groups = Pieces::rows(given.groups.count);
     suffix = given.groups.cumulative ? arena.take<Acc>(f.batch * given.groups.count * args.channels) : nullptr;
     args.grad = suffix ? suffix : static_cast<const Acc*>(given.grad_total);
     args.coeff_rows = f.form == Form::power ? arena.take<Acc>(args.deal.blocks * f.degree * f.width) : nullptr;

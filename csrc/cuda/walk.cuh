@@ -96,7 +96,7 @@ struct CausalPlan {
 
   CausalPlan(const Args& args, std::initializer_list<const void*> pointers, void* workspace)
       : arena(workspace),
-        rows(1, 0, Pieces(args.features.tokens, kChunkShift, 1, nullptr).chunks, nullptr, true),
+        rows(Pieces::rows(Pieces(args.features.tokens, kChunkShift, 1, nullptr).chunks)),
         sums(args.features, Pieces(args.features.tokens, kChunkShift, 1, nullptr), true, false, arena),
         totals(arena.take<Acc>(args.features.batch * rows.groups * args.features.channels())),
         counts(arena.take<double>(args.features.batch * rows.groups)),
