@@ -1,0 +1,109 @@
+// How pieces of work are dealt to blocks, and how the last block of several knows itself in memory nobody has cleared.
+
+#include "cuda_on_cpu.h"
+
+#include <vector>
+
+#include "check.h"
+#include "cuda/deal.h"
+#include "cuda/last_block.cuh"
+#include "cuda/slab_row.cuh"
+
+using check::expect;
+using check::section;
+using namespace pom::cuda;
+
+void test_deal(const Deal& d) {
+  expect(d.first(0) == 0 && d.first(d.blocks) == d.pieces, "%u pieces, %u blocks: not all dealt", d.pieces, d.blocks);
+  for (unsigned block = 0; block < d.blocks; ++block) {
+    const unsigned begin = d.first(block), end = d.first(block + 1), least = d.pieces / d.blocks;
+    expect(end - begin == least || end - begin == least + 1, "%u pieces, %u blocks: block %u has %u", d.pieces, d.blocks,
+           block, end - begin);
+    for (unsigned piece : {begin, (begin + end) / 2, end - 1})
+      expect(begin == end || d.block_of(piece) == block, "%u pieces, %u blocks: piece %u is of block %u, not of %u",
+             d.pieces, d.blocks, piece, block, d.block_of(piece));
+  }
+}
+
+// Blocks of a grid share tickets, `sharing` blocks each; `lasts` counts those of each ticket that were told to be the last.
+void count_lasts(Ticket* tickets, unsigned sharing, int* lasts, int* done) {
+  const unsigned ticket = blockIdx.x % 5;
+  if (threadIdx.x == 0) {
+    atomicAdd(done + ticket, 1);
+    __threadfence();
+    if (is_last(tickets + ticket, sharing)) {
+      atomicAdd(lasts + ticket, 1);
+      expect(done[ticket] == int(sharing), "the last block of ticket %u came before %d others", ticket,
+             int(sharing) - done[ticket]);
+    }
+  }
+}
+
+void test_tickets(Ticket before) {
+  constexpr unsigned kSharing = 41;
+  std::vector<Ticket> tickets(5, before);
+  for (int round = 0; round < 3; ++round) {  // as the last block left them
+    int lasts[5] = {}, done[5] = {};
+    cuda_on_cpu::launch(5 * kSharing, 64, 0, [&] { count_lasts(tickets.data(), kSharing, lasts, done); });
+    for (int i = 0; i < 5; ++i) expect(lasts[i] == 1, "%d blocks were the last of ticket %d", lasts[i], i);
+  }
+  for (Ticket left : tickets) expect(left >> kTicketBits != kInUse >> kTicketBits, "a ticket was left in use");
+}
+
+// Every thread's numbers added over the rows, each column once, in the order of sum_rows.
+template <int Vec, int ranges, class Acc>
+void test_slab_row(int64_t width) {
+  using Row = SlabRow<Acc, Vec, ranges>;
+  const Slabs slabs(width, ranges, {}, Vec, kLanes);
+  const int64_t columns = width * ranges;
+  std::vector<Acc> found(columns, Acc(-1)), expected(columns, Acc(0));
+  auto number = [](int row, int64_t column) { return Acc(1) / Acc(3 + row * 7 + column % 11); };
+  cuda_on_cpu::launch(unsigned(slabs.count), kThreads, Row::kBytes, [&] {
+    char* const shared = cuda_on_cpu::here.shared;
+    const int row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
+    const Place place = slabs.place(blockIdx.x, lane);
+    Acc x[Row::kNumbers] = {};
+    for (int r = 0; r < place.ranges; ++r)
+      for (int i = 0; i < Vec; ++i) x[r * Vec + i] = number(row, place.channel + r * place.stride + i);
+    const Row sums(slabs, blockIdx.x);
+    for (int round = 0; round < 2; ++round) sums.sum(x, reinterpret_cast<Acc*>(shared), found.data());
+  });
+  for (int64_t column = 0; column < columns; ++column) {
+    Acc of_row[Row::kRows];
+    for (int row = 0; row < Row::kRows; ++row) of_row[row] = number(row, column);
+    for (int half = Row::kRows / 2; half > 0; half /= 2)
+      for (int row = 0; row < half; ++row) of_row[row] += of_row[row + half];
+    expected[column] = of_row[0];
+    expect(found[column] == expected[column], "width %d, column %d: %.9g, not %.9g", int(width), int(column),
+           double(found[column]), double(expected[column]));
+  }
+}
+
+int main() {
+  section("pieces dealt to blocks");
+  for (unsigned pieces : {1u, 2u, 7u, 64u, 255u, 256u, 100'003u, 2'147'483'000u})
+    for (unsigned blocks : {1u, 2u, 33u, 49u, 264u, 65'535u})
+      if (blocks <= pieces) test_deal({pieces, blocks});
+  section("as many blocks as there is room for");
+  for (unsigned pieces : {1u, 5u, 256u, 1u << 30})
+    for (int slabs : {1, 2, 8, 9, 100, 5000}) {
+      const Deal d = deal(pieces, slabs, 2);
+      expect(d.pieces == pieces && d.blocks >= 1 && d.blocks <= pieces && d.blocks <= kMostBlocks, "%u blocks", d.blocks);
+      const int64_t all = int64_t(d.blocks) * slabs, room = 2 * 3;  // the stand-in's multiprocessors
+      expect(all <= 4 * room || d.blocks == 1, "%u blocks for each of %d slabs", d.blocks, slabs);
+    }
+  section("the last block");
+  for (Ticket before : {Ticket(0), ~Ticket(0), Ticket(40), Ticket(1) << 63, kInUse >> 1, kInUse + (1ull << kTicketBits)})
+    for (uint64_t seed : {0, 1, 2}) {
+      cuda_on_cpu::set_seed(seed);
+      test_tickets(before);
+    }
+  section("sums over the rows of a block");
+  test_slab_row<8, 1, float>(2048);
+  test_slab_row<8, 2, float>(264);
+  test_slab_row<4, 1, float>(100);
+  test_slab_row<4, 4, float>(132);
+  test_slab_row<1, 3, float>(37);
+  test_slab_row<1, 16, double>(33);
+  return check::finish();
+}
