@@ -120,8 +120,8 @@ def polynomial_state(
     check_rotary("rotary", rotary, u.shape[1], u.shape[2], form, u)
     weight, mask, offsets, cumulative = context_of(u, weight, mask, 1 if causal else frames, cu_seqlens)
     new = torch.ops.pom_ext.state(
-        u, coefficients_of(coeff, u), None, None, weight, mask, offsets, cumulative, *prior_of(state), *angles_of(rotary),
-        FORMS.index(form), degree,
+        u, coefficients_of(coeff, u), None, None, weight, mask, offsets, cumulative, *prior_of(state),
+        *angles_of(rotary), FORMS.index(form), degree,
     )  # fmt: skip
     return State(*new)
 

@@ -31,10 +31,8 @@ PROGRAMS = ("test_api", "test_mix", "test_project", "test_folded", "test_status"
 OTHERS = [source for folder in (".", "cpu", "engine") for source in (ROOT / "csrc" / folder).glob("*.cpp")]
 
 # Tests of the operations, the longest first.
-OPERATIONS = [
-    f"test_{name}"
-    for name in ["mix", "derivatives", "state", "prior", "determinism", "update", "readout", "layouts", "rotary", "at_once"]
-]
+OPERATIONS = ["mix", "derivatives", "state", "prior", "determinism", "update", "readout", "layouts", "rotary", "at_once"]
+OPERATIONS = [f"test_{name}" for name in OPERATIONS]
 # A dense mask of 1000 x 1000 takes minutes, and masks are tested at other sizes too; the threads are those of the CPU
 # kernels; memory is measured in processes of their own.
 LEFT_OUT = "not (mask and N1000) and not threads and not memory"
