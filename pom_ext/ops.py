@@ -103,7 +103,7 @@ def polynomial_state(
         frames: a frame length, or offsets 0, ..., N; one group a frame, of the frames up to and with it.
         cu_seqlens: offsets 0, ..., N; one group a sequence.
         rotary: `rotary.Rotary` angles by which the features are turned before they are summed (power form).
-        state: State with one group, of what came before; added to every group.
+        state: State with one group, of what came before; added to every group in the same pass.
 
     Returns:
         State with G groups: 1, M, N, frames or sequences.
