@@ -24,7 +24,7 @@ def differentiable(library, operation, vjp, jvp=None, *, keeps=0, parts=None, fo
         jvp: of the arguments by name and the tangents there are, by name: a tangent or None for every result.
         keeps: how many of the last results `vjp` and `jvp` find as the argument "out".
         parts: in place of `jvp`: the same function made of other operations, which takes over where there is a tangent.
-        forgets: arguments that no derivative reads. They are not kept: `vjp` and `jvp` find True in place of the tensor.
+        forgets: arguments that no derivative reads. They are not kept: `vjp` and `jvp` find True in place of a tensor.
         instead: of all arguments: the results by other operations, or None to go on here.
     """
     names = [argument.name for argument in operation._schema.arguments]

@@ -20,7 +20,7 @@ AT_ONCE = False
 
 
 def blocks(x, width):
-    """Slices of samples, and for each the slices of tokens that are projected at once: all of them, of several samples."""
+    """Slices of samples, and for each the slices of tokens that are projected at once: all, of several samples."""
     batch, tokens = x.shape[:2]
     rows = max(LEAST_ROWS, BLOCK_BYTES // (width * x.element_size()))
     samples = max(1, rows // max(1, tokens))

@@ -70,7 +70,7 @@ def _linear_batched(info, dims, x, weight, bias):
 def _directions(moving, still):
     """Tensors, the first of them tokens, and the directions that they move in: where one pass takes both, else None.
 
-    It does on the CPU, where the tokens move, nothing of `still` does, and no gradient is to come. What is None stays it.
+    It does on the CPU, where the tokens move, nothing of `still` does, and no gradient is to come. None stays None.
     """
     if moving[0].device.type != "cpu" or has_tangent(still):
         return None

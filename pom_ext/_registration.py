@@ -73,8 +73,11 @@ _OF_SAMPLES = {
 }  # fmt: skip
 
 
-def _batched(operation):
-    """The rule of torch.vmap: one call of more samples; or one call each where something of all samples differs."""
+def _batched(operation, repeated=()):
+    """The rule of torch.vmap: one call of more samples; or one call each where something of all samples differs.
+
+    repeated: small arguments of samples, which are repeated where all share them.
+    """
     names = [argument.name for argument in operation._schema.arguments]
     sums_samples = any(result.name == "grad_coeff" for result in operation._schema.returns)
 
@@ -84,6 +87,10 @@ def _batched(operation):
         }
         given = {name for name, dim in zip(names, dims) if dim is not None}
         tensors = {name for name in names if isinstance(moved[name], torch.Tensor)}
+        shared = tensors.intersection(repeated) - given
+        if shared and given | shared == tensors & _OF_SAMPLES:
+            moved |= {name: moved[name].expand(info.batch_size, *moved[name].shape) for name in shared}
+            given |= shared
         if given == tensors & _OF_SAMPLES and not (sums_samples and moved["coeff"] is not None):
             results = operation(*(moved[name].flatten(0, 1) if name in given else moved[name] for name in names))
             split = lambda t: (
@@ -129,7 +136,8 @@ def register():
         if name in _IN_PLACE:
             refuse_tangents(_LIBRARY, operation, f"pom_ext: {_IN_PLACE[name]}")
             continue
-        torch.library.register_vmap(f"pom_ext::{name}", _batched(operation))
+        batched = _batched(operation, derivatives.NO_PRIOR if name == "state" else ())
+        torch.library.register_vmap(f"pom_ext::{name}", batched)
         vjp, jvp = getattr(derivatives, f"{name}_vjp"), getattr(derivatives, f"{name}_jvp")
         options = {"keeps": 3} if name == "mix" else {}
         if name == "state":

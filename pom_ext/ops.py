@@ -103,7 +103,7 @@ def polynomial_state(
         frames: a frame length, or offsets 0, ..., N; one group a frame, of the frames up to and with it.
         cu_seqlens: offsets 0, ..., N; one group a sequence.
         rotary: `rotary.Rotary` angles by which the features are turned before they are summed (power form).
-        state: State with one group, of what came before; added to every group.
+        state: State with one group, of what came before; added to every group in the same pass.
 
     Returns:
         State with G groups: 1, M, N, frames or sequences.
@@ -120,8 +120,8 @@ def polynomial_state(
     check_rotary("rotary", rotary, u.shape[1], u.shape[2], form, u)
     weight, mask, offsets, cumulative = context_of(u, weight, mask, 1 if causal else frames, cu_seqlens)
     new = torch.ops.pom_ext.state(
-        u, coefficients_of(coeff, u), None, None, weight, mask, offsets, cumulative, *prior_of(state), *angles_of(rotary),
-        FORMS.index(form), degree,
+        u, coefficients_of(coeff, u), None, None, weight, mask, offsets, cumulative, *prior_of(state),
+        *angles_of(rotary), FORMS.index(form), degree,
     )  # fmt: skip
     return State(*new)
 

@@ -109,7 +109,8 @@ def test_derivatives_of_a_state_from_before(context, device):
     total_alone = lambda *before: function(*leaves[:2], *before)[0]
     assert torch.autograd.gradcheck(total_alone, leaves[2:], **checks)
     totals = lambda *leaves: function(*leaves[:4], leaves[4].detach())[0]
-    assert torch.autograd.gradgradcheck(totals, leaves, check_fwd_over_rev=True, check_rev_over_rev=True, fast_mode=True)
+    both_ways = {"check_fwd_over_rev": True, "check_rev_over_rev": True, "fast_mode": True}
+    assert torch.autograd.gradgradcheck(totals, leaves, **both_ways)
 
     leaves = [t.detach() for t in leaves]
     many = [torch.stack([t, t + 0.1, 2 * t]) for t in leaves]
@@ -120,6 +121,16 @@ def test_derivatives_of_a_state_from_before(context, device):
         ]
         for found, expected in zip(torch.func.vmap(function, dims)(*given), zip(*one_by_one), strict=True):
             torch.testing.assert_close(found, torch.stack(expected))
+
+
+def test_batches_that_share_a_state_from_before_are_one_call(device):
+    u, coeff = draw_leaves("power", 2, 6, 12, 7, device)
+    before = State(*(t.to(device) for t in draw_prior(2, 7, torch.float32)))
+    function = lambda u: polynomial_state(u, coeff, form="power", degree=2, state=before).total
+    with Launches() as called:
+        found = torch.func.vmap(function)(u.unflatten(0, (3, 2)))
+    assert called.names.count("state") == 1
+    torch.testing.assert_close(found, torch.stack([function(part) for part in u.split(2)]))
 
 
 @pytest.mark.parametrize("moving", (("before",), ("u", "before"), ("count",)), ids=str)
@@ -141,11 +152,11 @@ def test_compiled_with_a_state_from_before(moving, device):
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), leaves) for y in (y, expected)))
 
 
-@pytest.mark.parametrize("moving", (("x",), ("x", "total"), ("total",), ("x", "total", "residual"), ("count",)), ids=str)
+@pytest.mark.parametrize("moving", ("x", "x, total", "total", "x, total, residual", "count"))
 @pytest.mark.parametrize("context", ({}, {"frames": 7}), ids=str)
 def test_tangents_of_a_projected_state_from_before(context, moving):
     """By one pass over the tokens where these move, and the same as of a projection and a state by themselves."""
-    layer = PoM(DIM, 3, form="power").double().requires_grad_(False)
+    layer, moving = PoM(DIM, 3, form="power").double().requires_grad_(False), moving.split(", ")
     given = dict(zip(("total", "residual", "count"), draw_prior(2, 32)), x=torch.randn(2, TOKENS, DIM).double())
 
     def tangents(state):
