@@ -287,6 +287,8 @@ def main(arguments=None):
     gc.collect()
     gc.freeze()  # the collection before every case need not look through all that was imported
     results, wrong, done = content["cases"], content["wrong"], names_in(content)
+    if options.json:
+        save(content, options.json)
     for case in cases:
         if case.name in done:
             continue

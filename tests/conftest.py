@@ -1,8 +1,6 @@
 """Fixtures of every test: a fixed seed, and the device axis."""
 
-import importlib.util
 import os
-import sys
 
 # Thousands of small calls: threads that spin while they wait make them ten times slower on a machine that is in use.
 # Read when torch is first imported.
@@ -12,10 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# A compiled library to test in place of the one that was built: see test_cuda_on_cpu.py.
-if "POM_EXT_TEST_LIBRARY" in os.environ:
-    _spec = importlib.util.spec_from_file_location("pom_ext._C", os.environ["POM_EXT_TEST_LIBRARY"])
-    sys.modules["pom_ext._C"] = importlib.util.module_from_spec(_spec)
+import tested_library  # noqa: F401 -- before pom_ext
 
 from pom_ext import _library
 

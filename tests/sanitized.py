@@ -7,6 +7,7 @@ context mode. The kernels that work at once with their projections can be had al
 import argparse
 from itertools import product
 
+import tested_library  # noqa: F401 -- before pom_ext
 import torch
 from cases import FORMS, Case, draw_inputs, move, op_function, run_op, state_dtype
 from test_at_once import arguments, draw_readout_call, draw_state_call

@@ -73,8 +73,9 @@ def follow(world, report, ends):
         if isinstance(step, str):
             report.skip(name, step)
             continue
-        report.begin(name, step, left)
-        ok = report.end(run_step(world, report, name, step, ends[name]))
+        limit = plan.limit(name, left, world.scale)
+        report.begin(name, step, limit)
+        ok = report.end(run_step(world, report, name, step, time.monotonic() + limit))
         print(f"{name}: {'ok' if ok else report.steps[-1]['why']}, {report.steps[-1]['seconds']:.0f} s", flush=True)
         if name == "build" and not ok:
             report.note("nothing runs without the library")

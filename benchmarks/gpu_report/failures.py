@@ -45,6 +45,7 @@ class Failures:
         self._failed, self._journal = (
             Path(os.environ[name]) if os.environ.get(name) else None for name in ("POM_EXT_FAILED", "POM_EXT_JOURNAL")
         )
+        self._lost = set()  # tests after which their process ended itself
         self._runs_tests = not getattr(config.option, "numprocesses", None)
 
     def _note(self, word, test=""):
@@ -73,7 +74,11 @@ class Failures:
         self._note("start", nodeid)
 
     def pytest_runtest_logreport(self, report):
+        if report.failed and report.when == "???" and report.nodeid in self._lost:
+            return  # a worker that Worker below has ended
         if report.failed:
+            if is_fatal(message_of(report)):
+                self._lost.add(report.nodeid)
             self._note("error" if report.when in ("setup", "teardown") else "failed", report.nodeid)
             self._failure(report.nodeid, report.when, report.longreprtext)
         elif report.when == "call" or report.skipped:

@@ -26,6 +26,8 @@ SECONDS = {
     "rest": 5,
 }  # fmt: skip
 assert sum(SECONDS.values()) + GRACE <= DEADLINE
+# The most of what others left that a step may take: one that hangs is not to eat it all.
+MOST = {"smoke": 80, "layers": 60, "ncu": 80, "sanitizers": 130}
 LEAST = 20  # seconds that a step needs to begin; below that the time is better left to the next
 OF_A_FAMILY = 15  # seconds of a family of kernels in the smoke step, once torch is imported
 OF_A_CASE = 30  # seconds of a case of the benchmark, its setup and its compilations with it
@@ -190,8 +192,10 @@ def pytest_words(selection, failed=(), is_there=is_there, seconds=OF_A_TEST):
     """Arguments of python that run the tests of a -k expression, but for those of failed families."""
     if words := needing(failed, "tests"):
         selection = f"({selection}) and not ({' or '.join(words)})"
-    command = ["-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+    command = ["-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     command += ["-p", "benchmarks.gpu_report.failures", "-k", selection]
+    # Where a test hangs stands in the log before it is ended, whoever ends it.
+    command += ["-o", f"faulthandler_timeout={0.9 * seconds:g}"]
     if is_there("xdist"):
         command += ["-n", str(WORKERS), "--dist", "worksteal", "--max-worker-restart", "100"]
     if is_there("pytest_timeout"):
@@ -255,3 +259,8 @@ def ends(start, scale=1):
         start += scale * seconds
         found[name] = start
     return found
+
+
+def limit(name, left, scale=1):
+    """Seconds of a step, of those that are left until its end."""
+    return min(left, scale * MOST.get(name, DEADLINE))

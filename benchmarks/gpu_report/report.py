@@ -88,7 +88,12 @@ class Report:
         if content is not None:
             self.findings["benchmark"] = content
         self.findings.setdefault("measured", {})[name] = self._readers[name].lines
-        return status == 0, None if status == 0 else self._readers[name].reason()
+        if status == 0:
+            return True, None
+        wrong = (content or {}).get("wrong", [])
+        if running := (content or {}).get("running"):
+            return False, f"{running} was not ended"
+        return False, f"{len(wrong)} failed, first {wrong[0]}" if wrong else self._readers[name].reason()
 
     def _look_at_ncu(self, name, status, statuses):
         reader = self._readers[name]

@@ -50,7 +50,8 @@ class Running:
         self._rest, self.at_end = b"", False
         words = [str(word) for word in process.command]
         self._tell(f"$ {' '.join(words)}")
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **process.environment}
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **process.environment}
         try:
             self._popen = subprocess.Popen(
                 words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

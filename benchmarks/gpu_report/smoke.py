@@ -7,8 +7,6 @@ that hangs ends the process with a traceback of where.
 
 import argparse
 import faulthandler
-import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -16,10 +14,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))  # their cases, their inputs and their rule for tolerances
-if "POM_EXT_TEST_LIBRARY" in os.environ:  # as in tests/conftest.py
-    _spec = importlib.util.spec_from_file_location("pom_ext._C", os.environ["POM_EXT_TEST_LIBRARY"])
-    sys.modules["pom_ext._C"] = importlib.util.module_from_spec(_spec)
 
+import tested_library  # noqa: F401 -- before pom_ext
 from cases import (
     Case,
     assert_accurate,
