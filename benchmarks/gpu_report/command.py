@@ -117,26 +117,33 @@ def stopped(number, frame):
 def main(arguments=None):
     """Exit status 0; 1 where a step failed or there is no GPU."""
     options, start = parsed(arguments), time.monotonic()
-    signal.signal(signal.SIGTERM, stopped)
-    with tempfile.TemporaryDirectory(prefix="gpu-report-") as scratch:
-        kind, more = (plan.World, {}) if options.pretend is None else (Pretended, {"faults": options.pretend})
-        world = kind(Path(options.out).absolute(), Path(scratch), scale=options.scale, **more)
-        ends = plan.ends(start, options.scale)
-        try:
-            world.machine = found_machine(world, ends["machine"])
-        except RuntimeError as error:
-            print(f"error: gpu-report: {error}", file=sys.stderr)
-            return 1
-        world.out, note = folder.prepared(world.out)
-        report = Report(world)
-        if note:
-            report.note(note)
-        report.write()
-        try:
-            follow(world, report, ends)
-        except KeyboardInterrupt:
-            report.note("stopped from outside before the end")
-        report.log.finish()
-        report.write()
-        print(report.text(), end="")
-        return 0 if report.ok else 1
+    before = signal.signal(signal.SIGTERM, stopped)
+    try:
+        with tempfile.TemporaryDirectory(prefix="gpu-report-") as scratch:
+            kind, more = (plan.World, {}) if options.pretend is None else (Pretended, {"faults": options.pretend})
+            return report_of(kind(Path(options.out).absolute(), Path(scratch), scale=options.scale, **more), start)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def report_of(world, start):
+    """Exit status."""
+    ends = plan.ends(start, world.scale)
+    try:
+        world.machine = found_machine(world, ends["machine"])
+    except RuntimeError as error:
+        print(f"error: gpu-report: {error}", file=sys.stderr)
+        return 1
+    world.out, note = folder.prepared(world.out)
+    report = Report(world)
+    if note:
+        report.note(note)
+    report.write()
+    try:
+        follow(world, report, ends)
+    except KeyboardInterrupt:
+        report.note("stopped from outside before the end")
+    report.log.finish()
+    report.write()
+    print(report.text(), end="")
+    return 0 if report.ok else 1

@@ -29,7 +29,7 @@ def why_not(folder):
         probe.touch()
         probe.unlink()
     except OSError as error:
-        return f"{error.strerror or error}"
+        return f"cannot be used ({error.strerror or error})"
     return None
 
 
@@ -58,8 +58,8 @@ def prepared(folder):
 class Log:
     """log.txt: what all processes print, line by line as it comes, each with the name of its process."""
 
-    def __init__(self, path, complain):
-        self._path, self._complain = path, complain
+    def __init__(self, path, unwritten):
+        self._path, self._unwritten = path, unwritten
         self._sizes, self._ends = {}, {}
 
     def __call__(self, name, text):
@@ -81,7 +81,7 @@ class Log:
             with self._path.open("ab") as file:
                 file.write(text.encode(errors="replace"))
         except OSError as error:
-            self._complain(f"{self._path.name} could not be written: {error.strerror or error}")
+            self._unwritten(error)
 
 
 def complain(text):

@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from ..resources import shortened
+
 LONGEST = 300  # characters of one line in the report
 
 
@@ -157,7 +159,8 @@ class Ncu:
             if not row.get("ID"):
                 units = row
                 continue
-            kernel = {"kernel": row.get("Kernel Name", "?"), "grid": row.get("Grid Size")}
+            name = shortened(row.get("Kernel Name", "?").replace("<unnamed>::", ""))
+            kernel = {"kernel": name, "grid": row.get("Grid Size")}
             if tuple(kernel.values()) in seen:
                 continue
             seen.add(tuple(kernel.values()))

@@ -28,7 +28,7 @@ class Report:
     def __init__(self, world, notes=()):
         self.world, self.notes = world, list(notes)
         self.steps, self.findings = [], {}
-        self.log = Log(world.out / "log.txt", self.note)
+        self.log = Log(world.out / "log.txt", self.unwritten)
         self._readers, self._started, self._written = {}, 0.0, 0.0
 
     def note(self, text):
@@ -68,7 +68,10 @@ class Report:
         """Put what is found by now into self.findings. Returns (whether all is well, why not)."""
         name, status = step["name"], step["status"]
         what = {"layers": "benchmark", "rest": "tests"}.get(name, name)
-        ok, why = getattr(self, f"_look_at_{what}")(name, status, statuses)
+        try:
+            ok, why = getattr(self, f"_look_at_{what}")(name, status, statuses)
+        except Exception as error:  # noqa: BLE001 -- output of a kind never seen must not end the report
+            ok, why = False, f"what it printed could not be read: {type(error).__name__}: {error}"
         if status == TIMED_OUT:
             return False, f"its time was up{f'; {why}' if why else ''}"
         return ok, why
@@ -152,12 +155,15 @@ class Report:
     def write(self):
         """Both files. Where a disk is full or gone a line tells so, and the report goes on in memory."""
         self._written = time.monotonic()
-        for name, text in (("report.json", json.dumps(self.content(), indent=1) + "\n"), ("report.txt", self.text())):
+        for name, text in {"report.json": json.dumps(self.content(), indent=1) + "\n", "report.txt": self.text()}.items():
             try:
                 with written_aside(self.world.out / name) as aside:
                     aside.write_text(text, encoding="utf-8")
             except OSError as error:
-                self.note(f"{name} could not be written: {error.strerror or error}")
+                self.unwritten(error)
+
+    def unwritten(self, error):
+        self.note(f"{self.world.out} does not take all of the report: {error.strerror or error}")
 
     def text(self):
         """report.txt."""

@@ -65,7 +65,10 @@ class Running:
 
     def _tell(self, text):
         self._log(self.process.name, text)
-        self.process.line(text)
+        try:
+            self.process.line(text)
+        except Exception as error:  # noqa: BLE001 -- a line of a kind never seen must not stop the others
+            self._log(self.process.name, f"(this line could not be read: {type(error).__name__}: {error})")
 
     def read(self):
         """Pass on what it has printed by now. False where there is no more at present."""

@@ -48,6 +48,7 @@ def from_python(words):
 
 
 def machine(mode, words):
+    misbehave(mode)
     if mode != "ok":
         say("error: no GPU that torch can use: as told")
         return 1
@@ -108,9 +109,12 @@ def benchmark(mode, words):
 
 
 def save(content, path):
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(content))
-    os.replace(aside, path)
+    try:
+        aside = path.with_name(path.name + ".tmp")
+        aside.write_text(json.dumps(content))
+        os.replace(aside, path)
+    except OSError as error:
+        say(f"--json: {path} could not be written: {error}")
 
 
 NCU = {
