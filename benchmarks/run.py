@@ -297,7 +297,8 @@ def main(arguments=None):
         if options.limit:
             faulthandler.dump_traceback_later(options.limit, exit=True)
         result, complaint = outcome(case, clocks[case.clock], settings, bandwidth, options.predict)
-        faulthandler.cancel_dump_traceback_later()
+        if options.limit:
+            faulthandler.cancel_dump_traceback_later()
         if complaint:
             wrong.append(complaint)
             print(f"\nWRONG {complaint}", flush=True)

@@ -179,7 +179,7 @@ def test_selections(selection, failed, names, tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("folder")  # whose name, unlike that of tmp_path, holds none of the words
     (folder / "test_selection.py").write_text(code)
-    options = ["--collect-only", "-c", os.devnull, "--rootdir", str(folder), str(folder)]
+    options = ["--collect-only", "-p", "no:hypothesispytest", "-c", os.devnull, "--rootdir", str(folder), str(folder)]
     arguments = plan.pytest_words(selection, failed, lambda package: package not in ("xdist", "pytest_timeout"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -142,7 +142,7 @@ def report_of(world, start):
     try:
         follow(world, report, ends)
     except KeyboardInterrupt:
-        report.note("stopped from outside before the end")
+        report.stop("stopped from outside before the end")
     report.log.finish()
     report.write()
     print(report.text(), end="")

@@ -30,6 +30,7 @@ assert sum(SECONDS.values()) + GRACE <= DEADLINE
 MOST = {"smoke": 80, "layers": 60, "ncu": 80, "sanitizers": 130}
 LEAST = 20  # seconds that a step needs to begin; below that the time is better left to the next
 OF_A_FAMILY = 15  # seconds of a family of kernels in the smoke step, once torch is imported
+IMPORT = 30  # the most that importing torch may take, on a machine that has not done it before
 OF_A_CASE = 30  # seconds of a case of the benchmark, its setup and its compilations with it
 OF_A_TEST = 40
 WORKERS = 8  # of the tests
@@ -127,7 +128,7 @@ def smoke(world):
     def of(family):
         words = ("-m", "benchmarks.gpu_report.smoke", family, "--device", world.device)
         words += ("--seconds", f"{OF_A_FAMILY * world.scale:g}")
-        more = {"environment": {"OMP_NUM_THREADS": "1"}, "line": readers[family].line, "seconds": 2 * OF_A_FAMILY}
+        more = {"environment": {"OMP_NUM_THREADS": "1"}, "line": readers[family].line, "seconds": IMPORT + OF_A_FAMILY}
         return world.python(f"smoke.{family}", *words, **more)
 
     return Step([[of(family) for family in FAMILIES if family != LAST], [of(LAST)]], readers, every_group=True)

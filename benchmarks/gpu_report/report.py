@@ -64,6 +64,13 @@ class Report:
             self._look(self.steps[-1], statuses)
             self.write()
 
+    def stop(self, why):
+        """From outside, in the middle of a step or between two."""
+        if self.steps and self.steps[-1]["status"] == "running":
+            self._look(self.steps[-1], {})
+            self.steps[-1] |= {"status": "stopped", "ok": False, "why": why}
+        self.note(why)
+
     def _look(self, step, statuses):
         """Put what is found by now into self.findings. Returns (whether all is well, why not)."""
         name, status = step["name"], step["status"]

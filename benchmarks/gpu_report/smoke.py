@@ -228,7 +228,8 @@ def main(arguments=None):
         said, status = f"wrong: {error}", 1
     except Exception as error:  # noqa: BLE001 -- whatever it is, it is what the report is for
         said, status = f"failed: {type(error).__name__}: {error}", 2
-    faulthandler.cancel_dump_traceback_later()
+    if options.seconds:
+        faulthandler.cancel_dump_traceback_later()
     print("smoke", said.replace("\n", " "), flush=True)
     return status
 

@@ -202,7 +202,8 @@ def tests(mode, words):
     file.write_text(TESTS.format(mode=mode))
     words[words.index("-k") + 1] = "test"
     words = [word for word in words if not word.startswith(("--deselect", "--ignore"))]
-    os.execv(words[0], [*words, "-c", os.devnull, "--rootdir", str(folder), str(file)])
+    apart = ("-p", "no:hypothesispytest", "-c", os.devnull, "--rootdir", str(folder))  # of seconds, and of this project
+    os.execv(words[0], [*words, *apart, str(file)])
 
 
 def main():
