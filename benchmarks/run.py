@@ -191,15 +191,17 @@ def save(content, path):
 
 
 def left_by(path):
-    """{"cases", "wrong", "copy"?} of a file that an earlier run left; what it was busy with has failed."""
+    """{"cases", "wrong", "copy"?} of a file that an earlier run left; the case that it was busy with has failed."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = {key: content[key] for key in ("cases", "wrong", "copy") if key in content}
-        if name := content.get("running"):
-            found["wrong"].append(f"{name}: ended its process, or was stopped")
-        return {"cases": found["cases"], "wrong": found["wrong"], **found}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or not {"cases", "wrong"} <= set(content):
         return {"cases": [], "wrong": []}
+    found = {key: content[key] for key in ("cases", "wrong", "copy") if key in content}
+    if name := content.get("running"):
+        found["wrong"].append(f"{name}: ended its process, or was stopped")
+    return found
 
 
 def names_in(content):

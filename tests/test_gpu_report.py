@@ -15,7 +15,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks.gpu_report import command, machine, plan, read
+from benchmarks import device_cases, run
+from benchmarks.gpu_report import command, machine, plan, profiled, read
 from benchmarks.gpu_report.families import FAMILIES
 from benchmarks.gpu_report.plan import World
 
@@ -97,9 +98,25 @@ def test_the_benchmark_writes_into_the_folder_and_can_go_on(world):
     assert after(quick, "--without") == plan.SIDE_BY_SIDE == after(plan.layers(world).groups[0][0], "--case")
 
 
-def test_the_cases_that_are_named_exist():
-    from benchmarks import device_cases, run
+def test_what_the_benchmark_is_told(world):
+    def selected(step):
+        command = words(step.groups[0][0])
+        options = run.parsed(command[command.index("benchmarks.run") + 1 :])
+        more = {"without": options.without, "also": options.also, "against": options.against}
+        return run.selected(run.CASES["cuda"], options.case, options.quick, **more)
 
+    names = [case.name for case in selected(plan.quick_benchmark(world))]
+    assert plan.SIDE_BY_SIDE not in names and "causal_mix_backward-power3-N16384-E2048-bfloat16" in names
+    ops = list(dict.fromkeys(name.partition("-")[0].partition("_")[0] for name in names))
+    assert ops == ["state", "readout", "mix", "update", "causal", "layer"]
+    (layer,) = selected(plan.layers(world))
+    assert layer.name == plan.SIDE_BY_SIDE and set(layer.against) == {"context projection", "by blocks", "at once"}
+    world.failed = {"state", "causal_backward"}
+    names = {case.name.partition("-")[0] for case in selected(plan.quick_benchmark(world))}
+    assert names == {"state_backward", "readout", "readout_backward", "mix", "mix_backward", "update", "causal_mix"}
+
+
+def test_the_cases_that_are_named_exist():
     layer = device_cases.CASES[plan.SIDE_BY_SIDE]
     assert {"by blocks", "at once", "context projection"} <= set(layer.against)
     for pattern in sorted({pattern for family in FAMILIES.values() for pattern in family.cases}):
@@ -119,8 +136,6 @@ def test_what_needs_a_failed_family_is_left_out(world):
 
 
 def test_what_families_name_exists():
-    from benchmarks.gpu_report import profiled
-
     parts, calls = {*sanitized.MODES, *sanitized.PARTS}, set(profiled.calls("cpu", small=True))
     for name, family in FAMILIES.items():
         assert set(family.parts) <= parts and set(family.calls) <= calls, name
