@@ -257,8 +257,8 @@ def parsed(arguments):
 
 
 def main(arguments=None):
-    """Exit status 0; 1 where a case computed something wrong, LOST where it ended what this process can do on its GPU. A
-    target that is not reached is no error."""
+    """Exit status 0; 1 where a case computed something wrong, LOST where it left this process without its GPU. A target
+    that is not reached is no error."""
     options = parsed(arguments)
     chosen = {"without": options.without, "also": options.also, "against": options.against}
     cases = selected(CASES[options.device], options.case, options.quick, **chosen)

@@ -7,10 +7,9 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
+import tested_library  # noqa: F401 -- before pom_ext
 import torch
 from hypothesis import settings
-
-import tested_library  # noqa: F401 -- before pom_ext
 
 from pom_ext import _library
 

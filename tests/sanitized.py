@@ -1,4 +1,4 @@
-"""A small selection of calls for compute-sanitizer: `python tests/sanitized.py cuda [--only cases|at_once] [--without PARTS]`.
+"""A small selection of calls for compute-sanitizer: `python tests/sanitized.py cuda`, `--help` for parts of it.
 
 Every kernel a few times, forward, backward and update: vectors and single elements, sizes that fill no block, every
 context mode. The kernels that work at once with their projections can be had alone, for a process of their own.
@@ -71,8 +71,12 @@ def main(arguments=None):
     """Run what is selected. Results are left to the tests; here they must only be numbers."""
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("device")
-    parser.add_argument("--only", choices=("cases", "at_once"), help="the ordinary kernels, or those at once with projections")
-    parser.add_argument("--without", nargs="+", default=[], choices=(*MODES, *PARTS), metavar="PART", help="to leave out")
+    parser.add_argument(
+        "--only", choices=("cases", "at_once"), help="the ordinary kernels, or those at once with projections"
+    )
+    parser.add_argument(
+        "--without", nargs="+", default=[], choices=(*MODES, *PARTS), metavar="PART", help="to leave out"
+    )
     options = parser.parse_args(arguments)
     cases = [case for case in SELECTION if options.only != "at_once" and case.mode not in options.without]
     for case in cases:

@@ -33,8 +33,18 @@ OTHERS = [source for folder in (".", "cpu", "engine") for source in (ROOT / "csr
 # Tests of the operations, the longest first.
 OPERATIONS = [
     f"test_{name}"
-    for name in ("mix", "derivatives", "state", "determinism", "update", "readout", "layouts", "rotary", "at_once",
-                 "gpu_report_smoke")  # fmt: skip
+    for name in (
+        "mix",
+        "derivatives",
+        "state",
+        "determinism",
+        "update",
+        "readout",
+        "layouts",
+        "rotary",
+        "at_once",
+        "gpu_report_smoke",
+    )  # fmt: skip
 ]
 # A dense mask of 1000 x 1000 takes minutes, and masks are tested at other sizes too; the threads are those of the CPU
 # kernels; memory is measured in processes of their own.

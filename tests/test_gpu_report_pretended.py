@@ -1,4 +1,7 @@
-"""The whole GPU report without a GPU: every step of the plan by stand-ins that fail, hang and crash. What was found stays."""
+"""The whole GPU report without a GPU: every step of the plan by stand-ins that fail, hang and crash.
+
+What was found stays.
+"""
 
 import json
 import os
@@ -51,11 +54,15 @@ def briefly(monkeypatch):
 def test_all_is_well(tmp_path, capsys):
     status, steps, report, text = pretend(tmp_path / "out", scale="1")
     assert status == 0 and report["ok"] and list(steps) == list(plan.STEPS) and all(s["ok"] for s in steps.values())
-    assert report["machine"]["capability"] == "9.0" and text.startswith("PRETENDED, NO GPU (9.0), driver none, torch none")
+    assert report["machine"]["capability"] == "9.0" and text.startswith(
+        "PRETENDED, NO GPU (9.0), driver none, torch none"
+    )
     assert {found["outcome"] for found in report["smoke"].values()} == {"ok"} and not report["failed_families"]
     assert report["tests"]["passed"] == 6 and report["rest"]["passed"] == 6
     assert [case["name"] for case in report["benchmark"]["cases"]][-1] == plan.SIDE_BY_SIDE
-    assert {tool: found["errors"] for tool, found in report["sanitizers"].items()} == dict.fromkeys(report["sanitizers"], 0)
+    assert {tool: found["errors"] for tool, found in report["sanitizers"].items()} == dict.fromkeys(
+        report["sanitizers"], 0
+    )
     assert report["ncu"]["kernels"][0]["top_stall"] == "long_scoreboard" and "long_scoreboard 3.2" in text
     assert "FAILED" not in text and capsys.readouterr().out.endswith(text)
     log = (tmp_path / "out/log.txt").read_text()
@@ -80,11 +87,17 @@ def test_what_hangs_is_stopped_and_what_it_had_found_stays(tmp_path, briefly):
 
 def test_what_crashes_is_begun_anew_without_what_crashed(tmp_path, capsys):
     """Of the tests and of the benchmark; both lose their GPU, or their process."""
-    faults = "smoke.mix=fail,smoke.causal=crash,smoke.mask=lost,benchmark=lost,tests=crash,rest=lost,synccheck=crash,ncu=crash"
+    faults = "smoke.mix=fail,smoke.causal=crash,smoke.mask=lost,benchmark=lost,tests=crash,rest=lost"
+    faults += ",synccheck=crash,ncu=crash"
     status, steps, report, text = pretend(tmp_path / "out", faults)
     assert status == 1 and report["failed_families"] == ["causal", "mask", "mix"]
     outcomes = {family: found["outcome"] for family, found in report["smoke"].items()}
-    assert (outcomes["mix"], outcomes["causal"], outcomes["mask"], outcomes["state"]) == ("wrong", "crashed", "failed", "ok")
+    assert (outcomes["mix"], outcomes["causal"], outcomes["mask"], outcomes["state"]) == (
+        "wrong",
+        "crashed",
+        "failed",
+        "ok",
+    )
     assert "error 0.5" in text and "illegal memory access" in report["smoke"]["mask"]["why"]
     assert [case["name"] for case in report["benchmark"]["cases"]] == ["state-pretended", "mix-pretended"]
     assert "illegal memory access" in report["benchmark"]["wrong"][0]
@@ -109,7 +122,14 @@ def test_tools_that_are_absent_or_refuse_are_a_line_each(tmp_path, capsys, only)
 
 
 @pytest.mark.parametrize(
-    "changed, ok", [({}, True), ({"ncu": None}, True), ({"sanitizers": None}, True), ({"tests": None}, False), ({"ncu": False}, False)]
+    "changed, ok",
+    [
+        ({}, True),
+        ({"ncu": None}, True),
+        ({"sanitizers": None}, True),
+        ({"tests": None}, False),
+        ({"ncu": False}, False),
+    ],
 )
 def test_what_a_machine_lacks_is_no_failure(changed, ok, tmp_path):
     report = Report(plan.World(tmp_path, tmp_path))
@@ -131,7 +151,9 @@ def test_without_a_kernel_that_works_nothing_else_runs(tmp_path, capsys):
 def started(out, faults, scale="0.1"):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "benchmarks.gpu_report", str(out), "--pretend", faults, "--scale", scale]
-    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def wait_for(condition):

@@ -19,11 +19,15 @@ def python(name, code, **more):
 def run_all(*processes, seconds=60, grace=0.5, **more):
     """({name: status}, {name: its lines})."""
     lines = {}
-    log = lambda name, text: lines.setdefault(name, []).append(text)
+
+    def log(name, text):
+        lines.setdefault(name, []).append(text)
+
     return run(list(processes), time.monotonic() + seconds, grace=grace, log=log, **more), lines
 
 
-SLEEP = "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)"
+IGNORE = "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+SLEEP = f"{IGNORE}print(os.getpid(), flush=True); time.sleep(60)"
 
 
 def ends(pid):

@@ -38,7 +38,8 @@ def test_what_differs_from_the_definition_is_wrong(family, monkeypatch, capsys):
 
 
 def test_calls_that_hang_are_ended():
-    code = "import time; from benchmarks.gpu_report import smoke; smoke.polynomial_state = lambda *a, **b: time.sleep(600); "
+    code = "import time; from benchmarks.gpu_report import smoke; "
+    code += "smoke.polynomial_state = lambda *a, **b: time.sleep(600); "
     code += "smoke.main(['state', '--device', 'cpu', '--seconds', '3'])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
@@ -60,7 +61,9 @@ def test_calls_that_raise_are_told(monkeypatch, capsys):
 def test_calls_are_made_ready_to_be_profiled(capsys):
     assert profiled.main(["--device", "cpu", "--small", "--without", "mix"]) == 0
     told = capsys.readouterr().out.split()[1::2]
-    assert {"state", "state_product", "readout", "state_backward", "causal_mix", "update"} <= set(told) and "mix" not in told
+    assert {"state", "state_product", "readout", "state_backward", "causal_mix", "update"} <= set(
+        told
+    ) and "mix" not in told
 
 
 def test_a_call_that_raises_leaves_the_others(monkeypatch, capsys):

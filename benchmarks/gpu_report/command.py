@@ -48,7 +48,7 @@ def run_step(world, report, name, step, until):
     options = {"grace": GRACE * world.scale, "at_once": world.jobs, "log": report.log}
     for group in step.groups:
         for _ in range(MOST_RESTARTS):
-            done = run(group, until, **options, beat=lambda now: report.beat({**statuses, **now}))
+            done = run(group, until, **options, beat=lambda now, before=statuses: report.beat({**before, **now}))
             begun = progress(world, step, name, done[group[-1].name])
             if begun is None or begun == before:
                 break
@@ -91,14 +91,18 @@ def parsed(arguments):
         description="Build, check, measure and report on the GPU that is here; all within nine minutes.",
     )
     parser.add_argument(
-        "out", metavar="FOLDER",
-        help="for report.txt, report.json, benchmark.json, failed.txt and log.txt. An earlier report there is replaced, "
+        "out",
+        metavar="FOLDER",
+        help="for report.txt, report.json, benchmark.json, failed.txt, log.txt. An earlier report there is replaced, "
         "other files are left alone; if it cannot be used, a new folder in the place for temporary files is",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--pretend", nargs="?", const="", metavar="FAULTS",
-        help="without a GPU: the same plan, with stand-ins that fail as told, tests=hang,ncu=absent,smoke.mix=wrong",
-    )  # fmt: skip
+        "--pretend",
+        nargs="?",
+        const="",
+        metavar="FAULTS",
+        help="without a GPU: the same plan, with stand-ins that fail as told, tests=hang,ncu=absent,smoke.mix=fail",
+    )
     parser.add_argument("--scale", type=float, default=1, metavar="X", help="of all time limits")
     options = parser.parse_args(arguments)
     if not options.scale > 0:

@@ -12,8 +12,8 @@ from .read import Ncu, Sanitizer, Smoke, Tail
 from .run import GRACE, ROOT, Process
 
 DEADLINE = 540  # seconds for all of it: whoever runs it may have ten minutes
-# Seconds of each step. One that needs less leaves the rest to those after it. Performance before the long tests, since it
-# can be had nowhere else.
+# Seconds of each step. One that needs less leaves the rest to those after it. Performance before the long tests, since
+# it can be had nowhere else.
 SECONDS = {
     "machine": 40,
     "build": 125,
@@ -215,7 +215,7 @@ def tests(world, selection=FIRST_TESTS, name="tests"):
 
 
 def sanitizers(world):
-    """Every tool in a process of its own, and the kernels at once with their projections in one more, under memcheck."""
+    """Every tool in a process of its own; the kernels at once with their projections in one more, under memcheck."""
     program = world.program("compute-sanitizer")
     if program is None:
         return "there is no compute-sanitizer on this machine"

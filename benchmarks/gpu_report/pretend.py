@@ -15,12 +15,25 @@ OF_STEP = {
     "smoke": tuple(f"smoke.{family}" for family in FAMILIES),
     "sanitizers": (*SANITIZERS, "memcheck_at_once"),
 }
-NAMES = ("machine", "build", "benchmark", "layers", "ncu", "tests", "rest", *OF_STEP, *(n for names in OF_STEP.values() for n in names))
+NAMES = (
+    "machine",
+    "build",
+    "benchmark",
+    "layers",
+    "ncu",
+    "tests",
+    "rest",
+    *OF_STEP,
+    *(n for names in OF_STEP.values() for n in names),
+)
 
 
 def parsed_faults(text):
-    """{name of a process: mode} of "tests=hang,smoke.project=crash": ok, fail, hang (an interrupt ends it), stuck (only a
-    kill does), crash, lost (a CUDA error), absent and refuse (of ncu and the sanitizers). Raises ValueError."""
+    """{name of a process: mode} of "tests=hang,smoke.project=crash". Raises ValueError.
+
+    Modes: ok, fail, hang (an interrupt ends it), stuck (only a kill does), crash, lost (a CUDA error); of ncu and the
+    sanitizers also absent and refuse.
+    """
     faults = {}
     for word in filter(None, text.split(",")):
         name, _, mode = word.partition("=")

@@ -1,4 +1,4 @@
-"""A call of every large kernel, for Nsight Compute: `ncu --profile-from-start off python -m benchmarks.gpu_report.profiled`.
+"""A call of every large kernel, for Nsight Compute: `ncu --profile-from-start off python -m` this module.
 
 Each call is made once before, outside of what is profiled; sizes are those of the benchmark at 64 MiB.
 """
@@ -9,10 +9,10 @@ from functools import partial
 
 import torch
 
-from .smoke import BF16, arguments, draw_readout_call, draw_state_call, has_kernel  # and the library to be tested
-
-from ..measure import OURS
-from ..ops import OpCase
+# First smoke, which looks after the library that is to be tested.
+from benchmarks.gpu_report.smoke import BF16, arguments, draw_readout_call, draw_state_call, has_kernel
+from benchmarks.measure import OURS
+from benchmarks.ops import OpCase
 
 TOKENS = 16384
 
@@ -23,8 +23,8 @@ def ours(*case, **more):
 
 
 def folded(device, tokens, dim, width):
-    call = arguments(draw_readout_call("whole", BF16, True, heads=16, width=width // 16, batch=1, queries=tokens, dim=dim,
-                                       out_dim=dim), device)  # fmt: skip
+    sizes = {"heads": 16, "width": width // 16, "batch": 1, "queries": tokens, "dim": dim, "out_dim": dim}
+    call = arguments(draw_readout_call("whole", BF16, True, **sizes), device)
     if has_kernel("folds_at_once", device) and torch.ops.pom_ext.folds_at_once(*call):
         return partial(torch.ops.pom_ext.folded_readout_at_once, *call)
     return None

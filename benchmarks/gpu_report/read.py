@@ -1,4 +1,4 @@
-"""What is worth telling of what the steps print: every reader takes lines as they come, and can be asked at any time."""
+"""What is worth telling of what the steps print: a reader takes lines as they come, and can be asked at any time."""
 
 import csv
 import json
@@ -52,7 +52,8 @@ class Smoke:
             return {"outcome": "hung", "why": short(where[0]) if where else "it was stopped"}
         if self._said is None or (status < 0 and self._said[0] == "ok"):
             return {"outcome": "crashed", "why": f"exit status {status}: {self._tail.reason()}"}
-        return dict(zip(("outcome", "why"), self._said))
+        outcome, why = self._said
+        return {"outcome": outcome, "why": why}
 
 
 def journal(path):
@@ -91,7 +92,9 @@ class Sanitizer:
         r"=+ (Invalid \S+ (?:read|write|atomic).*|(?:Error|Warning|Info): (?:Race|Potential) .*|Barrier error.*|"
         r"Program hit .*|Malformed .*|Fatal UTF-8 .*|Uninitialized .*|Missing wait.*|.* hazard .* detected.*)"
     )
-    REFUSED = re.compile(r"(?i)not supported|unable to|no attachable process|internal sanitizer error|insufficient driver")
+    REFUSED = re.compile(
+        r"(?i)not supported|unable to|no attachable process|internal sanitizer error|insufficient driver"
+    )
 
     def __init__(self):
         self.errors, self.records, self._summary, self._place = 0, [], None, False
@@ -145,7 +148,7 @@ class Ncu:
         elif text.startswith('"ID"'):
             self._header = next(csv.reader([text]))
         elif self._header and text.startswith('"'):
-            self._rows.append(dict(zip(self._header, next(csv.reader([text])))))
+            self._rows.append(dict(zip(self._header, next(csv.reader([text])), strict=False)))
 
     def refused(self):
         """Its own words where it does not get at the counters, or None."""

@@ -143,7 +143,9 @@ class Report:
         """Whether nothing failed, and all ran but what a machine may lack."""
         done = {step["name"] for step in self.steps if step["ok"]}
         needed = {"build", "smoke", "benchmark", "tests"}
-        return needed <= done and all(step["ok"] or step["name"] in MAY_BE_MISSING and step["ok"] is None for step in self.steps)
+        return needed <= done and all(
+            step["ok"] or step["name"] in MAY_BE_MISSING and step["ok"] is None for step in self.steps
+        )
 
     def content(self):
         findings = {key: value for key, value in self.findings.items() if key != "measured"}
@@ -162,7 +164,10 @@ class Report:
     def write(self):
         """Both files. Where a disk is full or gone a line tells so, and the report goes on in memory."""
         self._written = time.monotonic()
-        for name, text in {"report.json": json.dumps(self.content(), indent=1) + "\n", "report.txt": self.text()}.items():
+        for name, text in {
+            "report.json": json.dumps(self.content(), indent=1) + "\n",
+            "report.txt": self.text(),
+        }.items():
             try:
                 with written_aside(self.world.out / name) as aside:
                     aside.write_text(text, encoding="utf-8")
@@ -199,7 +204,9 @@ class Report:
             if (counts := self.findings.get(name)) is None:
                 continue
             told = (f"{n} {word}" for word, n in counts.items() if isinstance(n, int) and word != "ended")
-            lines.append(f"{name:<12}" + (", ".join(told) or "none ran") + ("" if counts["ended"] else "; came to no end"))
+            lines.append(
+                f"{name:<12}" + (", ".join(told) or "none ran") + ("" if counts["ended"] else "; came to no end")
+            )
             lines += [f"  failed: {test}" for test in counts["failed_tests"]]
             lines += [f"  ran when it ended: {test}" for test in counts["lost"]]
         if lines:

@@ -41,7 +41,7 @@ def _in_a_group_of_its_own():
 
 
 class Running:
-    """A process on its way: `status` is None until it has ended, then its exit status (-11: by signal 11) or TIMED_OUT."""
+    """A process on its way: `status` is None until it has ended, then its exit status (-11: signal 11) or TIMED_OUT."""
 
     def __init__(self, process, until, grace, log):
         self.process, self.status, self._log, self._grace = process, None, log, grace

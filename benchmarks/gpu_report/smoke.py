@@ -34,6 +34,7 @@ from sanitized import update_twice
 from test_at_once import arguments, draw_readout_call, draw_state_call, read, state_of
 
 from pom_ext import State, polynomial_readout, polynomial_state, reference
+from pom_ext.checks import FORMS
 
 from .families import FAMILIES
 
@@ -115,8 +116,12 @@ def hold(functions, case, device, backward):
     operation, definition = functions(inputs, device)
     dtypes = {"y": case.dtype, "state": state_dtype(case.dtype)}
     with torch.no_grad():
-        shapes = {name: t.shape for name, t in definition(torch.float64)(**move(inputs.leaves, "cpu", torch.float64)).items()}
-    grads = {name: ((1 + torch.randn(shape)) / max(shape[1], 1) ** 0.5).to(dtypes[name]) for name, shape in shapes.items()}
+        shapes = {
+            name: t.shape for name, t in definition(torch.float64)(**move(inputs.leaves, "cpu", torch.float64)).items()
+        }
+    grads = {
+        name: ((1 + torch.randn(shape)) / max(shape[1], 1) ** 0.5).to(dtypes[name]) for name, shape in shapes.items()
+    }
 
     def results(function, device, dtype=None):
         leaves = move(inputs.leaves, device, dtype)
@@ -156,38 +161,37 @@ def hold_norm(result, exact, plain):
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
 
+def calls(draw, device, large):
+    """(call, its arguments on the device) of operations with their projections; large: sizes that only a GPU gets."""
+    for context, sizes in (("whole", {}), ("offsets", {}), *((("whole", large),) if device != "cpu" else ())):
+        torch.manual_seed(0)
+        call = draw(context, BF16, bias=True, **sizes)
+        yield call, arguments(call, device)
+
+
 def hold_folded(device):
     """Whether it was done at once."""
-    at_once = False
-    sizes = {"queries": 60}, *([{"queries": 3000, "dim": 256, "width": 64, "out_dim": 256}] if device != "cpu" else [])
-    for context, size in ((context, size) for context in ("whole", "offsets") for size in sizes[: 1 + (context == "whole")]):
-        torch.manual_seed(0)
-        call = draw_readout_call(context, BF16, bias=True, heads=16, **size)
-        words = arguments(call, device)
-        at_once = has_kernel("folds_at_once", device) and torch.ops.pom_ext.folds_at_once(*words)
+    ops, large = torch.ops.pom_ext, {"queries": 3000, "heads": 16, "dim": 256, "width": 64, "out_dim": 256}
+    for call, words in calls(draw_readout_call, device, large):
+        at_once = has_kernel("folds_at_once", device) and ops.folds_at_once(*words)
         if at_once:
-            y = torch.ops.pom_ext.folded_readout_at_once(*words)
+            y = ops.folded_readout_at_once(*words)
         else:
-            y = torch.ops.pom_ext.folded_readout(*words[:-1], None, None, 0, words[-1])
+            y = ops.folded_readout(*words[:-1], None, None, 0, words[-1])
         hold_norm(y, read(call, torch.float64), read(call, BF16))
     return at_once
 
 
 def hold_project(device):
     """Whether it was done at once."""
-    at_once = False
-    sizes = {}, *([{"tokens": 3000, "dim": 256, "width": 640}] if device != "cpu" else [])
-    for context, size in ((context, size) for context in ("whole", "offsets") for size in sizes[: 1 + (context == "whole")]):
-        torch.manual_seed(0)
-        call = draw_state_call(context, BF16, bias=True, **size)
-        words = arguments(call, device)
-        at_once = has_kernel("projects_at_once", device) and torch.ops.pom_ext.projects_at_once(*words)
+    ops = torch.ops.pom_ext
+    for call, words in calls(draw_state_call, device, {"tokens": 3000, "dim": 256, "width": 640}):
+        at_once = has_kernel("projects_at_once", device) and ops.projects_at_once(*words)
         if at_once:
-            total = torch.ops.pom_ext.project_state_at_once(*words)[0]
+            total = ops.project_state_at_once(*words)[0]
         else:
-            *tensors, cumulative, degree = words
-            rest = (None, None, 0, 1, degree, False)  # no angles, the power form
-            total = torch.ops.pom_ext.project_state(*tensors, cumulative, *rest)[0]
+            *others, degree = words
+            total = ops.project_state(*others, None, None, 0, FORMS.index("power"), degree, False)[0]
         hold_norm(total, state_of(call, torch.float64)[0], state_of(call, BF16)[0])
     return at_once
 
@@ -218,7 +222,9 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report.smoke", description=__doc__.split("?")[0])
     parser.add_argument("family", choices=tuple(FAMILIES))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seconds", type=float, help="the most that the calls may take; importing torch does not count")
+    parser.add_argument(
+        "--seconds", type=float, help="the most that the calls may take; importing torch does not count"
+    )
     options = parser.parse_args(arguments)
     if options.seconds:
         faulthandler.dump_traceback_later(options.seconds, exit=True)

@@ -85,7 +85,11 @@ def benchmark(mode, words):
     if running := content.pop("running", None):
         content["wrong"].append(f"{running}: ended its process, or was stopped")
         save(content, path)
-    names = [value_after(words, "--case")] if "--case" in words else [f"{op}-pretended" for op in ("state", "readout", "mix")]
+    names = (
+        [value_after(words, "--case")]
+        if "--case" in words
+        else [f"{op}-pretended" for op in ("state", "readout", "mix")]
+    )
     done = {case["name"] for case in content["cases"]} | {complaint.split(":")[0] for complaint in content["wrong"]}
     for name in names:
         if name in done:
@@ -118,7 +122,8 @@ def save(content, path):
 
 
 NCU = {
-    "ID": "0", "Kernel Name": "void pom::cuda::features_of_pieces<pom::cuda::Instance<>>(Args)", "Grid Size": "(2048, 1, 1)",
+    "ID": "0", "Grid Size": "(2048, 1, 1)",
+    "Kernel Name": "void pom::cuda::features_of_pieces<pom::cuda::Instance<>>(Args)",
     "gpu__time_duration.sum": "33,500", "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed": "66.1",
     "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": "61.5",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "71.2",
@@ -142,13 +147,16 @@ def ncu(mode, words):
         say("==PROF== Disconnected", "error: the application ended with an error")
         return 1
     units = {**dict.fromkeys(NCU, ""), "gpu__time_duration.sum": "ns"}
-    for row in (dict(zip(NCU, NCU)), units, NCU):
+    for row in ({column: column for column in NCU}, units, NCU):
         say(",".join(f'"{cell}"' for cell in row.values()))
     return 0
 
 
-INVALID = ("========= Invalid __global__ read of size 4 bytes",
-           "=========     at pom::cuda::join_groups(Join)+0x70", "=========     by thread (0,0,0) in block (1,0,0)")  # fmt: skip
+INVALID = (
+    "========= Invalid __global__ read of size 4 bytes",
+    "=========     at pom::cuda::join_groups(Join)+0x70",
+    "=========     by thread (0,0,0) in block (1,0,0)",
+)
 
 
 def sanitizer(mode, words):
