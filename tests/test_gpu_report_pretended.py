@@ -48,7 +48,7 @@ def only(monkeypatch):
 @pytest.fixture
 def briefly(monkeypatch):
     """Steps that hang may take seconds here, not all that the others left."""
-    monkeypatch.setattr(plan, "MOST", {**plan.MOST, "tests": 60, "sanitizers": 30, "ncu": 25})
+    monkeypatch.setattr(plan, "MOST", {**plan.MOST, "tests": 45, "sanitizers": 20, "ncu": 20})
 
 
 def test_all_is_well(tmp_path, capsys):
@@ -205,6 +205,13 @@ def test_a_polite_stop_from_outside_is_told(tmp_path):
     report, text = report_in(out)
     assert process.returncode == 1 and "stopped from outside before the end" in report["notes"]
     assert [case["name"] for case in report["benchmark"]["cases"]] == ["state-pretended"] and printed.endswith(text)
+
+
+def test_nobody_need_listen(tmp_path):
+    process = started(tmp_path / "out", "build=fail")
+    process.stdout.close()
+    assert process.wait() == 1
+    assert "this nvcc does not compile" in report_in(tmp_path / "out")[1]
 
 
 def test_an_earlier_report_is_replaced_and_other_files_are_left_alone(tmp_path, capsys):

@@ -1,5 +1,7 @@
-"""The library that is tested: the one that was built, or the one that POM_EXT_TEST_LIBRARY names, whose CUDA kernels run
-on the CPU (test_cuda_on_cpu.py). Imported before pom_ext."""
+"""The library that is tested: the one that was built, or the one that POM_EXT_TEST_LIBRARY names.
+
+The CUDA kernels of that one run on the CPU (test_cuda_on_cpu.py). To be imported before pom_ext.
+"""
 
 import importlib.util
 import os

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -76,13 +77,21 @@ def follow(world, report, ends):
         limit = plan.limit(name, left, world.scale)
         report.begin(name, step, limit)
         ok = report.end(run_step(world, report, name, step, time.monotonic() + limit))
-        print(f"{name}: {'ok' if ok else report.steps[-1]['why']}, {report.steps[-1]['seconds']:.0f} s", flush=True)
+        say(f"{name}: {'ok' if ok else report.steps[-1]['why']}, {report.steps[-1]['seconds']:.0f} s\n")
         if name == "build" and not ok:
             report.note("nothing runs without the library")
             return
         if name == "smoke" and world.failed == set(plan.FAMILIES):
             report.note("no family of kernels works on this GPU, so nothing else was run")
             return
+
+
+def say(text):
+    """Whether or not somebody still listens."""
+    try:
+        print(text, end="", flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
 
 
 def parsed(arguments):
@@ -134,7 +143,7 @@ def report_of(world, start):
     """Exit status."""
     ends = plan.ends(start, world.scale)
     try:
-        world.machine = found_machine(world, ends["machine"])
+        world.machine = found_machine(world, start + plan.MOST["machine"] * world.scale)
     except RuntimeError as error:
         print(f"error: gpu-report: {error}", file=sys.stderr)
         return 1
@@ -149,5 +158,5 @@ def report_of(world, start):
         report.stop("stopped from outside before the end")
     report.log.finish()
     report.write()
-    print(report.text(), end="")
+    say(report.text())
     return 0 if report.ok else 1

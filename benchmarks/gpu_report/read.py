@@ -127,15 +127,16 @@ class Sanitizer:
 class Ncu:
     """The table of Nsight Compute: `--csv --page raw`, a row per kernel, after a row of units."""
 
-    COLUMNS = {
-        "us": "gpu__time_duration.sum",
-        "memory_percent": "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed",
-        "dram_percent": "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
-        "sm_percent": "sm__throughput.avg.pct_of_peak_sustained_elapsed",
-        "occupancy_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
-        "registers": "launch__registers_per_thread",
+    OF_PEAK = "throughput.avg.pct_of_peak_sustained_elapsed"
+    COLUMNS = {  # by the names that its versions give them
+        "us": ("gpu__time_duration.sum",),
+        "memory_percent": (f"gpu__compute_memory_{OF_PEAK}",),
+        "dram_percent": (f"gpu__dram_{OF_PEAK}", f"dram__{OF_PEAK}"),
+        "sm_percent": (f"sm__{OF_PEAK}",),
+        "occupancy_percent": ("sm__warps_active.avg.pct_of_peak_sustained_active",),
+        "registers": ("launch__registers_per_thread",),
     }
-    STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+?)(?<!_not_issued)_per_issue_active\.ratio")
+    STALL = re.compile(r"smsp__average_warps?_(?:latency_)?issue_stalled_(\w+?)(?:_per_issue_active)?\.ratio")
     TO_US = {"nsecond": 1e-3, "ns": 1e-3, "usecond": 1, "us": 1, "msecond": 1e3, "ms": 1e3, "second": 1e6, "s": 1e6}
 
     def __init__(self):
@@ -152,8 +153,8 @@ class Ncu:
 
     def refused(self):
         """Its own words where it does not get at the counters, or None."""
-        said = [line for line in self.tail.lines if line.startswith("==ERROR==") or "ERR_NVGPUCTRPERM" in line]
-        return short(said[0]) if said and not self._rows else None
+        said = [line for line in self.tail.lines if re.match("==ERROR==(?!.*application)", line)]
+        return short(said[0]).removeprefix("==ERROR== ") if said and not self._rows else None
 
     def table(self):
         """A dictionary per kernel: its name, what is in COLUMNS, the stall that takes the most and its cycles."""
@@ -167,11 +168,14 @@ class Ncu:
             if tuple(kernel.values()) in seen:
                 continue
             seen.add(tuple(kernel.values()))
-            for name, column in self.COLUMNS.items():
+            for name, columns in self.COLUMNS.items():
+                column = next((column for column in columns if column in row), None)
                 scale = self.TO_US.get(units.get(column, ""), 1e-3) if name == "us" else 1
-                kernel[name] = None if number(row.get(column)) is None else scale * number(row[column])
-            stalls = {m[1]: number(row[c]) for c in row if c and (m := self.STALL.fullmatch(c))}
-            stalls = {name: cycles for name, cycles in stalls.items() if cycles is not None and name != "selected"}
+                value = number(row.get(column))
+                kernel[name] = None if value is None else scale * value
+            stalls = {m[1]: number(row[c]) or 0.0 for c in row if c and (m := self.STALL.fullmatch(c))}
+            for name in [name for name in stalls if name == "selected" or name.endswith("_not_issued")]:
+                del stalls[name]  # no stall, and the others counted in another way
             if stalls:
                 kernel["top_stall"] = max(stalls, key=stalls.get)
                 kernel["stalled_cycles"] = stalls[kernel["top_stall"]]

@@ -110,6 +110,8 @@ class Report:
         self.findings["ncu"] = {"kernels": reader.table(), "profiled": reader.profiled}
         if reader.refused() and status != TIMED_OUT:
             return None, f"refused: {reader.refused()}"
+        if status in (126, 127):  # a script that starts a program that is not there
+            return None, reader.tail.reason()
         return status == 0, None if status == 0 else reader.tail.reason()
 
     def _look_at_tests(self, name, status, statuses):
