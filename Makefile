@@ -3,7 +3,7 @@
 #   make test   build and run every test; make test-cpp only those of the C and C++ library; make fuzz
 #               40,000 random calls against the definition, the second half of them drawn by SEED
 # and one for a machine with a GPU and nvcc, whose python3 has torch and pytest; it installs nothing:
-#   make gpu-report OUT=folder   build for that GPU, test, sanitize and measure, within nine minutes
+#   make gpu-report OUT=folder   build for that GPU, measure, test and sanitize, within nine minutes
 # and for those who pass it on:
 #   make wheel, make sdist       into dist/
 #   make check-wheel             test that wheel beside the releases of torch in TORCHES; several GB, half an hour

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import datetime
+import faulthandler
 import fnmatch
 import gc
 import json
@@ -20,6 +21,7 @@ from pom_ext import _library
 from pom_ext.checkpoint import written_aside
 
 from . import cases, device, device_cases
+from .fatal import is_fatal
 from .measure import COPY_BANDWIDTH, MICROSECONDS, OURS, CheckFailed
 from .ops import short
 from .timing import HostClock, Settings, other
@@ -31,6 +33,7 @@ QUICK = {
     "cpu": Settings(seconds=0.5, least_rounds=3, most_rounds=10),
     "cuda": Settings(seconds=0.2, least_rounds=5, most_rounds=40),
 }
+LOST = 3  # exit status where the GPU is lost to this process: start another one with --resume
 
 
 def processor():
@@ -136,16 +139,26 @@ def predictions(cases, speed):
     return lines + [f"{name:<64}{size:>15,}{microseconds:>10.1f}" for name, size, microseconds in rows]
 
 
-def selected(cases, patterns, quick):
-    """Cases by name or pattern. Quick: those with a target alone, against the baselines of the targets alone."""
+def matches(name, patterns):
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def selected(cases, patterns, quick, *, without=(), also=(), against=None):
+    """Cases by name or pattern. Quick: those with a target alone, against the baselines of the targets alone.
+
+    without, also: names and patterns of cases that are left out, and that quick keeps without a target.
+    against: the only baselines, if given.
+    """
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in cases):
+        if not fnmatch.filter(cases, pattern):
             raise SystemExit(f"--case: no case is called {pattern!r}; --list shows all")
     patterns = patterns or ["*"]
-    cases = [case for name, case in cases.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+    cases = [case for name, case in cases.items() if matches(name, patterns) and not matches(name, without)]
+    if against is not None:
+        cases = [dataclasses.replace(case, against=tuple(n for n in case.against if n in against)) for case in cases]
     if not quick:
         return cases
-    cases = [case for case in cases if case.targets]
+    cases = [case for case in cases if case.targets or matches(case.name, also)]
     if not cases:
         raise SystemExit("--quick: none of these cases has a target; run them without --quick")
     return [
@@ -169,8 +182,31 @@ def outcome(case, clock, settings, bandwidth, speed):
 
 
 def save(content, path):
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    """Write the JSON file anew. Where that fails, on a full disk say, the run goes on and a line tells why."""
+    try:
+        with written_aside(path) as aside:
+            aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        print(f"--json: {path} could not be written: {error}", flush=True)
+
+
+def left_by(path):
+    """{"cases", "wrong", "copy"?} of a file that an earlier run left; the case that it was busy with has failed."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or not {"cases", "wrong"} <= set(content):
+        return {"cases": [], "wrong": []}
+    found = {key: content[key] for key in ("cases", "wrong", "copy") if key in content}
+    if name := content.get("running"):
+        found["wrong"].append(f"{name}: ended its process, or was stopped")
+    return found
+
+
+def names_in(content):
+    """Of the cases that a file holds, measured or not."""
+    return {case["name"] for case in content["cases"]} | {complaint.split(":")[0] for complaint in content["wrong"]}
 
 
 def target_lines(results):
@@ -202,11 +238,20 @@ def parsed(arguments):
     parser.add_argument("--list", action="store_true", help="print the names of all cases")
     parser.add_argument("--predict", type=float, metavar="GB/s", help="the time that memory of this speed would take")
     parser.add_argument("--quick", action="store_true", help="only what the targets need, and few rounds")
+    parser.add_argument("--against", nargs="*", metavar="NAME", help="only these baselines")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
+    parser.add_argument("--resume", action="store_true", help="keep what FILE holds and run only what it lacks")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="end the run if one case takes longer")
+    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="leave out cases by name or pattern")
+    parser.add_argument("--also", nargs="+", default=[], metavar="NAME", help="cases that --quick is to keep")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
     options = parser.parse_args(arguments)
     if options.json and not Path(options.json).parent.is_dir():
         parser.error(f"--json: there is no folder {Path(options.json).parent}")
+    if options.resume and not options.json:
+        parser.error("--resume: expected --json FILE too, the file to go on with")
+    if options.limit is not None and not options.limit > 0:
+        parser.error(f"--limit: expected more than 0 seconds, got {options.limit:g}")
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads: expected 1 or more, got {options.threads}")
     if options.predict is not None and (options.device == "cpu" or not options.predict > 0):
@@ -215,9 +260,12 @@ def parsed(arguments):
 
 
 def main(arguments=None):
-    """Exit status 0; 1 where a case computed something wrong. A target that is not reached is no error."""
+    """Exit status 0; 1 where a case computed something wrong, LOST where it left this process without its GPU. A target
+    that is not reached is no error."""
     options = parsed(arguments)
-    cases = selected(CASES[options.device], options.case, options.quick)
+    chosen = {"without": options.without, "also": options.also, "against": options.against}
+    cases = selected(CASES[options.device], options.case, options.quick, **chosen)
+    before = left_by(options.json) if options.resume else {"cases": [], "wrong": []}
     if options.list:
         lines = predictions(cases, options.predict) if options.predict else (case.name for case in cases)
         print(*lines, sep="\n")
@@ -228,12 +276,12 @@ def main(arguments=None):
 
     start, settings = time.perf_counter(), (QUICK if options.quick else FULL)[options.device]
     found, bandwidth = machine(), None
-    content = {"machine": found, "settings": dataclasses.asdict(settings)}
+    content = {"machine": found, "settings": dataclasses.asdict(settings), **before}
     if options.device == "cuda":
         found |= device.machine()
         print(machine_line(found), flush=True)
         clocks = device.clocks()
-        copied = content["copy"] = device.copy_bandwidth(clocks["events"])
+        copied = content["copy"] = content.get("copy") or device.copy_bandwidth(clocks["events"])
         bandwidth = copied["bytes_per_second"]
         print(f"copy of {amount(copied['bytes_moved'] // 2)}: {bandwidth / 1e9:.0f} GB/s, read and written", flush=True)
     else:
@@ -243,9 +291,19 @@ def main(arguments=None):
     torch.compiler.reset()  # imports the compiler
     gc.collect()
     gc.freeze()  # the collection before every case need not look through all that was imported
-    results, wrong = content["cases"], content["wrong"] = [], []
+    results, wrong, done = content["cases"], content["wrong"], names_in(content)
+    if options.json:
+        save(content, options.json)
     for case in cases:
+        if case.name in done:
+            continue
+        if options.json:
+            save({**content, "running": case.name}, options.json)
+        if options.limit:
+            faulthandler.dump_traceback_later(options.limit, exit=True)
         result, complaint = outcome(case, clocks[case.clock], settings, bandwidth, options.predict)
+        if options.limit:
+            faulthandler.cancel_dump_traceback_later()
         if complaint:
             wrong.append(complaint)
             print(f"\nWRONG {complaint}", flush=True)
@@ -254,6 +312,9 @@ def main(arguments=None):
             print("", *table(case.name, result), sep="\n", flush=True)
         if options.json:
             save(content, options.json)  # after every case: a run that is cut short leaves what it has
+        if complaint and options.device == "cuda" and is_fatal(complaint):
+            print("the GPU is lost to this process; the other cases need another one (--resume)", flush=True)
+            return LOST
     print("", *target_lines(results), f"{len(cases)} cases, {time.perf_counter() - start:.0f} s", sep="\n")
     return 1 if wrong else 0
 

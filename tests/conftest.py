@@ -1,23 +1,15 @@
 """Fixtures of every test: a fixed seed, and the device axis."""
 
 import os
-import sys
-from pathlib import Path
 
 # Thousands of small calls: threads that spin while they wait make them ten times slower on a machine that is in use.
 # Read when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
+import tested_library  # noqa: F401 -- before pom_ext
 import torch
 from hypothesis import settings
-
-# A compiled library to test in place of the one that was built: see tools/stand_in.py.
-if "POM_EXT_TEST_LIBRARY" in os.environ:
-    sys.path.append(str(Path(__file__).parents[1]))
-    from tools import stand_in
-
-    stand_in.load(os.environ[stand_in.VARIABLE])
 
 from pom_ext import _library
 

@@ -1,18 +1,20 @@
-"""A small selection of calls for compute-sanitizer: `python tests/sanitized.py cuda`.
+"""A small selection of calls for compute-sanitizer: `python tests/sanitized.py cuda`, `--help` for parts of it.
 
 Every kernel a few times, forward, backward and update: vectors and single elements, sizes that fill no block, every
-context mode.
+context mode. The kernels that work at once with their projections can be had alone, for a process of their own.
 """
 
-import sys
+import argparse
 from itertools import product
 
+import tested_library  # noqa: F401 -- before pom_ext
 import torch
-from cases import FORMS, Case, draw_inputs, move, run_op, state_dtype
+from cases import FORMS, Case, draw_inputs, move, op_function, run_op, state_dtype
 from test_at_once import arguments, draw_readout_call, draw_state_call
 
 from pom_ext import State, polynomial_update
 
+PARTS = ("update", "backward", "folded", "project")  # that can be left out, beside the modes
 MODES = ("whole", "weight", "mask", "frames", "frames_unequal", "causal", "cu_seqlens")
 SELECTION = (
     *(Case(form, 3, mode, torch.bfloat16, tokens=70, width=72) for form, mode in product(FORMS, MODES)),
@@ -48,39 +50,59 @@ def added_in_place(device):
         yield from state
 
 
-def at_once(device):
+def at_once(device, without=()):
     """What the tensor cores take together with its projections, where this device's can."""
     ops, key = torch.ops.pom_ext, "CPU" if device == "cpu" else "CUDA"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("pom_ext::folds_at_once", key):
         return
-    for context in ("whole", "weight", "offsets"):
+    for context in ("whole", "weight", "offsets") if "project" not in without else ():
         call = arguments(draw_state_call(context, torch.bfloat16, bias=True, prior=context != "weight"), device)
         if ops.projects_at_once(*call):
             yield from ops.project_state_at_once(*call)
-    for context in ("whole", "even", "offsets"):
+    for context in ("whole", "even", "offsets") if "folded" not in without else ():
         call = arguments(draw_readout_call(context, torch.bfloat16, bias=True, heads=24), device)
         if ops.folds_at_once(*call):
             yield ops.folded_readout_at_once(*call)
 
 
-def main(device):
-    """Run all of them on a device. Results are left to the tests; here they must only be numbers."""
-    for case in SELECTION:
-        torch.manual_seed(0)
-        inputs = draw_inputs(case)
+def results_of(case, device, without=()):
+    """By name: outputs and gradients of a case, and where it is one for it those of an update."""
+    torch.manual_seed(0)
+    inputs = draw_inputs(case)
+    if "backward" in without:
+        with torch.no_grad():
+            results = op_function(inputs, device)(**move(inputs.leaves, device))
+    else:
         results = run_op(inputs, device)
-        if case.mode in ("whole", "weight"):
-            results |= update_twice(inputs, device)
-        for name, result in results.items():
+    if case.mode in ("whole", "weight") and "update" not in without:
+        results |= update_twice(inputs, device)
+    return results
+
+
+def main(arguments=None):
+    """Run what is selected. Results are left to the tests; here they must only be numbers."""
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("device")
+    parser.add_argument(
+        "--only", choices=("cases", "at_once"), help="the ordinary kernels, or those at once with projections"
+    )
+    parser.add_argument(
+        "--without", nargs="+", default=[], choices=(*MODES, *PARTS), metavar="PART", help="to leave out"
+    )
+    options = parser.parse_args(arguments)
+    cases = [case for case in SELECTION if options.only != "at_once" and case.mode not in options.without]
+    for case in cases:
+        for name, result in results_of(case, options.device, options.without).items():
             assert torch.isfinite(result).all(), f"{case}: {name}"
-    for result in added_in_place(device):
+    whole = options.only != "at_once" and "whole" not in options.without
+    for result in added_in_place(options.device) if whole else ():
         assert torch.isfinite(result).all()
     taken = 0
-    for result in at_once(device):
+    for result in at_once(options.device, options.without) if options.only != "cases" else ():
         assert torch.isfinite(result).all()
         taken += 1
-    print(f"{len(SELECTION)} cases on {device}, and {taken} results of its tensor cores")
+    print(f"{len(cases)} cases on {options.device}, and {taken} results of its tensor cores")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -450,6 +450,12 @@ def test_case_that_does_not_run(registry, monkeypatch, tmp_path, capsys):
 def test_quick_keeps_the_cases_with_targets(registry):
     (case,) = run.selected(run.CASES["cpu"], [], quick=True)
     assert case.name == registry[0].name and case.against == ("plain",)
+    assert len(run.selected(run.CASES["cpu"], [], quick=True, also=["mix*"])) == 2
+
+
+def test_cases_and_baselines_that_are_left_out(registry):
+    (case,) = run.selected(run.CASES["cpu"], [], quick=False, without=["mix*"], against=["sum"])
+    assert case.name == registry[0].name and case.against == ("sum",)
 
 
 def test_list(registry, capsys):
@@ -463,6 +469,8 @@ def test_list(registry, capsys):
         ["--case", "nothing*"],
         ["--json", "no/folder/x.json"],
         ["--threads", "0"],
+        ["--resume"],
+        ["--limit", "0"],
         ["--quick", "--case", "mix*"],
         ["--predict", "3350"],  # of the host
         ["--predict", "0", "--device", "cuda"],

@@ -1,0 +1,12 @@
+"""Errors after which a process can do nothing more on its GPU: every later call fails with the first one's message."""
+
+import re
+
+FATAL = re.compile(
+    "illegal memory access|CUDA error|launch failure|unspecified launch|misaligned address|illegal instruction|"
+    "illegal address|device-side assert|hardware stack error|invalid program counter"
+)
+
+
+def is_fatal(text):
+    return FATAL.search(text) is not None

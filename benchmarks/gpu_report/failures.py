@@ -1,0 +1,108 @@
+"""A plugin of pytest (`-p benchmarks.gpu_report.failures`) that loses nothing of a run that does not come to its end.
+
+Every failure goes with its traceback to the file named by POM_EXT_FAILED as soon as it is reported, and every test's
+begin and outcome to the one named by POM_EXT_JOURNAL. A process whose test met an error after which CUDA does nothing
+more ends there: pytest-xdist replaces such a worker, and without it whoever started pytest starts it anew, whereupon
+the tests in the journal are not run again.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.fatal import is_fatal
+from benchmarks.gpu_report.read import journal
+
+LOST = 3  # exit status where the GPU is lost to this process
+LONGEST_FAILURE, LONGEST_FILE = 20_000, 4 * 2**20  # characters, bytes
+
+
+def append(path, text):
+    """On disk at once. A disk that is full must not fail the tests."""
+    try:
+        if path.exists() and path.stat().st_size > LONGEST_FILE:
+            return
+        with path.open("a", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        print(f"{path} could not be written: {error}", file=sys.stderr)
+
+
+def message_of(report):
+    """The error itself, not the source around it."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return crash.message if crash else str(report.longrepr)
+
+
+class Failures:
+    """Of the process that gets all reports: pytest-xdist's controller, or pytest itself."""
+
+    def __init__(self, config):
+        self._failed, self._journal = (
+            Path(os.environ[name]) if os.environ.get(name) else None for name in ("POM_EXT_FAILED", "POM_EXT_JOURNAL")
+        )
+        self._lost = set()  # tests after which their process ended itself
+        self._runs_tests = not getattr(config.option, "numprocesses", None)
+
+    def _note(self, word, test=""):
+        if self._journal:
+            append(self._journal, f"{word} {test}\n")
+
+    def _failure(self, test, when, text):
+        if self._failed:
+            append(self._failed, f"===== {test} ({when})\n{text[:LONGEST_FAILURE]}\n\n")
+
+    def pytest_sessionstart(self):
+        for test in journal(self._journal)["lost"] if self._journal else ():
+            self._note("failed", test)
+            self._failure(test, "call", "its process ended, or was stopped, while it ran")
+        self._note("begin")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, config, items):
+        """Not again what another process of this run began. (Under pytest-xdist the workers collect.)"""
+        begun = set(journal(self._journal)["started"] if self._journal else ())
+        if left_out := [item for item in items if item.nodeid in begun]:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if item.nodeid not in begun]
+
+    def pytest_runtest_logstart(self, nodeid):
+        self._note("start", nodeid)
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed and report.when == "???" and report.nodeid in self._lost:
+            return  # a worker that Worker below has ended
+        if report.failed:
+            if is_fatal(message_of(report)):
+                self._lost.add(report.nodeid)
+            self._note("error" if report.when in ("setup", "teardown") else "failed", report.nodeid)
+            self._failure(report.nodeid, report.when, report.longreprtext)
+        elif report.when == "call" or report.skipped:
+            self._note(report.outcome, report.nodeid)
+        if report.failed and self._runs_tests and is_fatal(message_of(report)):
+            os._exit(LOST)
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self._note("error", report.nodeid)
+            self._failure(report.nodeid, "collected", report.longreprtext)
+
+    def pytest_sessionfinish(self):
+        self._note("end")
+
+
+class Worker:
+    """Of pytest-xdist's processes that run tests."""
+
+    @pytest.hookimpl(trylast=True)  # after the report was sent
+    def pytest_runtest_logreport(self, report):
+        if report.failed and is_fatal(message_of(report)):
+            os._exit(LOST)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Worker() if hasattr(config, "workerinput") else Failures(config))
