@@ -27,6 +27,8 @@
 
 namespace pom::cuda {
 
+using TileMap = CUtensorMap;
+
 constexpr int kWarpGroup = 128;     // threads
 constexpr int kTileRowBytes = 128;  // of a tile
 constexpr int kTileAlignment = 1024;
@@ -35,8 +37,6 @@ constexpr int kProductRows = 64, kProductColumns = 256;  // of a product: tokens
 constexpr int kProductNumbers = kProductRows * kProductColumns / kWarpGroup;  // of it that a thread holds
 
 #ifdef __CUDACC__
-
-using TileMap = CUtensorMap;
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
@@ -177,7 +177,7 @@ struct Tensor16 {
   const void* data;
   int64_t elements, rows, samples, row_stride, sample_stride;
 };
-// On the host: what load_tile needs to copy tiles of `rows` rows.
+// On the host: what load_tile needs to copy tiles of `rows` rows. If the driver refuses, error() has its words.
 Status make_tile_map(const Tensor16& tensor, int rows, TileMap& map);
 
 }  // namespace pom::cuda

@@ -15,6 +15,11 @@ Status checked(cudaError_t code) {
                                                                                            : Status::device_error;
 }
 
+Status refused(const char* said) {
+  words = said;
+  return Status::device_error;
+}
+
 const char* error() { return words; }
 
 }  // namespace pom::cuda

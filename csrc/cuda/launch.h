@@ -19,6 +19,8 @@ constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;  // of a grid's first dim
 
 // Keeps CUDA's own words for `error()`.
 Status checked(cudaError_t code);
+// Keeps other words for it, which must last: Status::device_error.
+Status refused(const char* words);
 
 template <class T>
 struct given {  // keeps a parameter's type from being deduced from its argument

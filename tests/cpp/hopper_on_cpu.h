@@ -10,23 +10,10 @@
 #include <vector>
 
 #include "cuda_on_cpu.h"
-#include "pom/pom.h"
+#include "driver_on_cpu.h"
+#include "pom/types.h"
 
 namespace pom::cuda {
-
-struct TileMap {
-  const uint16_t* data = nullptr;
-  int64_t elements = 0, rows = 0, samples = 0, row_stride = 0, sample_stride = 0;
-  int tile_rows = 0;
-};
-// Status::bad_size for what a GPU refuses.
-template <class Tensor>
-Status describe_tensor(const Tensor& t, int rows, TileMap& map) {
-  map = {static_cast<const uint16_t*>(t.data), t.elements, t.rows, t.samples, t.row_stride, t.sample_stride, rows};
-  const bool sizes = t.elements > 0 && t.rows > 0 && t.samples > 0 && rows > 0 && rows <= 256;
-  const bool strides = t.row_stride % 8 == 0 && t.sample_stride % 8 == 0 && t.row_stride > 0 && t.sample_stride > 0;
-  return sizes && strides && reinterpret_cast<uintptr_t>(t.data) % 16 == 0 ? Status::ok : Status::bad_size;
-}
 
 // Addresses in shared memory count from a multiple of 1,024 bytes, as on a GPU.
 inline char* shared_origin() {
@@ -63,7 +50,7 @@ class Barrier {
 static_assert(sizeof(Barrier) == 8, "as on a GPU");
 
 struct Copy {
-  const TileMap* map;
+  const CUtensorMap* map;
   char* tile;
   int element, row, sample;
   Barrier* barrier;
@@ -107,7 +94,7 @@ inline void Barrier::wait(unsigned parity, const char* file, int line) {
 }
 
 inline void publish_barriers() {}
-inline void load_tile(const TileMap& map, void* tile, int element, int row, int sample, Barrier& barrier) {
+inline void load_tile(const CUtensorMap& map, void* tile, int element, int row, int sample, Barrier& barrier) {
   pending.copies.push_back({&map, static_cast<char*>(tile), element, row, sample, &barrier});
 }
 inline void sync_threads(int number, int threads, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {

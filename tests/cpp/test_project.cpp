@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "driver_on_cpu.h"
 #include "expectations.h"
 
 using check::expect;
@@ -133,7 +134,38 @@ void test_refusals() {
   expect(got == Status::workspace_too_small && out.total.untouched(), "too small a workspace: %s", message(got));
 }
 
+// What the driver says of a tensor that it does not describe, and what is said of a driver that describes none. Either is
+// over with its cause: nothing of it is kept.
+void test_words_of_the_driver() {
+  const ProjectCase p = {{Form::power, 3, Dtype::bf16, Context::whole, false, false, {1, 70, 16}}, 64, true};
+  const Tokens tokens(p);
+  StateBuffers out(Dtype::f32, 1, 16);
+  const ProjectStateArgs args = tokens.args(p, out.view());
+  Workspace memory(pom::cuda::workspace(args));
+  auto call = [&] { return pom::cuda::project_state(args, memory.data(), pom::cuda::workspace(args), nullptr); };
+  auto refused = [&](const char* words) {
+    const Status got = call();
+    expect(got == Status::device_error, "not the driver's error but: %s", message(got));
+    expect(std::string(pom::cuda::error()).find(words) != std::string::npos, "not '%s': %s", words, pom::cuda::error());
+    expect(out.total.untouched(), "a refused call writes");
+  };
+  cuda_on_cpu::has_entry_points = false;
+  refused("the driver describes no tensors");
+  cuda_on_cpu::has_entry_points = true;
+  for (const auto& [code, words] : {std::pair{CUDA_ERROR_INVALID_VALUE, "invalid argument"},
+                                    {CUDA_ERROR_NOT_SUPPORTED, "operation not supported"},
+                                    {CUresult(999), "the driver refuses to describe a tensor"}}) {
+    cuda_on_cpu::refusal = code;
+    refused(words);
+  }
+  cuda_on_cpu::refusal = CUDA_SUCCESS;
+  const Status got = call();
+  expect(got == Status::ok && !out.total.untouched(), "after refusals: %s", message(got));
+}
+
 int main() {
+  section("words of the driver");  // first: before a function of the driver is found
+  test_words_of_the_driver();
   section("sizes");
   test_sizes();
   section("instances");
