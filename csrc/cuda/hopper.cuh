@@ -53,6 +53,14 @@ class Barrier {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
                  : "memory");
   }
+  // At the barrier of the same place in another block of the cluster, or this one.
+  __device__ void arrive_in(unsigned rank) {
+    asm volatile(
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::
+            "r"(shared_address(this)),
+        "r"(rank)
+        : "memory");
+  }
   // Until a phase of this parity has ended; phases count from 0.
   __device__ void wait(unsigned parity) {
     unsigned done;
@@ -82,6 +90,28 @@ __device__ __forceinline__ void load_tile(const TileMap& map, void* tile, int el
           "r"(shared_address(tile)),
       "l"(&map), "r"(shared_address(&barrier)), "r"(element), "r"(row), "r"(sample)
       : "memory");
+}
+
+// The same into all blocks of a cluster of two, at the same place, each of whose barriers at that place counts the bytes.
+__device__ __forceinline__ void load_tile_in_all(const TileMap& map, void* tile, int element, int row, int sample,
+                                                 Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(tile)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(element), "r"(row), "r"(sample), "h"(uint16_t(3))
+      : "memory");
+}
+
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Waits for all threads of the cluster, and sees what they have written. Blocks in a cluster may reach into each other
+// from the first such meeting, and not behind the last one.
+__device__ __forceinline__ void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // Waits for `threads` threads of the block, whole warps, at the barrier of that number, from 1 to 15.

@@ -1,8 +1,9 @@
 // What csrc/cuda/hopper.cuh takes from a GPU of compute capability 9.0, on a CPU.
 //
-// Copies and products are done as late as a GPU may do them: a copy when a thread has to wait at a barrier, a product when
-// its thread waits for it. So a tile that is used too early is not there yet, and one that is freed too early is another
-// one by then. A descriptor is taken apart as the hardware does it.
+// Copies and products are done as late as a GPU may do them: a copy when a thread of the block that it lands in has to wait
+// at a barrier, a product when its thread waits for it. So a tile that is used too early is not there yet, and one that is
+// freed too early is another one by then; a copy to all blocks of a cluster lands in each at another time. Nobody may reach
+// into a block that has ended. A descriptor is taken apart as the hardware does it.
 #pragma once
 
 #include <cstddef>
@@ -27,21 +28,28 @@ class Barrier {
  public:
   void init(int count) { *this = {}, left_ = count_ = uint16_t(count); }
   void arrive() { arrive_expecting(0); }
+  void arrive_in(unsigned rank);
   void arrive_expecting(int bytes) {
+    expect_initialised();
     bytes_ += bytes;
     if (left_ == 0) cuda_on_cpu::fail_here("arrives at a barrier where nobody is missing");
     --left_;
     finish();
   }
   void receive(int bytes) {
+    expect_initialised();
     bytes_ -= bytes;
     finish();
   }
   void wait(unsigned parity, const char* file = __builtin_FILE(), int line = __builtin_LINE());
 
+  void expect_initialised() const {  // shared memory is all ones before
+    if (count_ == 0x7fff) cuda_on_cpu::fail_here("uses a barrier that is not initialised");
+  }
+
  private:
   void finish() {
-    if (left_ == 0 && bytes_ == 0) phase_ ^= 1, left_ = count_;
+    if (left_ == 0 && bytes_ == 0) phase_ ^= 1, left_ = count_, cuda_on_cpu::note_progress();
   }
   int32_t bytes_ = 0;
   uint16_t left_ = 0;
@@ -74,28 +82,57 @@ struct QueuedProduct {
   bool add;
 };
 
-// Of the block that runs: copies that were started, and every thread's products, in batches of which the last is open.
+// Of the cluster that runs: copies that were started, by the block that they land in, and every thread's products, in
+// batches of which the last is open.
 struct Pending {
-  std::deque<Copy> copies;
+  std::deque<Copy> copies[8];
   std::vector<std::deque<std::vector<QueuedProduct>>> products;
 };
 inline thread_local Pending pending;
 
+inline void expect_all_copied() {
+  for (const std::deque<Copy>& copies : pending.copies)
+    if (!copies.empty()) cuda_on_cpu::fail_here("has ended before all copies have landed");
+}
+
 inline void Barrier::wait(unsigned parity, const char* file, int line) {
+  expect_initialised();
   cuda_on_cpu::wait_until("Barrier::wait", file, line, [&] {
     if (phase_ != parity) return true;
-    if (!pending.copies.empty()) {
-      pending.copies.front().run();
-      pending.copies.pop_front();
+    std::deque<Copy>& copies = pending.copies[cuda_on_cpu::here.rank];
+    if (!copies.empty()) {
+      const Copy copy = copies.front();
+      copies.pop_front();
+      copy.run();
       cuda_on_cpu::note_progress();
     }
     return false;
   });
 }
 
+inline unsigned cluster_rank() { return unsigned(cuda_on_cpu::here.rank); }
+inline void meet_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cuda_on_cpu::meet_cluster(file, line);
+}
+// Where something lies in another block of the cluster.
+template <class T>
+T* in_block(unsigned rank, T* p) {
+  if (int(rank) >= cuda_on_cpu::here.cluster) cuda_on_cpu::fail_here("reaches for a block that is not in its cluster");
+  if (cuda_on_cpu::has_ended(int(rank))) cuda_on_cpu::fail_here("reaches into a block that has ended");
+  return reinterpret_cast<T*>(cuda_on_cpu::in_block(int(rank), p));
+}
+inline void Barrier::arrive_in(unsigned rank) { in_block(rank, this)->arrive(); }
+
 inline void publish_barriers() {}
 inline void load_tile(const CUtensorMap& map, void* tile, int element, int row, int sample, Barrier& barrier) {
-  pending.copies.push_back({&map, static_cast<char*>(tile), element, row, sample, &barrier});
+  cuda_on_cpu::at_end = expect_all_copied;
+  pending.copies[cuda_on_cpu::here.rank].push_back({&map, static_cast<char*>(tile), element, row, sample, &barrier});
+}
+inline void load_tile_in_all(const CUtensorMap& map, void* tile, int element, int row, int sample, Barrier& barrier) {
+  cuda_on_cpu::at_end = expect_all_copied;
+  for (int rank = 0; rank < cuda_on_cpu::here.cluster; ++rank)
+    pending.copies[rank].push_back({&map, in_block(rank, static_cast<char*>(tile)), element, row, sample,
+                                    in_block(rank, &barrier)});
 }
 inline void sync_threads(int number, int threads, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   cuda_on_cpu::meet(number, threads, file, line);
@@ -106,8 +143,9 @@ template <int>
 void take_registers() {}
 
 inline std::deque<std::vector<QueuedProduct>>& own_products() {
-  if (pending.products.size() <= threadIdx.x) pending.products.resize(1024);
-  return pending.products[threadIdx.x];
+  const size_t i = size_t(cuda_on_cpu::here.index());
+  if (pending.products.size() <= i) pending.products.resize(i + 1024);
+  return pending.products[i];
 }
 inline void open_products() {
   if (!own_products().empty() && own_products().back().empty()) cuda_on_cpu::fail_here("opens products twice");
