@@ -96,10 +96,11 @@ __device__ __forceinline__ void each_round(const ProjectSums& args, Body body) {
 
 // What one group makes of a round.
 struct Work {
-  Piece piece = {};  // empty where there is none
-  unsigned slot, b;  // of all, of which sample
-  int column;        // the first
+  Piece piece = {};       // empty where there is none
+  unsigned slot = 0, b = 0;  // of all, of which sample
+  int column = 0;         // the first
 
+  Work() = default;
   __device__ Work(const ProjectSums& args, unsigned round, int group)
       : slot((round / args.column_blocks * kCluster + cluster_rank()) * kGroups + group),
         b(slot / args.slots),
@@ -185,28 +186,40 @@ __device__ inline int sum_lanes(float (&x)[kProductNumbers / 2], int lane, int o
   return offset;
 }
 
+// What a thread of a group needs to sum its products: its two tokens' weights, zero behind the piece's end.
+struct Sum {
+  Work work;
+  float of_token[2] = {};
+
+  Sum() = default;
+  __device__ Sum(const ProjectSums& args, unsigned round, int group) : work(args, round, group) {
+    const float* const weights = args.token_weight ? args.token_weight + work.b * args.tokens : nullptr;
+    POM_UNROLL
+    for (int row = 0; row < 2; ++row) {
+      const int64_t token = this->token(row);
+      of_token[row] = token >= work.piece.end ? 0.0f
+                      : weights               ? weights[token]
+                                              : 1.0f;
+    }
+  }
+  __device__ int64_t token(int row) const {
+    return work.piece.begin + int(threadIdx.x) % kWarpGroup / kWarp * 16 + int(threadIdx.x) % kWarp / 4 + 8 * row;
+  }
+};
+
 // The polynomial of a group's products, summed over the piece's tokens, into its row; and the tokens' weights.
 template <class Form, class T>
-__device__ void sum_features(const ProjectSums& args, ProjectShared& shared, const Work& work,
+__device__ void sum_features(const ProjectSums& args, ProjectShared& shared, const Sum& prepared,
                              float (&u)[kProductNumbers], int group, unsigned round_parity) {
   const int thread = int(threadIdx.x) % kWarpGroup, warp = thread / kWarp, lane = thread % kWarp;
+  const Work& work = prepared.work;
   float(*const sums)[kProductColumns] = shared.sums[group];
   const Form form(0);
   constexpr int degree = decltype(form.degree)::capacity;
-  float of_token[2];  // weights, zero behind the end
-  const int64_t first = work.piece.begin + 16 * warp + lane / 4;
-  const float* const weights = args.token_weight ? args.token_weight + work.b * args.tokens : nullptr;
-  POM_UNROLL
-  for (int row = 0; row < 2; ++row) {
-    const int64_t token = first + 8 * row;
-    of_token[row] = token >= work.piece.end ? 0.0f
-                    : weights               ? weights[token]
-                                            : 1.0f;
-  }
   if (work.piece.end - work.piece.begin < kProductRows) {  // the others are somebody else's, and maybe no numbers
     POM_UNROLL
     for (int i = 0; i < kProductNumbers; ++i)
-      if (first + 8 * (i / 2 % 2) >= work.piece.end) u[i] = 0;
+      if (prepared.token(i / 2 % 2) >= work.piece.end) u[i] = 0;
   }
   shared.coeff_full.wait(round_parity);
   const float* const coeffs = shared.coeff + 2 * (lane % 4) * degree;
@@ -226,7 +239,7 @@ __device__ void sum_features(const ProjectSums& args, ProjectShared& shared, con
         const float projected = u[4 * pair + 2 * row + i] + bias[i];
         float phi;
         form.value(&projected, coeff + i * degree, &phi);
-        sum += of_token[row] * phi;
+        sum += prepared.of_token[row] * phi;
       }
       x[2 * pair + i] = sum;
     }
@@ -248,6 +261,7 @@ __device__ void sum_features(const ProjectSums& args, ProjectShared& shared, con
   }
   sync_threads(1 + group, kWarpGroup);  // the sums are free
   if (warp > 0 || work.column > 0 || !args.weight_rows || work.slot >= args.all_slots) return;
+  const float* const weights = args.token_weight + work.b * args.tokens;
   double weight = 0;
   for (int64_t token = work.piece.begin + lane; token < work.piece.end; token += kWarp) weight += double(weights[token]);
   for (int apart = kWarp / 2; apart > 0; apart /= 2) weight += __shfl_xor_sync(0xffffffffu, weight, apart);
@@ -268,6 +282,7 @@ __device__ void multiply(const ProjectSums& args, ProjectShared& shared, int gro
     // A group begins when the other one is a few steps ahead: the first in the round before, the second in this one.
     shared.ahead[1 - group].wait(group == 0 ? parity ^ 1 : parity);
     float u[kProductNumbers];
+    Sum sum;
     for (int i = 0; i < args.steps; ++i, ++step) {
       const Turn<kWeightStages> weight(step);
       const Turn<kTokenStages> tokens(step);
@@ -276,6 +291,7 @@ __device__ void multiply(const ProjectSums& args, ProjectShared& shared, int gro
       open_products();
       queue_step<T>(u, shared.tokens[group].tiles[tokens.stage], shared.weight.tiles[weight.stage], i > 0);
       close_products();
+      if (i == 0) sum = Sum(args, round, group);  // while the tensor cores are busy
       wait_for_products<1>();
       if (i > 0) release(step - 1);
       if (i == ahead && lane == 0) shared.ahead[group].arrive();
@@ -283,7 +299,7 @@ __device__ void multiply(const ProjectSums& args, ProjectShared& shared, int gro
     wait_for_products<0>();
     keep_behind(u);
     release(step - 1);
-    sum_features<Form, T>(args, shared, Work(args, round, group), u, group, parity);
+    sum_features<Form, T>(args, shared, sum, u, group, parity);
     parity ^= 1;
   });
 }

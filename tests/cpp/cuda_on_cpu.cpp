@@ -147,6 +147,7 @@ class Multiprocessor {
   char* in_block(int rank, const void* p) const {
     return shared_[rank].data() + (static_cast<const char*>(p) - here.shared);
   }
+  int draw_below(int n) { return grid_->seed ? int(random_.below(n)) : 0; }
   bool has_ended(int rank) const {
     for (int i = rank * grid_->threads; i < (rank + 1) * grid_->threads; ++i)
       if (threads_[i].state != Thread::exited) return false;
@@ -485,6 +486,7 @@ void note_progress() { running->note_progress(); }
 void meet(int number, int threads, const char* file, int line) { running->meet(number, threads, file, line); }
 void fail_here(const char* message) { running->fail_here(message); }
 char* in_block(int rank, const void* p) { return running->in_block(rank, p); }
+int draw_below(int n) { return running->draw_below(n); }
 bool has_ended(int rank) { return running->has_ended(rank); }
 void meet_cluster(const char* file, int line) { running->meet_cluster(file, line); }
 

@@ -78,6 +78,8 @@ char* in_block(int rank, const void* p);
 bool has_ended(int rank);
 // All threads of the cluster.
 void meet_cluster(const char* file, int line);
+// A number from 0 to n - 1, always 0 with seed 0.
+int draw_below(int n);
 // Called when the threads of a cluster have exited.
 inline thread_local void (*at_end)() = nullptr;
 

@@ -2,8 +2,9 @@
 //
 // Copies and products are done as late as a GPU may do them: a copy when a thread of the block that it lands in has to wait
 // at a barrier, a product when its thread waits for it. So a tile that is used too early is not there yet, and one that is
-// freed too early is another one by then; a copy to all blocks of a cluster lands in each at another time. Nobody may reach
-// into a block that has ended. A descriptor is taken apart as the hardware does it.
+// freed too early is another one by then. A copy to all blocks of a cluster lands in each at another time; in random order
+// also when a thread of another block has to wait, before those of its own have seen the copies before it. Nobody may
+// reach into a block that has ended. A descriptor is taken apart as the hardware does it.
 #pragma once
 
 #include <cstddef>
@@ -17,12 +18,13 @@
 namespace pom::cuda {
 
 // Addresses in shared memory count from a multiple of 1,024 bytes, as on a GPU.
-inline char* shared_origin() {
-  return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(cuda_on_cpu::here.shared) / 1024 * 1024);
+inline char* shared_origin(const char* shared = cuda_on_cpu::here.shared) {
+  return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(shared) / 1024 * 1024);
 }
 inline uint32_t shared_address(const void* p) { return uint32_t(static_cast<const char*>(p) - shared_origin()); }
 // Of chunks of 16 bytes in 1,024: where the one lies that is meant by an address.
-inline char* swapped(uint32_t address) { return shared_origin() + (address ^ (address >> 3 & 0x70)); }
+inline uint32_t swapped_address(uint32_t address) { return address ^ (address >> 3 & 0x70); }
+inline char* swapped(uint32_t address) { return shared_origin() + swapped_address(address); }
 
 class Barrier {
  public:
@@ -63,14 +65,16 @@ struct Copy {
   int element, row, sample;
   Barrier* barrier;
 
-  void run() const {
-    if (shared_address(tile) % 1024) cuda_on_cpu::fail_here("copies a tile that does not start at 1,024 bytes");
+  void run(int rank) const {  // the block in which it lands
+    char* const origin = shared_origin(cuda_on_cpu::in_block(rank, cuda_on_cpu::here.shared));
+    const uint32_t first = uint32_t(tile - origin);
+    if (first % 1024) cuda_on_cpu::fail_here("copies a tile that does not start at 1,024 bytes");
     for (int r = 0; r < map->tile_rows; ++r)
       for (int e = 0; e < 64; ++e) {
         const int64_t at = int64_t(row) + r, i = int64_t(element) + e;
         const bool inside = i >= 0 && i < map->elements && at >= 0 && at < map->rows && sample >= 0 && sample < map->samples;
         const uint16_t value = inside ? map->data[sample * map->sample_stride + at * map->row_stride + i] : 0;
-        std::memcpy(swapped(shared_address(tile) + r * 128 + e * 2), &value, sizeof value);
+        std::memcpy(origin + swapped_address(first + r * 128 + e * 2), &value, sizeof value);
       }
     barrier->receive(map->tile_rows * 128);
   }
@@ -99,11 +103,14 @@ inline void Barrier::wait(unsigned parity, const char* file, int line) {
   expect_initialised();
   cuda_on_cpu::wait_until("Barrier::wait", file, line, [&] {
     if (phase_ != parity) return true;
-    std::deque<Copy>& copies = pending.copies[cuda_on_cpu::here.rank];
-    if (!copies.empty()) {
-      const Copy copy = copies.front();
-      copies.pop_front();
-      copy.run();
+    const auto& here = cuda_on_cpu::here;
+    int rank = (here.rank + cuda_on_cpu::draw_below(here.cluster)) % here.cluster;
+    if (pending.copies[rank].empty()) rank = here.rank;
+    if (!pending.copies[rank].empty()) {
+      const Copy copy = pending.copies[rank].front();
+      pending.copies[rank].pop_front();
+      if (cuda_on_cpu::has_ended(rank)) cuda_on_cpu::fail_here("copies into a block that has ended");
+      copy.run(rank);
       cuda_on_cpu::note_progress();
     }
     return false;
