@@ -56,9 +56,8 @@ class Barrier {
   // At the barrier of the same place in another block of the cluster, or this one.
   __device__ void arrive_in(unsigned rank) {
     asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::
-            "r"(shared_address(this)),
-        "r"(rank)
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there]; }"
+        ::"r"(shared_address(this)), "r"(rank)
         : "memory");
   }
   // Until a phase of this parity has ended; phases count from 0.
@@ -92,7 +91,7 @@ __device__ __forceinline__ void load_tile(const TileMap& map, void* tile, int el
       : "memory");
 }
 
-// The same into all blocks of a cluster of two, at the same place, each of whose barriers at that place counts the bytes.
+// The same into both blocks of a cluster of two, at the same place; either's barrier of this place counts its bytes.
 __device__ __forceinline__ void load_tile_in_all(const TileMap& map, void* tile, int element, int row, int sample,
                                                  Barrier& barrier) {
   asm volatile(

@@ -95,8 +95,8 @@ Status launch_clusters(void (*kernel)(Parameters...), int64_t clusters, const Cl
 #else
   (void)stream;
   cuda_on_cpu::asked_shared = cuda_on_cpu::allowed_shared(reinterpret_cast<const void*>(kernel));
-  cuda_on_cpu::launch(unsigned(clusters * shape.blocks), shape.threads, shape.shared_bytes, [=] { kernel(arguments...); },
-                      shape.blocks);
+  const unsigned blocks = unsigned(clusters * shape.blocks);
+  cuda_on_cpu::launch(blocks, shape.threads, shape.shared_bytes, [=] { kernel(arguments...); }, shape.blocks);
   return Status::ok;
 #endif
 }

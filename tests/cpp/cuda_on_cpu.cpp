@@ -19,6 +19,7 @@
 
 #include "fiber.h"
 #include "guarded.h"
+#include "shared_memory.h"
 
 namespace cuda_on_cpu {
 namespace {
@@ -72,43 +73,10 @@ struct Grid {
 };
 
 struct Thread {
-  enum State { ready, waiting, polling, exited };
+  enum State { held, ready, waiting, polling, exited };
   Fiber fiber;
   State state = ready;
   Wait wait{};
-};
-
-// The memory of a block, right before an inaccessible page, its first page behind another one.
-class SharedMemory {
- public:
-  SharedMemory() = default;
-  SharedMemory(SharedMemory&& other) : memory_(std::exchange(other.memory_, nullptr)), pages_(other.pages_) {}
-  ~SharedMemory() {
-    if (memory_) unmap_guarded(memory_, pages_);
-  }
-
-  void clear(size_t bytes) {
-    const size_t pages = whole_pages((bytes + 15) / 16 * 16);
-    if (pages != pages_ || !memory_) {
-      if (memory_) unmap_guarded(memory_, pages_);
-      memory_ = map_guarded(pages);
-      pages_ = pages;
-    }
-    std::memset(memory_, 0xff, pages);
-    bytes_ = bytes;
-  }
-  char* data() const { return memory_ + pages_ - (bytes_ + 15) / 16 * 16; }
-  // What no page protects: up to a page before the block's memory, and up to 15 bytes behind it.
-  bool written_before() const { return !untouched(memory_, data()); }
-  bool written_past() const { return !untouched(data() + bytes_, memory_ + pages_); }
-  bool is_before(const char* address) const { return address >= memory_ - page_size() && address < memory_; }
-  bool is_past(const char* address) const {
-    return address >= memory_ + pages_ && address < memory_ + pages_ + page_size();
-  }
-
- private:
-  char* memory_ = nullptr;
-  size_t pages_ = 0, bytes_ = 0;
 };
 
 // Runs one cluster at a time, mostly of one block. Its memory serves the next launch, too. Threads are numbered through
@@ -200,9 +168,11 @@ class Multiprocessor {
     first_block_ = cluster * grid_->cluster;
     random_ = Random(grid_->seed + first_block_);
     for (int rank = 0; rank < grid_->cluster; ++rank) shared_[rank].clear(grid_->shared_bytes);
+    // In random order a block but the first may start as late as can be.
+    const int late = grid_->seed && grid_->cluster > 1 ? int(random_.below(grid_->cluster)) : 0;
     for (int i = 0; i < count_; ++i) {
       threads_[i].fiber.start(thread_main, i);
-      threads_[i].state = Thread::ready;
+      threads_[i].state = late > 0 && i / grid_->threads == late ? Thread::held : Thread::ready;
     }
     for (Meeting& meeting : meetings_) meeting = {};
     do {
@@ -212,7 +182,7 @@ class Multiprocessor {
         run_warp(warps_[at]);
         if (!release_warp(warps_[at])) warps_.erase(warps_.begin() + int64_t(at));
       }
-    } while (release_polling() || release_blocks());
+    } while (release_polling() || release_held() || release_blocks());
     check_shared_memory();
     if (at_end) at_end();
   }
@@ -296,6 +266,13 @@ class Multiprocessor {
     return released;
   }
 
+  bool release_held() {
+    bool released = false;
+    for (int i = 0; i < count_; ++i)
+      if (threads_[i].state == Thread::held) threads_[i].state = Thread::ready, released = true;
+    return released;
+  }
+
   // Those whose threads all wait at the same __syncthreads. False if all have exited. No thread is ready.
   bool release_blocks() {
     int stuck = -1;
@@ -329,7 +306,8 @@ class Multiprocessor {
         fail_in(first, "waits at " + place(barrier) + ", but thread " + std::to_string(i - begin) + " has exited");
       if (wait.mask != barrier.mask || wait.line != barrier.line || differ(wait.file, barrier.file))
         fail_in(first,
-                "waits at " + place(barrier) + " for ever: thread " + std::to_string(i - begin) + " waits at " + place(wait));
+                "waits at " + place(barrier) + " for ever: thread " + std::to_string(i - begin) + " waits at " +
+                    place(wait));
     }
     if (!barrier.of_block) fail_in(first, "waits at " + place(barrier) + " for ever");
     for (int i = begin; i < n; ++i) threads_[i].state = Thread::ready;

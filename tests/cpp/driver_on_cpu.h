@@ -1,5 +1,5 @@
-// What csrc/cuda/hopper.cu takes from CUDA's driver, on a CPU: functions that are looked up by name, and descriptions of
-// tensors, which it refuses as a driver does.
+// What csrc/cuda/hopper.cu takes from CUDA's driver, on a CPU: functions that are looked up by name, and descriptions
+// of tensors, which it refuses as a driver does.
 #pragma once
 
 #include <cstdint>

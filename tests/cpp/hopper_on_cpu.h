@@ -1,10 +1,10 @@
 // What csrc/cuda/hopper.cuh takes from a GPU of compute capability 9.0, on a CPU.
 //
-// Copies and products are done as late as a GPU may do them: a copy when a thread of the block that it lands in has to wait
-// at a barrier, a product when its thread waits for it. So a tile that is used too early is not there yet, and one that is
-// freed too early is another one by then. A copy to all blocks of a cluster lands in each at another time; in random order
-// also when a thread of another block has to wait, before those of its own have seen the copies before it. Nobody may
-// reach into a block that has ended. A descriptor is taken apart as the hardware does it.
+// Copies and products are done as late as a GPU may do them: a copy when a thread of the block that it lands in has to
+// wait at a barrier, a product when its thread waits for it. So a tile that is used too early is not there yet, and one
+// that is freed too early is another one by then. A copy to all blocks of a cluster lands in each at another time; in
+// random order also when a thread of another block has to wait, before those of its own have seen the copies before it.
+// Nobody may reach into a block that has ended. A descriptor is taken apart as the hardware does it.
 #pragma once
 
 #include <cstddef>
