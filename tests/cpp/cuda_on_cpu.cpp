@@ -182,7 +182,7 @@ class Multiprocessor {
         run_warp(warps_[at]);
         if (!release_warp(warps_[at])) warps_.erase(warps_.begin() + int64_t(at));
       }
-    } while (release_polling() || release_held() || release_blocks());
+    } while (release_polling() || release_blocks());
     check_shared_memory();
     if (at_end) at_end();
   }
@@ -278,13 +278,13 @@ class Multiprocessor {
     int stuck = -1;
     bool released = false;
     for (int rank = 0; rank < grid_->cluster; ++rank) {
-      if (has_ended(rank)) continue;
+      if (has_ended(rank) || threads_[rank * grid_->threads].state == Thread::held) continue;
       if (waits_together(rank))
         released = release_block(rank);
       else
         stuck = rank;
     }
-    return released || (stuck >= 0 && release_block(stuck));
+    return released || release_held() || (stuck >= 0 && release_block(stuck));
   }
 
   bool waits_together(int rank) const {
