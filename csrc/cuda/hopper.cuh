@@ -1,5 +1,6 @@
 // What GPUs of compute capability 9.0 bring for products of matrices: barriers that count bytes, copies of tiles into
-// shared memory that such a barrier waits for, and products that a group of four warps takes straight from there.
+// shared memory that such a barrier waits for, products that a group of four warps takes straight from there, and
+// clusters, blocks that can do all this in each other's shared memory.
 //
 // A row of a tile is 128 bytes, whose eight chunks of 16 lie swapped (chunk i of row r at i ^ r % 8), so that neither
 // copies nor products meet a bank of shared memory twice. Tiles start at multiples of 1,024 bytes.
@@ -91,13 +92,14 @@ __device__ __forceinline__ void load_tile(const TileMap& map, void* tile, int el
       : "memory");
 }
 
-// The same into both blocks of a cluster of two, at the same place; either's barrier of this place counts its bytes.
+// The same into all blocks of a cluster, at the same place; the barrier of this place in each counts its bytes.
+template <int blocks>
 __device__ __forceinline__ void load_tile_in_all(const TileMap& map, void* tile, int element, int row, int sample,
                                                  Barrier& barrier) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(tile)),
-      "l"(&map), "r"(shared_address(&barrier)), "r"(element), "r"(row), "r"(sample), "h"(uint16_t(3))
+      "l"(&map), "r"(shared_address(&barrier)), "r"(element), "r"(row), "r"(sample), "h"(uint16_t((1 << blocks) - 1))
       : "memory");
 }
 

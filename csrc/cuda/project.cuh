@@ -124,7 +124,7 @@ __device__ inline void copy_weight(const ProjectSums& args, ProjectShared& share
       shared.weight_barriers.empty[turn.stage].wait(turn.parity ^ 1);  // in both blocks
       full.arrive_expecting(WeightRing::bytes);
       char* const tile = shared.weight.tiles[turn.stage] + share * kShareRows * kTileRowBytes;
-      load_tile_in_all(args.weight, tile, i * kDepth, row, 0, full);
+      load_tile_in_all<kCluster>(args.weight, tile, i * kDepth, row, 0, full);
     }
   });
 }

@@ -135,9 +135,11 @@ inline void load_tile(const CUtensorMap& map, void* tile, int element, int row, 
   cuda_on_cpu::at_end = expect_all_copied;
   pending.copies[cuda_on_cpu::here.rank].push_back({&map, static_cast<char*>(tile), element, row, sample, &barrier});
 }
-inline void load_tile_in_all(const CUtensorMap& map, void* tile, int element, int row, int sample, Barrier& barrier) {
+template <int blocks>
+void load_tile_in_all(const CUtensorMap& map, void* tile, int element, int row, int sample, Barrier& barrier) {
+  if (blocks != cuda_on_cpu::here.cluster) cuda_on_cpu::fail_here("copies to other blocks than its cluster has");
   cuda_on_cpu::at_end = expect_all_copied;
-  for (int rank = 0; rank < cuda_on_cpu::here.cluster; ++rank)
+  for (int rank = 0; rank < blocks; ++rank)
     pending.copies[rank].push_back({&map, in_block(rank, static_cast<char*>(tile)), element, row, sample,
                                     in_block(rank, &barrier)});
 }

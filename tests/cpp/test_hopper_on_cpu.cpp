@@ -143,7 +143,7 @@ struct SharedRing {
             const int stage = tile % 2;
             empty[stage].wait(tile / 2 % 2 ^ 1);
             full[stage].arrive_expecting(mistake == Mistake::half_the_bytes ? kHalf : 2 * kHalf);
-            load_tile_in_all(map, tiles + (2 * stage + rank) * kHalf, 0, tile, rank, full[stage]);
+            load_tile_in_all<2>(map, tiles + (2 * stage + rank) * kHalf, 0, tile, rank, full[stage]);
           }
       } else {
         for (int tile = 0; tile < kTiles; ++tile) {
