@@ -1,43 +1,67 @@
-// Descriptions of tensors for the copies of tiles, and whether the GPU has these.
+// Descriptions of tensors for the copies of tiles, and what the driver says when it refuses one.
 
 #include "cuda/hopper.cuh"
 
+#include <atomic>
+
 namespace pom::cuda {
-#ifdef __CUDACC__
 namespace {
 
-// The driver's function, found when it is first needed: the library itself is linked to no driver.
-auto encode_tiled() {
-  using Function = decltype(&cuTensorMapEncodeTiled);
-  static const Function function = [] {
-    void* found = nullptr;
+// A function of the driver, found when it is first needed: the library itself is linked to no driver. One that is not
+// found is looked for again.
+template <class Function>
+class DriverFunction {
+ public:
+  constexpr DriverFunction(const char* name, unsigned version) : name_(name), version_(version) {}
+
+  Status find(Function& function) {
+    function = found_.load(std::memory_order_relaxed);
+    if (function) return Status::ok;
+    void* entry = nullptr;
     cudaDriverEntryPointQueryResult result;
 #if CUDART_VERSION >= 12050
-    const cudaError_t code =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    const cudaError_t code = cudaGetDriverEntryPointByVersion(name_, &entry, version_, cudaEnableDefault, &result);
 #else
-    const cudaError_t code = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+    const cudaError_t code = cudaGetDriverEntryPoint(name_, &entry, cudaEnableDefault, &result);
 #endif
-    return code == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Function>(found) : nullptr;
-  }();
-  return function;
+    if (const Status s = checked(code); s != Status::ok) return s;
+    if (result != cudaDriverEntryPointSuccess || !entry)
+      return refused("the driver describes no tensors (cuTensorMapEncodeTiled): one for CUDA 12 or later is needed");
+    function = reinterpret_cast<Function>(entry);
+    found_.store(function, std::memory_order_relaxed);
+    return Status::ok;
+  }
+
+ private:
+  const char* const name_;
+  const unsigned version_;
+  std::atomic<Function> found_{nullptr};
+};
+
+DriverFunction<decltype(&cuTensorMapEncodeTiled)> encode_tiled("cuTensorMapEncodeTiled", 12000);
+DriverFunction<decltype(&cuGetErrorString)> error_string("cuGetErrorString", 6000);
+
+// The driver's own words, which last as long as it does.
+Status refusal(CUresult code) {
+  decltype(&cuGetErrorString) say;
+  const char* words = nullptr;
+  if (error_string.find(say) != Status::ok || say(code, &words) != CUDA_SUCCESS || !words)
+    words = "the driver refuses to describe a tensor";
+  return refused(words);
 }
 
 }  // namespace
 
 Status make_tile_map(const Tensor16& tensor, int rows, TileMap& map) {
-  const auto encode = encode_tiled();
-  if (!encode) return Status::no_device_code;
+  decltype(&cuTensorMapEncodeTiled) encode;
+  if (const Status s = encode_tiled.find(encode); s != Status::ok) return s;
   const cuuint64_t sizes[] = {cuuint64_t(tensor.elements), cuuint64_t(tensor.rows), cuuint64_t(tensor.samples)};
   const cuuint64_t bytes[] = {cuuint64_t(tensor.row_stride) * 2, cuuint64_t(tensor.sample_stride) * 2};
   const cuuint32_t box[] = {kDepth, cuuint32_t(rows), 1}, every[] = {1, 1, 1};
   const CUresult made = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(tensor.data), sizes, bytes, box,
                                every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return made == CUDA_SUCCESS ? Status::ok : Status::bad_size;
+  return made == CUDA_SUCCESS ? Status::ok : refusal(made);
 }
-#else
-Status make_tile_map(const Tensor16& tensor, int rows, TileMap& map) { return describe_tensor(tensor, rows, map); }
-#endif
 
 }  // namespace pom::cuda

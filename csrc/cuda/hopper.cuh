@@ -1,5 +1,6 @@
 // What GPUs of compute capability 9.0 bring for products of matrices: barriers that count bytes, copies of tiles into
-// shared memory that such a barrier waits for, and products that a group of four warps takes straight from there.
+// shared memory that such a barrier waits for, products that a group of four warps takes straight from there, and
+// clusters, blocks that can do all this in each other's shared memory.
 //
 // A row of a tile is 128 bytes, whose eight chunks of 16 lie swapped (chunk i of row r at i ^ r % 8), so that neither
 // copies nor products meet a bank of shared memory twice. Tiles start at multiples of 1,024 bytes.
@@ -27,6 +28,8 @@
 
 namespace pom::cuda {
 
+using TileMap = CUtensorMap;
+
 constexpr int kWarpGroup = 128;     // threads
 constexpr int kTileRowBytes = 128;  // of a tile
 constexpr int kTileAlignment = 1024;
@@ -35,8 +38,6 @@ constexpr int kProductRows = 64, kProductColumns = 256;  // of a product: tokens
 constexpr int kProductNumbers = kProductRows * kProductColumns / kWarpGroup;  // of it that a thread holds
 
 #ifdef __CUDACC__
-
-using TileMap = CUtensorMap;
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
@@ -52,6 +53,13 @@ class Barrier {
   __device__ void arrive_expecting(int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
                  : "memory");
+  }
+  // At the barrier of the same place in another block of the cluster, or this one.
+  __device__ void arrive_in(unsigned rank) {
+    asm volatile(
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there]; }"
+        ::"r"(shared_address(this)), "r"(rank)
+        : "memory");
   }
   // Until a phase of this parity has ended; phases count from 0.
   __device__ void wait(unsigned parity) {
@@ -82,6 +90,29 @@ __device__ __forceinline__ void load_tile(const TileMap& map, void* tile, int el
           "r"(shared_address(tile)),
       "l"(&map), "r"(shared_address(&barrier)), "r"(element), "r"(row), "r"(sample)
       : "memory");
+}
+
+// The same into all blocks of a cluster, at the same place; the barrier of this place in each counts its bytes.
+template <int blocks>
+__device__ __forceinline__ void load_tile_in_all(const TileMap& map, void* tile, int element, int row, int sample,
+                                                 Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(tile)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(element), "r"(row), "r"(sample), "h"(uint16_t((1 << blocks) - 1))
+      : "memory");
+}
+
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Waits for all threads of the cluster, and sees what they have written. Blocks in a cluster may reach into each other
+// from the first such meeting, and not behind the last one.
+__device__ __forceinline__ void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // Waits for `threads` threads of the block, whole warps, at the barrier of that number, from 1 to 15.
@@ -177,7 +208,7 @@ struct Tensor16 {
   const void* data;
   int64_t elements, rows, samples, row_stride, sample_stride;
 };
-// On the host: what load_tile needs to copy tiles of `rows` rows.
+// On the host: what load_tile needs to copy tiles of `rows` rows. If the driver refuses, error() has its words.
 Status make_tile_map(const Tensor16& tensor, int rows, TileMap& map);
 
 }  // namespace pom::cuda

@@ -63,6 +63,11 @@ Status checked(cudaError_t code) {
   return no_code ? Status::no_device_code : Status::device_error;
 }
 
+Status refused(const char* said) {
+  words = said;
+  return Status::device_error;
+}
+
 const char* error() { return words; }
 
 Versions versions() {

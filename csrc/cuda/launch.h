@@ -19,6 +19,8 @@ constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;  // of a grid's first dim
 
 // Keeps CUDA's own words, or clearer ones, for `error()`.
 Status checked(cudaError_t code);
+// Keeps other words for it, which must last: Status::device_error.
+Status refused(const char* words);
 
 template <class T>
 struct given {  // keeps a parameter's type from being deduced from its argument
@@ -38,8 +40,67 @@ Status launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t
 #else
   (void)stream;
   if (cuda_on_cpu::refusal != cudaSuccess) return checked(cuda_on_cpu::refusal);
-  cuda_on_cpu::launch(unsigned(blocks), threads, shared_bytes, [=] { kernel(arguments...); },
-                      reinterpret_cast<const void*>(kernel));
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  cuda_on_cpu::asked_shared = cuda_on_cpu::allowed_shared(function);
+  cuda_on_cpu::launch(unsigned(blocks), threads, shared_bytes, [=] { kernel(arguments...); }, function);
+  return Status::ok;
+#endif
+}
+
+// Blocks that run together, and can reach into each other's shared memory: on GPUs of compute capability 9.0 or later.
+struct Clusters {
+  int blocks, threads;  // of a cluster, of a block
+  size_t shared_bytes;  // of a block
+};
+
+#ifdef __CUDACC__
+struct ClusterLaunch {
+  cudaLaunchAttribute attribute = {};
+  cudaLaunchConfig_t config = {};
+
+  ClusterLaunch(const Clusters& shape, int64_t clusters, void* stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(shape.blocks);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.gridDim = dim3(unsigned(clusters * shape.blocks));
+    config.blockDim = dim3(unsigned(shape.threads));
+    config.dynamicSmemBytes = shape.shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+};
+#endif
+
+// How many clusters of a kernel the current GPU runs at once, at least 1.
+template <class... Parameters>
+Status count_clusters(void (*kernel)(Parameters...), const Clusters& shape, int& count) {
+#ifdef __CUDACC__
+  const ClusterLaunch one(shape, 1, nullptr);
+  const Status s = checked(cudaOccupancyMaxActiveClusters(&count, reinterpret_cast<const void*>(kernel), &one.config));
+#else
+  const Status s = checked(cudaOccupancyMaxActiveClusters(&count, kernel, shape.blocks));
+#endif
+  if (s == Status::ok && count < 1) return refused("no cluster of the kernel's blocks fits on this GPU");
+  return s;
+}
+
+template <class... Parameters>
+Status launch_clusters(void (*kernel)(Parameters...), int64_t clusters, const Clusters& shape, void* stream,
+                       typename given<Parameters>::type... arguments) {
+  if (clusters == 0) return Status::ok;
+  if (clusters > kMaxBlocks / shape.blocks) return Status::bad_size;
+#ifdef __CUDACC__
+  const ClusterLaunch launch(shape, clusters, stream);
+  void* pointers[] = {&arguments...};
+  return checked(cudaLaunchKernelExC(&launch.config, reinterpret_cast<const void*>(kernel), pointers));
+#else
+  (void)stream;
+  if (cuda_on_cpu::refusal != cudaSuccess) return checked(cuda_on_cpu::refusal);
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  cuda_on_cpu::asked_shared = cuda_on_cpu::allowed_shared(function);
+  const unsigned blocks = unsigned(clusters * shape.blocks);
+  cuda_on_cpu::launch(blocks, shape.threads, shape.shared_bytes, [=] { kernel(arguments...); }, function, shape.blocks);
   return Status::ok;
 #endif
 }

@@ -1,88 +1,14 @@
 // The state of tokens that this kernel projects itself: u = x Wᵀ + b goes from the product's registers through the
 // polynomial into sums over tokens, and to no memory. For GPUs of compute capability 9.0, 16-bit types.
-//
-// A block has two groups of four warps that multiply, and one whose first thread copies tiles for them, as many steps
-// ahead as there are stages. Each of the two takes a piece of up to 64 tokens, both the same 256 channels. The second
-// stays two steps behind the first, so that while one makes sums of its products, the other one's keep the tensor cores
-// busy.
 
-#include "cuda/hopper.cuh"
+#include "cuda/project.cuh"
 #include "cuda/rows.cuh"
-#include "cuda/tokens.cuh"
+
+#include <map>
+#include <mutex>
 
 namespace pom::cuda {
 namespace {
-
-constexpr int kGroups = 2;  // that multiply
-constexpr int kStages = 4;
-constexpr int kPieceShift = 6;
-constexpr int kGroupWarps = kWarpGroup / kWarp;
-constexpr int kProjectThreads = (kGroups + 1) * kWarpGroup;
-constexpr int kCopierRegisters = 40, kProductRegisters = 232;
-static_assert(kProductRows == 1 << kPieceShift, "a group multiplies a piece");
-
-struct Stage {
-  char tokens[kGroups][kProductRows * kTileRowBytes];
-  char weight[kProductColumns * kTileRowBytes];
-};
-struct ProjectShared {
-  Stage stages[kStages];
-  float sums[kGroups][kGroupWarps][kProductColumns];
-  Barrier full[kStages], empty[kStages];
-};
-constexpr size_t kProjectBytes = sizeof(ProjectShared) + kTileAlignment;  // memory of a block is less aligned
-
-struct ProjectSums {
-  TileMap x, weight;
-  Pieces pieces;
-  int64_t tokens = 0;
-  int channels = 0, steps = 0;                // steps of kDepth inputs
-  unsigned slots = 0, all_slots = 0;          // of a sample, of all
-  unsigned column_blocks = 0, all_blocks = 0;  // of kProductColumns channels; these times pairs of slots
-  const void* bias = nullptr;
-  const float *coeff = nullptr, *token_weight = nullptr;
-  float* rows = nullptr;          // (batch, slots, channels)
-  double* weight_rows = nullptr;  // (batch, slots), null for ones
-};
-
-// What one group makes of one block of work.
-struct Work {
-  Piece piece = {};  // empty where there is none
-  unsigned slot, b;  // of all, of which sample
-  int column;        // the first
-
-  __device__ Work(const ProjectSums& args, unsigned block, int group)
-      : slot(block / args.column_blocks * kGroups + group),
-        b(slot / args.slots),
-        column(int(block % args.column_blocks) * kProductColumns) {
-    if (slot < args.all_slots) piece = args.pieces.at(slot - b * args.slots);
-  }
-};
-
-// Where a step lies in the ring of stages.
-struct Turn {
-  int stage;
-  unsigned parity;
-  __device__ explicit Turn(unsigned step) : stage(int(step % kStages)), parity(step / kStages & 1) {}
-};
-
-__device__ inline void copy_tiles(const ProjectSums& args, ProjectShared& shared) {
-  unsigned step = 0;
-  for (unsigned block = blockIdx.x; block < args.all_blocks; block += gridDim.x) {
-    const Work work[kGroups] = {Work(args, block, 0), Work(args, block, 1)};
-    for (int i = 0; i < args.steps; ++i, ++step) {
-      const Turn turn(step);
-      Stage& stage = shared.stages[turn.stage];
-      Barrier& full = shared.full[turn.stage];
-      shared.empty[turn.stage].wait(turn.parity ^ 1);
-      full.arrive_expecting(sizeof(Stage));
-      // Tokens of samples that are not there are zeros.
-      for (int group = 0; group < kGroups; ++group)
-        load_tile(args.x, stage.tokens[group], i * kDepth, int(work[group].piece.begin), int(work[group].b), full);
-      load_tile(args.weight, stage.weight, i * kDepth, work[0].column, 0, full);
-    }
-  }
-}
 
 // Adds up the numbers of the eight threads of a warp that hold the same columns, each of which keeps the sums of an
 // eighth of them: those that x[0 … 7] were `offset` further on.
@@ -99,40 +25,51 @@ __device__ inline int sum_lanes(float (&x)[kProductNumbers / 2], int lane, int o
   return offset;
 }
 
+// What a thread of a group needs to sum its products: its two tokens' weights, zero behind the piece's end.
+struct Sum {
+  Work work;
+  float of_token[2] = {};
+
+  Sum() = default;
+  __device__ Sum(const ProjectSums& args, unsigned round, int group) : work(args, round, group) {
+    const float* const weights = args.token_weight ? args.token_weight + work.b * args.tokens : nullptr;
+    POM_UNROLL
+    for (int row = 0; row < 2; ++row) {
+      const int64_t token = this->token(row);
+      of_token[row] = token >= work.piece.end ? 0.0f
+                      : weights               ? weights[token]
+                                              : 1.0f;
+    }
+  }
+  __device__ int64_t token(int row) const {
+    return work.piece.begin + int(threadIdx.x) % kWarpGroup / kWarp * 16 + int(threadIdx.x) % kWarp / 4 + 8 * row;
+  }
+};
+
 // The polynomial of a group's products, summed over the piece's tokens, into its row; and the tokens' weights.
 template <class Form, class T>
-__device__ void sum_features(const ProjectSums& args, const Work& work, float (&u)[kProductNumbers],
-                             float (*sums)[kProductColumns], int group) {
+__device__ void sum_features(const ProjectSums& args, ProjectShared& shared, const Sum& prepared,
+                             float (&u)[kProductNumbers], int group, unsigned round_parity) {
   const int thread = int(threadIdx.x) % kWarpGroup, warp = thread / kWarp, lane = thread % kWarp;
+  const Work& work = prepared.work;
+  float(*const sums)[kProductColumns] = shared.sums[group];
   const Form form(0);
   constexpr int degree = decltype(form.degree)::capacity;
-  float of_token[2];  // weights, zero behind the end
-  const int64_t first = work.piece.begin + 16 * warp + lane / 4;
-  const float* const weights = args.token_weight ? args.token_weight + work.b * args.tokens : nullptr;
-  POM_UNROLL
-  for (int row = 0; row < 2; ++row) {
-    const int64_t token = first + 8 * row;
-    of_token[row] = token >= work.piece.end ? 0.0f
-                    : weights               ? weights[token]
-                                            : 1.0f;
-  }
   if (work.piece.end - work.piece.begin < kProductRows) {  // the others are somebody else's, and maybe no numbers
     POM_UNROLL
     for (int i = 0; i < kProductNumbers; ++i)
-      if (first + 8 * (i / 2 % 2) >= work.piece.end) u[i] = 0;
+      if (prepared.token(i / 2 % 2) >= work.piece.end) u[i] = 0;
   }
-  const int column = work.column + 2 * (lane % 4), pairs = (args.channels - work.column) / 8;
-  const float* const coeffs = args.coeff + int64_t(column) * degree;
-  const T* const biases = static_cast<const T*>(args.bias) + (args.bias ? column : 0);
+  shared.coeff_full.wait(round_parity);
+  const float* const coeffs = shared.coeff + 2 * (lane % 4) * degree;
+  const float* const biases = shared.bias + 2 * (lane % 4);
   float x[kProductNumbers / 2];
   POM_UNROLL
   for (int pair = 0; pair < kProductNumbers / 4; ++pair) {  // neighbouring channels, of two tokens
-    float coeff[2 * degree] = {}, bias[2] = {};
-    if (pair < pairs) {
-      POM_UNROLL
-      for (int i = 0; i < degree; ++i) load_pair(coeffs + 8 * pair * degree + 2 * i, coeff + 2 * i);
-      if (biases) load_pair(biases + 8 * pair, bias);
-    }
+    float coeff[2 * degree], bias[2];
+    POM_UNROLL
+    for (int i = 0; i < degree; ++i) load_pair(coeffs + 8 * pair * degree + 2 * i, coeff + 2 * i);
+    load_pair(biases + 8 * pair, bias);
     POM_UNROLL
     for (int i = 0; i < 2; ++i) {
       float sum = 0;
@@ -141,7 +78,7 @@ __device__ void sum_features(const ProjectSums& args, const Work& work, float (&
         const float projected = u[4 * pair + 2 * row + i] + bias[i];
         float phi;
         form.value(&projected, coeff + i * degree, &phi);
-        sum += of_token[row] * phi;
+        sum += prepared.of_token[row] * phi;
       }
       x[2 * pair + i] = sum;
     }
@@ -150,6 +87,7 @@ __device__ void sum_features(const ProjectSums& args, const Work& work, float (&
   POM_UNROLL
   for (int i = 0; i < 8; i += 2) store_pair(x + i, sums[warp] + 4 * (i + offset) + 2 * (lane % 4));
   sync_threads(1 + group, kWarpGroup);
+  if (thread == 0) shared.coeff_empty.arrive();
   const int own = 2 * thread;
   if (work.slot < args.all_slots && work.column + own < args.channels) {
     float total[2] = {};
@@ -162,43 +100,48 @@ __device__ void sum_features(const ProjectSums& args, const Work& work, float (&
   }
   sync_threads(1 + group, kWarpGroup);  // the sums are free
   if (warp > 0 || work.column > 0 || !args.weight_rows || work.slot >= args.all_slots) return;
+  const float* const weights = args.token_weight + work.b * args.tokens;
   double weight = 0;
-  for (int64_t token = work.piece.begin + lane; token < work.piece.end; token += kWarp) weight += double(weights[token]);
+  for (int64_t token = work.piece.begin + lane; token < work.piece.end; token += kWarp)
+    weight += double(weights[token]);
   for (int apart = kWarp / 2; apart > 0; apart /= 2) weight += __shfl_xor_sync(0xffffffffu, weight, apart);
   if (lane == 0) args.weight_rows[work.slot] = weight;
 }
 
 template <class Form, class T>
 __device__ void multiply(const ProjectSums& args, ProjectShared& shared, int group) {
-  constexpr int kBehind = kStages - 2;  // steps, of the second group: with more the two would wait for each other
   const unsigned lane = threadIdx.x % kWarp;
-  const unsigned all_steps = (1 + (args.all_blocks - 1 - blockIdx.x) / gridDim.x) * args.steps;
-  unsigned step = 0;
+  const int ahead = int(least(kBehind, args.steps / 2));
+  TokenRing::Barriers& token_barriers = shared.token_barriers[group];
+  unsigned step = 0, parity = 0;
   auto release = [&](unsigned step) {
-    if (lane == 0) shared.empty[Turn(step).stage].arrive();
+    if (lane < kCluster) shared.weight_barriers.empty[Turn<kWeightStages>(step).stage].arrive_in(lane);
+    if (lane == 0) token_barriers.empty[Turn<kTokenStages>(step).stage].arrive();
   };
-  for (unsigned block = blockIdx.x; block < args.all_blocks; block += gridDim.x) {
+  each_round(args, [&](unsigned round) {
+    // A group begins when the other one is a few steps ahead: the first in the round before, the second in this one.
+    shared.ahead[1 - group].wait(group == 0 ? parity ^ 1 : parity);
     float u[kProductNumbers];
+    Sum sum;
     for (int i = 0; i < args.steps; ++i, ++step) {
-      if (group > 0 && step + kBehind < all_steps) {
-        const Turn ahead(step + kBehind);
-        shared.full[ahead.stage].wait(ahead.parity);
-      }
-      const Turn turn(step);
-      const Stage& stage = shared.stages[turn.stage];
-      shared.full[turn.stage].wait(turn.parity);
+      const Turn<kWeightStages> weight(step);
+      const Turn<kTokenStages> tokens(step);
+      token_barriers.full[tokens.stage].wait(tokens.parity);
+      shared.weight_barriers.full[weight.stage].wait(weight.parity);
       open_products();
-      queue_step<T>(u, stage.tokens[group], stage.weight, i > 0);
+      queue_step<T>(u, shared.tokens[group].tiles[tokens.stage], shared.weight.tiles[weight.stage], i > 0);
       close_products();
+      if (i == 0) sum = Sum(args, round, group);  // while the tensor cores are busy
       wait_for_products<1>();
       if (i > 0) release(step - 1);
+      if (i == ahead && lane == 0) shared.ahead[group].arrive();
     }
     wait_for_products<0>();
     keep_behind(u);
     release(step - 1);
-    const Work work(args, block, group);
-    sum_features<Form, T>(args, work, u, shared.sums[group], group);
-  }
+    sum_features<Form, T>(args, shared, sum, u, group, parity);
+    parity ^= 1;
+  });
 }
 
 // For other GPUs of one warp that does nothing (check_kernel).
@@ -207,40 +150,44 @@ __global__ void __launch_bounds__(POM_HOPPER ? kProjectThreads : kWarp, 1)
     project_pieces(const POM_GRID_CONSTANT ProjectSums args) {
   if constexpr (POM_HOPPER) {
     POM_SHARED(memory);
-    const uintptr_t address = reinterpret_cast<uintptr_t>(memory) + kTileAlignment - 1;
-    ProjectShared& shared = *reinterpret_cast<ProjectShared*>(address / kTileAlignment * kTileAlignment);
+    ProjectShared& shared = *reinterpret_cast<ProjectShared*>(memory + -shared_address(memory) % kTileAlignment);
     const int group = int(threadIdx.x) / kWarpGroup;
     if (threadIdx.x == 0) {
-      for (int i = 0; i < kStages; ++i) {
-        shared.full[i].init(1);
-        shared.empty[i].init(kGroups * kGroupWarps);
-      }
+      shared.init();
       publish_barriers();
     }
-    __syncthreads();
+    meet_cluster();
     if (group == kGroups) {
       drop_registers<kCopierRegisters>();
-      if (threadIdx.x == kGroups * kWarpGroup) copy_tiles(args, shared);
+      const int copier = int(threadIdx.x) % kWarpGroup / kWarp;
+      const bool first = threadIdx.x % kWarp == 0;
+      if (copier == kCopiesCoefficients)
+        copy_coefficients<T, decltype(Form::degree)::capacity>(args, shared);
+      else if (copier == kCopiesWeight && first)
+        copy_weight(args, shared);
+      else if (copier >= kCopiesTokens && first)
+        copy_tokens(args, shared, copier - kCopiesTokens);
     } else {
       take_registers<kProductRegisters>();
       multiply<Form, T>(args, shared, group);
     }
+    meet_cluster();  // neither block's memory is gone while the other one copies to it, or arrives there
   }
 }
 
 struct ProjectPlan {
   Arena arena;
   ProjectSums sums;
-  int64_t slots, blocks;  // of all samples
+  int64_t slots, rounds;  // of all samples
 
   ProjectPlan(const ProjectStateArgs& args, void* workspace) : arena(workspace) {
     const Features& f = args.features;
     sums.pieces = Pieces(f.tokens, kPieceShift, args.groups.count, args.groups.offsets);
     sums.tokens = f.tokens, sums.channels = int(f.width), sums.steps = int(ceil_div(args.dim, kDepth));
     slots = f.batch * sums.pieces.slots();
-    blocks = ceil_div(slots, kGroups) * ceil_div(f.width, kProductColumns);
+    rounds = ceil_div(slots, kCluster * kGroups) * ceil_div(f.width, kProductColumns);
     sums.slots = unsigned(sums.pieces.slots()), sums.all_slots = unsigned(slots);
-    sums.column_blocks = unsigned(ceil_div(f.width, kProductColumns)), sums.all_blocks = unsigned(blocks);
+    sums.column_blocks = unsigned(ceil_div(f.width, kProductColumns)), sums.all_rounds = unsigned(rounds);
     sums.bias = args.bias;
     sums.coeff = static_cast<const float*>(f.coeff);
     sums.token_weight = static_cast<const float*>(f.weight);
@@ -249,15 +196,34 @@ struct ProjectPlan {
   }
 };
 
-template <class Kernel>
-Status launch_project(Kernel kernel, const ProjectSums& sums, void* stream) {
-  int device, multiprocessors;
+using ProjectKernel = void (*)(ProjectSums);
+
+// Makes a kernel ready on the current device, the first time that it is asked for there: later calls find how many
+// clusters of it a device runs at once, which takes the driver microseconds to say.
+Status prepare(ProjectKernel kernel, int& clusters) {
+  static std::mutex mutex;
+  static std::map<std::pair<ProjectKernel, int>, int> prepared;  // by kernel and device
+  int device;
   if (const Status s = checked(cudaGetDevice(&device)); s != Status::ok) return s;
-  const cudaDeviceAttr how_many = cudaDevAttrMultiProcessorCount;
-  if (const Status s = checked(cudaDeviceGetAttribute(&multiprocessors, how_many, device)); s != Status::ok) return s;
-  const cudaFuncAttribute most_shared = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  if (const Status s = checked(cudaFuncSetAttribute(kernel, most_shared, int(kProjectBytes))); s != Status::ok) return s;
-  return launch(kernel, least(sums.all_blocks, multiprocessors), kProjectThreads, kProjectBytes, stream, sums);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto found = prepared.find({kernel, device}); found != prepared.end()) {
+    clusters = found->second;
+    return Status::ok;
+  }
+  if (const Status s = check_kernel(kernel, kProjectThreads); s != Status::ok) return s;
+  const cudaFuncAttribute room = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  if (const Status s = checked(cudaFuncSetAttribute(kernel, room, int(kProjectBytes))); s != Status::ok) return s;
+  const Clusters shape = {kCluster, kProjectThreads, kProjectBytes};
+  if (const Status s = count_clusters(kernel, shape, clusters); s != Status::ok) return s;
+  prepared[{kernel, device}] = clusters;
+  return Status::ok;
+}
+
+Status launch_project(ProjectKernel kernel, const ProjectSums& sums, void* stream) {
+  int clusters;
+  if (const Status s = prepare(kernel, clusters); s != Status::ok) return s;
+  const Clusters shape = {kCluster, kProjectThreads, kProjectBytes};
+  return launch_clusters(kernel, least(sums.all_rounds, clusters), shape, stream, sums);
 }
 
 template <class Body>
@@ -284,8 +250,8 @@ Status check(const ProjectStateArgs& args) {
                            .pointers({args.x, args.weight, args.bias, f.coeff})
                            .sizes({f.width, args.dim, args.x_batch_stride, args.x_token_stride});
   const ProjectPlan plan(args, nullptr);
-  bool fits = true;  // in 32 bits, steps of all blocks too
-  for (const int64_t n : {f.tokens, f.batch, f.width, args.dim, plan.slots, plan.blocks * plan.sums.steps})
+  bool fits = true;  // in 32 bits, steps of all rounds too
+  for (const int64_t n : {f.tokens, f.batch, f.width, args.dim, plan.slots, plan.rounds * plan.sums.steps})
     fits = fits && n <= kMaxBlocks;
   const bool strided = (f.batch <= 1 || args.x_batch_stride > 0) && (f.tokens <= 1 || args.x_token_stride > 0);
   return aligned && fits && strided ? Status::ok : Status::bad_size;
@@ -301,7 +267,7 @@ Status run(const ProjectStateArgs& args, void* workspace, void* stream) {
   const Tensor16 x = {args.x, args.dim, f.tokens, f.batch, token_stride, batch_stride};
   const Tensor16 weight = {args.weight, args.dim, f.width, 1, args.dim, args.dim * f.width};
   if (const Status s = make_tile_map(x, kProductRows, plan.sums.x); s != Status::ok) return s;
-  if (const Status s = make_tile_map(weight, kProductColumns, plan.sums.weight); s != Status::ok) return s;
+  if (const Status s = make_tile_map(weight, kShareRows, plan.sums.weight); s != Status::ok) return s;
   const Status s = with_project(f, [&](auto kernel) { return launch_project(kernel, plan.sums, stream); });
   if (s != Status::ok) return s;
   const Join<float> joined = {plan.sums.pieces, f.batch, f.width, plan.sums.rows, plan.sums.weight_rows,
@@ -312,8 +278,9 @@ Status run(const ProjectStateArgs& args, void* workspace, void* stream) {
 }  // namespace
 
 bool projects(const ProjectStateArgs& args) {
+  int clusters;
   return check(args) == Status::ok &&
-         is_worth_a_try(with_project(args.features, [](auto kernel) { return check_kernel(kernel, kProjectThreads); }));
+         with_project(args.features, [&](auto kernel) { return prepare(kernel, clusters); }) == Status::ok;
 }
 
 size_t workspace(const ProjectStateArgs& args) {

@@ -92,7 +92,7 @@ class Sectors {
 // What a block on this thread of the operating system moves.
 struct Traffic {
   Sectors loads, stores;
-  Range shared, thread_local_variables;
+  Range thread_local_variables;
 };
 thread_local Traffic traffic;
 
@@ -130,10 +130,9 @@ void start_grid(const void* kernel, unsigned blocks, int threads, Range of_kerne
   launches.push_back({at, blocks, uint32_t(threads), 0, 0});
 }
 
-void start_block(Range shared) {
+void start_block() {
   traffic.loads.start_block();
   traffic.stores.start_block();
-  traffic.shared = shared;
   if (traffic.thread_local_variables.begin) return;
   with_program([](const dl_phdr_info& info, Range) {
     const char* const begin = static_cast<const char*>(info.dlpi_tls_data);
@@ -170,7 +169,7 @@ void access(const void* address, size_t bytes, bool loads, bool stores) {
   const char* const stack = here.stack;
   if (!stack || size_t(p - stack) < Fiber::kStack) return;
   Traffic& own = traffic;
-  if (own.thread_local_variables.has(p) || own.shared.has(p) || parameters.has(p) || program.has(p)) return;
+  if (own.thread_local_variables.has(p) || cuda_on_cpu::in_shared(p) || parameters.has(p) || program.has(p)) return;
   const bool counts = (loads && touch(own.loads, p, bytes)) | (stores && touch(own.stores, p, bytes));
   if (counts) cuda_on_cpu::make_room();
 }

@@ -11,6 +11,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <mutex>
 #include <numeric>
 #include <string>
@@ -19,6 +20,7 @@
 
 #include "fiber.h"
 #include "guarded.h"
+#include "shared_memory.h"
 
 namespace cuda_on_cpu {
 namespace {
@@ -67,30 +69,35 @@ struct Grid {
   const std::function<void()>* body;
   const void* kernel;
   Range parameters;
+  int cluster;  // blocks that run together
   uint64_t seed = 0;
-  std::vector<unsigned> order = {};  // of the blocks, if it is not the ascending one
+  std::vector<unsigned> order = {};  // of the clusters, if it is not the ascending one
   std::atomic<unsigned> next{0};
 };
 
 struct Thread {
-  enum State { ready, waiting, polling, exited };
+  enum State { held, ready, waiting, polling, exited };
   Fiber fiber;
   State state = ready;
   Wait wait{};
 };
 
-// Runs one block at a time. Its memory serves the next launch, too.
+// Runs one cluster at a time, mostly of one block. Its memory serves the next launch, too. Threads are numbered through
+// the cluster.
 class Multiprocessor {
  public:
-  // Blocks of the grid until none is left.
+  // Clusters of the grid until none is left.
   void run(Grid& grid) {
     grid_ = &grid;
+    count_ = grid.threads * grid.cluster;
     here.threads = dim3(unsigned(grid.threads));
     here.blocks = dim3(grid.blocks);
-    if (int(threads_.size()) < grid.threads) threads_ = std::vector<Thread>(grid.threads);
-    lanes_.resize(kWarp);
-    make_shared_memory();
-    for (unsigned i; (i = grid.next++) < grid.blocks;) run_block(grid.order.empty() ? i : grid.order[i]);
+    here.cluster = grid.cluster;
+    if (int(threads_.size()) < count_) threads_ = std::vector<Thread>(count_);
+    if (int(shared_.size()) < grid.cluster) shared_.resize(grid.cluster);
+    meetings_.resize(grid.cluster * kMeetings + 1);
+    const unsigned clusters = grid.blocks / grid.cluster;
+    for (unsigned i; (i = grid.next++) < clusters;) run_cluster(grid.order.empty() ? i : grid.order[i]);
     grid_ = nullptr;
   }
 
@@ -102,28 +109,39 @@ class Multiprocessor {
   void note_progress() { progress_ = true; }
   void make_room() {
     made_room_ = true;
-    threads_[here.thread.x].fiber.switch_to(scheduler_);
+    threads_[here.index()].fiber.switch_to(scheduler_);
   }
 
   void meet(int number, int threads, const char* file, int line) {
     if (number < 0 || number >= kMeetings || threads % kWarp)
-      fail_in(int(here.thread.x), "a GPU refuses barrier " + std::to_string(number) + " for " + std::to_string(threads));
-    Meeting& meeting = meetings_[number];
-    const unsigned turn = meeting.turn;
-    if (++meeting.arrived == threads)
-      meeting = {0, turn + 1};
-    else
-      wait_until("barrier", file, line, [&] { return meeting.turn != turn; });
+      fail_in(here.index(), "a GPU refuses barrier " + std::to_string(number) + " for " + std::to_string(threads));
+    meet(meetings_[here.rank * kMeetings + number], threads, "barrier", file, line);
+  }
+  void meet_cluster(const char* file, int line) { meet(meetings_.back(), count_, "the cluster's barrier", file, line); }
+
+  char* in_block(int rank, const void* p) const {
+    return shared_[rank].data() + (static_cast<const char*>(p) - here.shared);
+  }
+  bool in_shared(const char* p) const {
+    for (int rank = 0; rank < grid_->cluster; ++rank)
+      if (p >= shared_[rank].data() && p < shared_[rank].data() + grid_->shared_bytes) return true;
+    return false;
+  }
+  int draw_below(int n) { return grid_->seed ? int(random_.below(n)) : 0; }
+  bool has_ended(int rank) const {
+    for (int i = rank * grid_->threads; i < (rank + 1) * grid_->threads; ++i)
+      if (threads_[i].state != Thread::exited) return false;
+    return true;
   }
 
-  [[noreturn]] void fail_here(const std::string& message) const { fail_in(int(here.thread.x), message); }
+  [[noreturn]] void fail_here(const std::string& message) const { fail_in(here.index(), message); }
 
   // What lies at an address that the running thread had no right to use.
   const char* describe(const char* address) const {
-    auto near = [&](const char* page) { return address >= page && address < page + page_size(); };
-    if (near(threads_[here.thread.x].fiber.stack() - page_size())) return "its stack is full";
-    if (near(shared_ - page_size())) return "access before its shared memory";
-    if (near(shared_ + shared_pages_)) return "access past its shared memory";
+    const char* const below_stack = threads_[here.index()].fiber.stack() - page_size();
+    if (address >= below_stack && address < below_stack + page_size()) return "its stack is full";
+    if (shared_[here.rank].is_before(address)) return "access before its shared memory";
+    if (shared_[here.rank].is_past(address)) return "access past its shared memory";
     return "access to memory that it does not have";
   }
 
@@ -135,35 +153,41 @@ class Multiprocessor {
     unsigned turn = 0;
   };
 
+  void meet(Meeting& meeting, int threads, const char* operation, const char* file, int line) {
+    const unsigned turn = meeting.turn;
+    if (++meeting.arrived == threads)
+      meeting = {0, turn + 1}, progress_ = true;
+    else
+      wait_until(operation, file, line, [&] { return meeting.turn != turn; });
+  }
+
   void stop(const Wait& wait, Thread::State state) {
-    Thread& thread = threads_[here.thread.x];
+    Thread& thread = threads_[here.index()];
     thread.wait = wait;
     thread.state = state;
     thread.fiber.switch_to(scheduler_);
   }
 
-  // The block's memory lies right before an inaccessible page, its first page behind another one.
-  void make_shared_memory() {
-    const size_t bytes = (grid_->shared_bytes + 15) / 16 * 16, pages = whole_pages(bytes);
-    if (pages != shared_pages_ || !shared_) {
-      if (shared_) unmap_guarded(shared_, shared_pages_);
-      shared_ = map_guarded(pages);
-      shared_pages_ = pages;
-    }
-    std::memset(shared_, 0xff, pages);
-    here.shared = shared_ + pages - bytes;
+  // What the thread of this number sees.
+  void enter(int i) {
+    here.rank = i / grid_->threads;
+    here.thread = {unsigned(i % grid_->threads), 0, 0};
+    here.block = {first_block_ + unsigned(here.rank), 0, 0};
+    here.shared = shared_[here.rank].data();
   }
 
-  void run_block(unsigned block) {
-    here.block = {block, 0, 0};
-    random_ = Random(grid_->seed + block);
-    std::memset(here.shared, 0xff, grid_->shared_bytes);
-    for (int i = 0; i < grid_->threads; ++i) {
+  void run_cluster(unsigned cluster) {
+    first_block_ = cluster * grid_->cluster;
+    random_ = Random(grid_->seed + first_block_);
+    for (int rank = 0; rank < grid_->cluster; ++rank) shared_[rank].clear(grid_->shared_bytes);
+    // In random order a block but the first may start as late as can be.
+    const int late = grid_->seed && grid_->cluster > 1 ? int(random_.below(grid_->cluster)) : 0;
+    for (int i = 0; i < count_; ++i) {
       threads_[i].fiber.start(thread_main, i);
-      threads_[i].state = Thread::ready;
+      threads_[i].state = late > 0 && i / grid_->threads == late ? Thread::held : Thread::ready;
     }
     for (Meeting& meeting : meetings_) meeting = {};
-    if (counter) counter->start_block({shared_, shared_ + shared_pages_});
+    if (counter) counter->start_block();
     do {
       all_warps();
       while (!warps_.empty()) {  // those with threads that can go on
@@ -173,26 +197,27 @@ class Multiprocessor {
           std::rotate(warps_.begin() + int64_t(at), warps_.begin() + int64_t(at) + 1, warps_.end());
         else if (!release_warp(warps_[at])) warps_.erase(warps_.begin() + int64_t(at));
       }
-    } while (release_polling() || release_block());
+    } while (release_polling() || release_blocks());
     if (counter) counter->end_block();
     check_shared_memory();
+    if (at_end) at_end();
   }
 
   void all_warps() {
-    warps_.resize((grid_->threads + kWarp - 1) / kWarp);
+    warps_.resize((count_ + kWarp - 1) / kWarp);
     std::iota(warps_.begin(), warps_.end(), 0);
   }
 
   // Every thread that can go on does so until it waits or exits.
   void run_warp(int warp) {
-    const int first = warp * kWarp, last = std::min(first + kWarp, grid_->threads);
+    const int first = warp * kWarp, last = std::min(first + kWarp, count_);
     lanes_.resize(last - first);
     std::iota(lanes_.begin(), lanes_.end(), first);
     if (grid_->seed) random_.shuffle(lanes_);
     made_room_ = false;
     for (int lane : lanes_)
       if (threads_[lane].state == Thread::ready) {
-        here.thread = {unsigned(lane), 0, 0};
+        enter(lane);
         here.stack = threads_[lane].fiber.stack();
         scheduler_.switch_to(threads_[lane].fiber);
         here.stack = nullptr;
@@ -203,7 +228,7 @@ class Multiprocessor {
   bool release_warp(int warp) {
     bool released = false;
     const int first = warp * kWarp;
-    for (int i = first; i < std::min(first + kWarp, grid_->threads); ++i)
+    for (int i = first; i < std::min(first + kWarp, count_); ++i)
       if (threads_[i].state == Thread::waiting && !threads_[i].wait.of_block && is_complete(i, first)) {
         exchange_values(threads_[i].wait.mask, first);
         released = true;
@@ -219,7 +244,7 @@ class Multiprocessor {
     for (int lane = 0; lane < kWarp; ++lane) {
       if (!(own.mask >> lane & 1)) continue;
       const int other = first + lane;
-      if (other >= grid_->threads || threads_[other].state == Thread::exited)
+      if (other >= count_ || threads_[other].state == Thread::exited)
         fail_in(i, place(own) + " names lane " + std::to_string(lane) + ", which has exited or never was");
       const Wait& wait = threads_[other].wait;
       if (wait.of_block || wait.mask != own.mask)
@@ -251,7 +276,7 @@ class Multiprocessor {
   // Once something has happened since they last looked.
   bool release_polling() {
     bool released = false;
-    for (int i = 0; progress_ && i < grid_->threads; ++i)
+    for (int i = 0; progress_ && i < count_; ++i)
       if (threads_[i].state == Thread::polling) {
         threads_[i].state = Thread::ready;
         released = true;
@@ -260,56 +285,86 @@ class Multiprocessor {
     return released;
   }
 
-  // Once all threads wait at the same __syncthreads. False if all have exited. No thread is ready.
-  bool release_block() {
-    const int n = grid_->threads;
-    int first = 0;
-    while (first < n && threads_[first].state == Thread::exited) ++first;
-    if (first == n) return false;
-    const Wait& barrier = threads_[first].wait;
-    for (int i = 0; i < n; ++i) {
-      const Wait& wait = threads_[i].wait;
-      if (threads_[i].state == Thread::exited)
-        fail_in(first, "waits at " + place(barrier) + ", but thread " + std::to_string(i) + " has exited");
-      if (wait.mask != barrier.mask || wait.line != barrier.line || differ(wait.file, barrier.file))
-        fail_in(first,
-                "waits at " + place(barrier) + " for ever: thread " + std::to_string(i) + " waits at " + place(wait));
+  bool release_held() {
+    bool released = false;
+    for (int i = 0; i < count_; ++i)
+      if (threads_[i].state == Thread::held) threads_[i].state = Thread::ready, released = true;
+    return released;
+  }
+
+  // Those whose threads all wait at the same __syncthreads. False if all have exited. No thread is ready.
+  bool release_blocks() {
+    int stuck = -1;
+    bool released = false;
+    for (int rank = 0; rank < grid_->cluster; ++rank) {
+      if (has_ended(rank) || threads_[rank * grid_->threads].state == Thread::held) continue;
+      if (waits_together(rank))
+        released = release_block(rank);
+      else
+        stuck = rank;
     }
-    if (!barrier.of_block) fail_in(first, "waits at " + place(barrier) + " for ever");
-    for (int i = 0; i < n; ++i) threads_[i].state = Thread::ready;
+    return released || release_held() || (stuck >= 0 && release_block(stuck));
+  }
+
+  bool waits_together(int rank) const {
+    const int begin = rank * grid_->threads;
+    for (int i = begin; i < begin + grid_->threads; ++i)
+      if (threads_[i].state != Thread::waiting || !threads_[i].wait.of_block) return false;
     return true;
   }
 
-  // What no page protects: up to a page before the block's memory, and up to 15 bytes behind it.
-  void check_shared_memory() const {
-    if (!untouched(shared_, here.shared)) fail_in_block("wrote before its shared memory");
-    if (!untouched(here.shared + grid_->shared_bytes, shared_ + shared_pages_))
-      fail_in_block("wrote past the " + std::to_string(grid_->shared_bytes) + " bytes of its shared memory");
+  // Fails if they do not all wait for the same.
+  bool release_block(int rank) {
+    const int begin = rank * grid_->threads, n = begin + grid_->threads;
+    int first = begin;
+    while (threads_[first].state == Thread::exited) ++first;
+    const Wait& barrier = threads_[first].wait;
+    for (int i = begin; i < n; ++i) {
+      const Wait& wait = threads_[i].wait;
+      if (threads_[i].state == Thread::exited)
+        fail_in(first, "waits at " + place(barrier) + ", but thread " + std::to_string(i - begin) + " has exited");
+      if (wait.mask != barrier.mask || wait.line != barrier.line || differ(wait.file, barrier.file))
+        fail_in(first,
+                "waits at " + place(barrier) + " for ever: thread " + std::to_string(i - begin) + " waits at " +
+                    place(wait));
+    }
+    if (!barrier.of_block) fail_in(first, "waits at " + place(barrier) + " for ever");
+    for (int i = begin; i < n; ++i) threads_[i].state = Thread::ready;
+    return true;
   }
 
-  [[noreturn]] void fail_in(int thread, const std::string& message) const {
-    fail_in_block("thread " + std::to_string(thread) + ": " + message);
+  void check_shared_memory() const {
+    for (int rank = 0; rank < grid_->cluster; ++rank) {
+      if (shared_[rank].written_before()) fail_in_block(rank, "wrote before its shared memory");
+      if (shared_[rank].written_past())
+        fail_in_block(rank, "wrote past the " + std::to_string(grid_->shared_bytes) + " bytes of its shared memory");
+    }
   }
-  [[noreturn]] void fail_in_block(const std::string& message) const {
-    fail("block " + std::to_string(here.block.x) + ", " + message);
+
+  [[noreturn]] void fail_in(int i, const std::string& message) const {
+    fail_in_block(i / grid_->threads, "thread " + std::to_string(i % grid_->threads) + ": " + message);
+  }
+  [[noreturn]] void fail_in_block(int rank, const std::string& message) const {
+    fail("block " + std::to_string(first_block_ + unsigned(rank)) + ", " + message);
   }
 
   Grid* grid_ = nullptr;
+  int count_ = 0;  // threads of a cluster
+  unsigned first_block_ = 0;
   std::vector<Thread> threads_;
   Fiber scheduler_;
   std::vector<int> warps_, lanes_;
   bool progress_ = false, made_room_ = false;
-  Meeting meetings_[kMeetings];
+  std::vector<Meeting> meetings_;  // of every block, and the last one of the cluster
   Random random_{0};
-  char* shared_ = nullptr;
-  size_t shared_pages_ = 0;
+  std::vector<SharedMemory> shared_;  // of every block
 };
 
 thread_local Multiprocessor* running = nullptr;  // by this thread of the operating system
 
 void Multiprocessor::thread_main() {
   Multiprocessor& self = *running;
-  Thread& thread = self.threads_[here.thread.x];
+  Thread& thread = self.threads_[here.index()];
   thread.fiber.begin(self.scheduler_);
   (*self.grid_->body)();
   thread.state = Thread::exited;
@@ -357,7 +412,7 @@ class Device {
     if (counter) counter->start_grid(grid.kernel, grid.blocks, grid.threads, grid.parameters);
     if (seed_) {
       grid.seed = (seed_ * 0x9e3779b97f4a7c15 + ++launches_ * 0xd1b54a32d192ed03) | 1;
-      grid.order.resize(grid.blocks);
+      grid.order.resize(grid.blocks / grid.cluster);
       std::iota(grid.order.begin(), grid.order.end(), 0u);
       Random(grid.seed).shuffle(grid.order);
     }
@@ -429,11 +484,26 @@ void note_progress() { running->note_progress(); }
 void make_room() { running->make_room(); }
 void meet(int number, int threads, const char* file, int line) { running->meet(number, threads, file, line); }
 void fail_here(const char* message) { running->fail_here(message); }
+char* in_block(int rank, const void* p) { return running->in_block(rank, p); }
+bool in_shared(const char* p) { return running->in_shared(p); }
+int draw_below(int n) { return running->draw_below(n); }
+bool has_ended(int rank) { return running->has_ended(rank); }
+void meet_cluster(const char* file, int line) { running->meet_cluster(file, line); }
+
+size_t& allowed_shared(const void* kernel) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  return allowed[{kernel, device}];
+}
 
 void set_seed(uint64_t seed) { Device::get().set_seed(seed); }
 
 void run_grid(unsigned blocks, int threads, size_t shared_bytes, const std::function<void()>& body, const void* kernel,
-              Range parameters) {
+              Range parameters, int cluster) {
+  if (cluster < 1 || cluster > 8 || blocks % cluster || (cluster > 1 && threads % kWarp))
+    fail("a GPU refuses clusters of " + std::to_string(cluster) + " in " + std::to_string(blocks) + " blocks of " +
+         std::to_string(threads) + " threads");
   if (blocks < 1 || threads < 1 || threads > kMaxThreads || shared_bytes > kAllShared ||
       shared_bytes > std::max(kMaxShared, asked_shared))
     fail("a GPU refuses " + std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads with " +
@@ -442,7 +512,7 @@ void run_grid(unsigned blocks, int threads, size_t shared_bytes, const std::func
   // The function is the launch's own, as its parameters are, and lies beside them.
   const char* const function = reinterpret_cast<const char*>(&body);
   parameters = {std::min(parameters.begin, function), std::max(parameters.end, function + sizeof body)};
-  Grid grid{blocks, threads, shared_bytes, &body, kernel, parameters};
+  Grid grid{blocks, threads, shared_bytes, &body, kernel, parameters, cluster};
   Device::get().run(grid);
 }
 

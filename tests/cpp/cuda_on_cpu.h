@@ -1,5 +1,6 @@
 // As much of CUDA as the kernels use, on a CPU: their sources are compiled as C++ against this header, and each thread
-// of a block is a fiber that runs until it waits for others. A block runs on one thread of the operating system.
+// of a block is a fiber that runs until it waits for others. A block runs on one thread of the operating system; so do
+// the blocks of a cluster, side by side.
 //
 // What a GPU may let pass ends the program, with the block and the thread that did it: a barrier that not all threads
 // of the block reach, a shuffle or __syncwarp with lanes that have exited or wait elsewhere, a source lane outside the
@@ -42,6 +43,8 @@ struct Here {
   dim3 threads, blocks;
   char* shared = nullptr;
   const char* stack = nullptr;  // its own; null while no thread runs, nor code that stands for the GPU's
+  int rank = 0, cluster = 1;  // of the block in its cluster; blocks of that
+  int index() const { return rank * int(threads.x) + int(thread.x); }  // of the thread in the cluster
 };
 inline thread_local Here here;
 
@@ -71,13 +74,24 @@ void wait_until(const char* operation, const char* file, int line, Condition con
 // The barrier of that number, for so many threads of the block.
 void meet(int number, int threads, const char* file, int line);
 
+// Of another block of the cluster: what lies there where `p` lies in this block's shared memory, and whether all of its
+// threads have exited, after which nobody may touch that.
+char* in_block(int rank, const void* p);
+bool has_ended(int rank);
+// All threads of the cluster.
+void meet_cluster(const char* file, int line);
+// A number from 0 to n - 1, always 0 with seed 0.
+int draw_below(int n);
+// Called when the threads of a cluster have exited.
+inline thread_local void (*at_end)() = nullptr;
+
 [[noreturn]] void fail_here(const char* message);
 
 // Threads and blocks run in ascending order with seed 0, and in an order drawn from any other. The first seed is that
 // in the environment variable CUDA_ON_CPU_SEED, if there is one.
 void set_seed(uint64_t seed);
 
-// Bytes of shared memory that a kernel was allowed beyond those that any may have.
+// Bytes of shared memory that the kernel which starts next was allowed beyond those that any may have.
 inline thread_local size_t asked_shared = 0;
 
 // Who is told of what runs: count_on_cpu.cpp, in a program that is linked to it. See there.
@@ -87,11 +101,13 @@ struct Range {
 };
 struct Counter {
   void (*start_grid)(const void* kernel, unsigned blocks, int threads, Range parameters);
-  void (*start_block)(Range shared);
+  void (*start_block)();
   void (*end_block)();
   void (*transfer)(bool reads, size_t bytes);
 };
 inline const Counter* counter = nullptr;
+
+bool in_shared(const char* p);  // of the blocks that run
 
 // Lets the other threads of the block have their next access to memory first.
 void make_room();
@@ -106,14 +122,21 @@ class Aside {
   const char* const stack_;
 };
 
-void run_grid(unsigned blocks, int threads, size_t shared_bytes, const std::function<void()>& body, const void* kernel,
-              Range parameters);
+// What the device was asked about a kernel, or told: calls of the functions for it.
+inline thread_local int questions = 0;
+// The device in use; there are several.
+inline thread_local int device = 0;
+// The bytes that a kernel was allowed on the device in use: 0 before that.
+size_t& allowed_shared(const void* kernel);
 
-// Runs body() in every thread of every block, and returns when all have ended. The kernel is its name to a counter.
+void run_grid(unsigned blocks, int threads, size_t shared_bytes, const std::function<void()>& body, const void* kernel,
+              Range parameters, int cluster);
+
+// Runs body() in every thread of every block, and returns when all have ended. Every `cluster` blocks run together.
 template <class F>
-void launch(unsigned blocks, int threads, size_t shared_bytes, F body, const void* kernel = nullptr) {
+void launch(unsigned blocks, int threads, size_t shared_bytes, F body, const void* kernel = nullptr, int cluster = 1) {
   const char* const parameters = reinterpret_cast<const char*>(&body);
-  run_grid(blocks, threads, shared_bytes, std::ref(body), kernel, {parameters, parameters + sizeof body});
+  run_grid(blocks, threads, shared_bytes, std::ref(body), kernel, {parameters, parameters + sizeof body}, cluster);
 }
 
 inline int lane() { return int(here.thread.x) % kWarp; }
@@ -246,16 +269,23 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
-  return *attributes = {1024}, cuda_on_cpu::refusal;
+  return ++cuda_on_cpu::questions, *attributes = {1024}, cuda_on_cpu::refusal;
 }
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
-  return cuda_on_cpu::asked_shared = size_t(bytes), cudaSuccess;
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
+  ++cuda_on_cpu::questions;
+  return cuda_on_cpu::allowed_shared(reinterpret_cast<const void*>(kernel)) = size_t(bytes), cudaSuccess;
 }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = cuda_on_cpu::device, cudaSuccess; }
+// Unlike CUDA's: of so many blocks.
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, int blocks) {
+  return ++cuda_on_cpu::questions, *clusters = blocks <= 8 ? 3 : 0, cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   // Few, unless the environment says otherwise.
   const char* const multiprocessors = std::getenv("CUDA_ON_CPU_MULTIPROCESSORS");
+  ++cuda_on_cpu::questions;
   return *value = attribute == cudaDevAttrMultiProcessorCount      ? multiprocessors ? std::atoi(multiprocessors) : 3
                   : attribute == cudaDevAttrComputeCapabilityMajor ? 9
                                                                    : 0,

@@ -1,8 +1,10 @@
 // What csrc/cuda/hopper.cuh takes from a GPU of compute capability 9.0, on a CPU.
 //
-// Copies and products are done as late as a GPU may do them: a copy when a thread has to wait at a barrier, a product when
-// its thread waits for it. So a tile that is used too early is not there yet, and one that is freed too early is another
-// one by then. A descriptor is taken apart as the hardware does it.
+// Copies and products are done as late as a GPU may do them: a copy when a thread of the block that it lands in has to
+// wait at a barrier, a product when its thread waits for it. So a tile that is used too early is not there yet, and one
+// that is freed too early is another one by then. A copy to all blocks of a cluster lands in each at another time; in
+// random order also when a thread of another block has to wait, before those of its own have seen the copies before it.
+// Nobody may reach into a block that has ended. A descriptor is taken apart as the hardware does it.
 #pragma once
 
 #include <cstddef>
@@ -10,51 +12,46 @@
 #include <vector>
 
 #include "cuda_on_cpu.h"
-#include "pom/pom.h"
+#include "driver_on_cpu.h"
+#include "pom/types.h"
 
 namespace pom::cuda {
 
-struct TileMap {
-  const uint16_t* data = nullptr;
-  int64_t elements = 0, rows = 0, samples = 0, row_stride = 0, sample_stride = 0;
-  int tile_rows = 0;
-};
-// Status::bad_size for what a GPU refuses.
-template <class Tensor>
-Status describe_tensor(const Tensor& t, int rows, TileMap& map) {
-  map = {static_cast<const uint16_t*>(t.data), t.elements, t.rows, t.samples, t.row_stride, t.sample_stride, rows};
-  const bool sizes = t.elements > 0 && t.rows > 0 && t.samples > 0 && rows > 0 && rows <= 256;
-  const bool strides = t.row_stride % 8 == 0 && t.sample_stride % 8 == 0 && t.row_stride > 0 && t.sample_stride > 0;
-  return sizes && strides && reinterpret_cast<uintptr_t>(t.data) % 16 == 0 ? Status::ok : Status::bad_size;
-}
-
 // Addresses in shared memory count from a multiple of 1,024 bytes, as on a GPU.
-inline char* shared_origin() {
-  return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(cuda_on_cpu::here.shared) / 1024 * 1024);
+inline char* shared_origin(const char* shared = cuda_on_cpu::here.shared) {
+  return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(shared) / 1024 * 1024);
 }
 inline uint32_t shared_address(const void* p) { return uint32_t(static_cast<const char*>(p) - shared_origin()); }
 // Of chunks of 16 bytes in 1,024: where the one lies that is meant by an address.
-inline char* swapped(uint32_t address) { return shared_origin() + (address ^ (address >> 3 & 0x70)); }
+inline uint32_t swapped_address(uint32_t address) { return address ^ (address >> 3 & 0x70); }
+inline char* swapped(uint32_t address) { return shared_origin() + swapped_address(address); }
 
 class Barrier {
  public:
   void init(int count) { *this = {}, left_ = count_ = uint16_t(count); }
   void arrive() { arrive_expecting(0); }
+  void arrive_in(unsigned rank);
   void arrive_expecting(int bytes) {
+    expect_initialised();
     bytes_ += bytes;
     if (left_ == 0) cuda_on_cpu::fail_here("arrives at a barrier where nobody is missing");
     --left_;
     finish();
   }
   void receive(int bytes) {
+    expect_initialised();
     bytes_ -= bytes;
     finish();
   }
   void wait(unsigned parity, const char* file = __builtin_FILE(), int line = __builtin_LINE());
 
+  void expect_initialised() const {  // shared memory is all ones before
+    if (count_ == 0x7fff) cuda_on_cpu::fail_here("uses a barrier that is not initialised");
+  }
+
  private:
   void finish() {
-    if (left_ == 0 && bytes_ == 0) phase_ ^= 1, left_ = count_;
+    if (left_ == 0 && bytes_ == 0) phase_ ^= 1, left_ = count_, cuda_on_cpu::note_progress();
   }
   int32_t bytes_ = 0;
   uint16_t left_ = 0;
@@ -63,19 +60,21 @@ class Barrier {
 static_assert(sizeof(Barrier) == 8, "as on a GPU");
 
 struct Copy {
-  const TileMap* map;
+  const CUtensorMap* map;
   char* tile;
   int element, row, sample;
   Barrier* barrier;
 
-  void run() const {
-    if (shared_address(tile) % 1024) cuda_on_cpu::fail_here("copies a tile that does not start at 1,024 bytes");
+  void run(int rank) const {  // the block in which it lands
+    char* const origin = shared_origin(cuda_on_cpu::in_block(rank, cuda_on_cpu::here.shared));
+    const uint32_t first = uint32_t(tile - origin);
+    if (first % 1024) cuda_on_cpu::fail_here("copies a tile that does not start at 1,024 bytes");
     for (int r = 0; r < map->tile_rows; ++r)
       for (int e = 0; e < 64; ++e) {
         const int64_t at = int64_t(row) + r, i = int64_t(element) + e;
         const bool inside = i >= 0 && i < map->elements && at >= 0 && at < map->rows && sample >= 0 && sample < map->samples;
         const uint16_t value = inside ? map->data[sample * map->sample_stride + at * map->row_stride + i] : 0;
-        std::memcpy(swapped(shared_address(tile) + r * 128 + e * 2), &value, sizeof value);
+        std::memcpy(origin + swapped_address(first + r * 128 + e * 2), &value, sizeof value);
       }
     barrier->receive(map->tile_rows * 128);
   }
@@ -87,28 +86,62 @@ struct QueuedProduct {
   bool add;
 };
 
-// Of the block that runs: copies that were started, and every thread's products, in batches of which the last is open.
+// Of the cluster that runs: copies that were started, by the block that they land in, and every thread's products, in
+// batches of which the last is open.
 struct Pending {
-  std::deque<Copy> copies;
+  std::deque<Copy> copies[8];
   std::vector<std::deque<std::vector<QueuedProduct>>> products;
 };
 inline thread_local Pending pending;
 
+inline void expect_all_copied() {
+  for (const std::deque<Copy>& copies : pending.copies)
+    if (!copies.empty()) cuda_on_cpu::fail_here("has ended before all copies have landed");
+}
+
 inline void Barrier::wait(unsigned parity, const char* file, int line) {
+  expect_initialised();
   cuda_on_cpu::wait_until("Barrier::wait", file, line, [&] {
     if (phase_ != parity) return true;
-    if (!pending.copies.empty()) {
-      pending.copies.front().run();
-      pending.copies.pop_front();
+    const auto& here = cuda_on_cpu::here;
+    int rank = (here.rank + cuda_on_cpu::draw_below(here.cluster)) % here.cluster;
+    if (pending.copies[rank].empty()) rank = here.rank;
+    if (!pending.copies[rank].empty()) {
+      const Copy copy = pending.copies[rank].front();
+      pending.copies[rank].pop_front();
+      if (cuda_on_cpu::has_ended(rank)) cuda_on_cpu::fail_here("copies into a block that has ended");
+      copy.run(rank);
       cuda_on_cpu::note_progress();
     }
     return false;
   });
 }
 
+inline unsigned cluster_rank() { return unsigned(cuda_on_cpu::here.rank); }
+inline void meet_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cuda_on_cpu::meet_cluster(file, line);
+}
+// Where something lies in another block of the cluster.
+template <class T>
+T* in_block(unsigned rank, T* p) {
+  if (int(rank) >= cuda_on_cpu::here.cluster) cuda_on_cpu::fail_here("reaches for a block that is not in its cluster");
+  if (cuda_on_cpu::has_ended(int(rank))) cuda_on_cpu::fail_here("reaches into a block that has ended");
+  return reinterpret_cast<T*>(cuda_on_cpu::in_block(int(rank), p));
+}
+inline void Barrier::arrive_in(unsigned rank) { in_block(rank, this)->arrive(); }
+
 inline void publish_barriers() {}
-inline void load_tile(const TileMap& map, void* tile, int element, int row, int sample, Barrier& barrier) {
-  pending.copies.push_back({&map, static_cast<char*>(tile), element, row, sample, &barrier});
+inline void load_tile(const CUtensorMap& map, void* tile, int element, int row, int sample, Barrier& barrier) {
+  cuda_on_cpu::at_end = expect_all_copied;
+  pending.copies[cuda_on_cpu::here.rank].push_back({&map, static_cast<char*>(tile), element, row, sample, &barrier});
+}
+template <int blocks>
+void load_tile_in_all(const CUtensorMap& map, void* tile, int element, int row, int sample, Barrier& barrier) {
+  if (blocks != cuda_on_cpu::here.cluster) cuda_on_cpu::fail_here("copies to other blocks than its cluster has");
+  cuda_on_cpu::at_end = expect_all_copied;
+  for (int rank = 0; rank < blocks; ++rank)
+    pending.copies[rank].push_back({&map, in_block(rank, static_cast<char*>(tile)), element, row, sample,
+                                    in_block(rank, &barrier)});
 }
 inline void sync_threads(int number, int threads, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   cuda_on_cpu::meet(number, threads, file, line);
@@ -119,8 +152,9 @@ template <int>
 void take_registers() {}
 
 inline std::deque<std::vector<QueuedProduct>>& own_products() {
-  if (pending.products.size() <= threadIdx.x) pending.products.resize(1024);
-  return pending.products[threadIdx.x];
+  const size_t i = size_t(cuda_on_cpu::here.index());
+  if (pending.products.size() <= i) pending.products.resize(i + 1024);
+  return pending.products[i];
 }
 inline void open_products() {
   if (!own_products().empty() && own_products().back().empty()) cuda_on_cpu::fail_here("opens products twice");

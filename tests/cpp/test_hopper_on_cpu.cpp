@@ -1,6 +1,8 @@
 // What the stand-in for CUDA has of a GPU of compute capability 9.0: barriers in memory, parts of a block that meet, tiles.
 
 #include <algorithm>
+#include <numeric>
+#include <string>
 #include <vector>
 
 #include "faults.h"
@@ -42,18 +44,22 @@ void test_barriers() {
   expect(ahead == 0, "%d threads went on alone", ahead);
 }
 
+// How a tensor (2, 70, 40) is described to copies of tiles of 64 rows; rows are so many bytes apart.
+CUresult describe(const std::vector<uint16_t>& numbers, uint64_t row_bytes, CUtensorMap& map) {
+  const cuuint64_t sizes[] = {40, 70, 2}, bytes[] = {row_bytes, 70 * row_bytes};
+  const cuuint32_t box[] = {64, 64, 1}, every[] = {1, 1, 1};
+  return cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<uint16_t*>(numbers.data()), sizes,
+                                bytes, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
 // A tile comes when it is waited for, zeros where the tensor ends, and a product finds in it what lies there.
 void test_tiles() {
   using namespace pom::cuda;
-  struct {
-    const void* data;
-    int64_t elements = 40, rows = 70, samples = 2, row_stride = 48, sample_stride = 70 * 48;
-  } tensor;
   std::vector<uint16_t> numbers(2 * 70 * 48);
   for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = pom::to_bf16(float(i % 251)).bits;
-  tensor.data = numbers.data();
-  TileMap map;
-  expect(describe_tensor(tensor, 64, map) == pom::Status::ok, "a tensor is refused");
+  CUtensorMap map;
+  expect(describe(numbers, 96, map) == CUDA_SUCCESS, "a tensor is refused");
   std::vector<float> found(64 * 64, -1);
   bool early = true;
   launch(1, 128, 64 * 128 + 1024 + 16, [&] {
@@ -77,8 +83,146 @@ void test_tiles() {
     wrong += found[i] != (inside ? pom::to_float(pom::to_bf16(float((70 * 48 + row * 48 + element) % 251))) : 0);
   }
   expect(!early && wrong == 0, "%d elements of a tile are wrong, or it came early", wrong);
-  tensor.row_stride = 41;
-  expect(describe_tensor(tensor, 64, map) == pom::Status::bad_size, "rows at odd places are not refused");
+  expect(describe(numbers, 82, map) == CUDA_ERROR_INVALID_VALUE, "rows at odd places are not refused");
+}
+
+// Blocks that see each other's shared memory: who is which, and whom a barrier lets through.
+void test_clusters() {
+  constexpr unsigned kBlocks = 6;
+  std::vector<int> ranks(kBlocks, -1), sums(kBlocks);
+  int ahead = 0;
+  std::vector<int> phases(kBlocks * 32);
+  launch(kBlocks, 32, 16, [&] {
+    auto& barrier = make_barrier(2 * 32);
+    pom::cuda::meet_cluster();
+    ranks[blockIdx.x] = int(pom::cuda::cluster_rank());
+    const unsigned other = blockIdx.x ^ 1;
+    for (int phase = 0; phase < 5; ++phase) {  // a phase ends when the threads of both blocks have come
+      phases[blockIdx.x * 32 + threadIdx.x] = phase;
+      barrier.arrive_in(0);
+      barrier.arrive_in(1);
+      barrier.wait(phase % 2);
+      ahead += *std::min_element(&phases[other * 32], &phases[other * 32] + 32) < phase;
+    }
+    pom::cuda::meet_cluster();
+  }, nullptr, 2);
+  for (unsigned b = 0; b < kBlocks; ++b) expect(ranks[b] == int(b % 2), "block %u is number %d", b, ranks[b]);
+  expect(ahead == 0, "%d threads went on without the other block", ahead);
+}
+
+// What the kernels do with tiles that two blocks share: either copies half of each tile to both, into a ring of two
+// stages, and a tile is copied when both are done with the one before it. One mistake at a time can be made.
+enum class Mistake { none, early_start, own_readers_only, early_reading, early_end, half_the_bytes };
+
+struct SharedRing {
+  std::vector<uint16_t> numbers;
+  CUtensorMap map;
+  static constexpr int kTiles = 6;
+
+  SharedRing() : numbers(2 * 70 * 48) {
+    for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = uint16_t(i);
+    describe(numbers, 96, map);
+  }
+
+  // How many numbers the blocks found where others belong.
+  int wrong(Mistake mistake, unsigned blocks) const {
+    std::vector<int> wrong(blocks * 64);
+    launch(blocks, 64, 2 * 2 * 64 * 128 + 1024 + 64, [&] {
+      using namespace pom::cuda;
+      POM_SHARED(memory);
+      Barrier *const full = reinterpret_cast<Barrier*>(memory), *const empty = full + 2;
+      char* const tiles = shared_origin() + 1024;
+      constexpr int kHalf = 64 * 128;
+      if (threadIdx.x == 0)
+        for (int i = 0; i < 2; ++i) full[i].init(1), empty[i].init(mistake == Mistake::own_readers_only ? 1 : 2);
+      if (mistake != Mistake::early_start) meet_cluster();
+      const int rank = int(cluster_rank());
+      if (threadIdx.x < 32) {
+        if (threadIdx.x == 0)
+          for (int tile = 0; tile < kTiles; ++tile) {
+            const int stage = tile % 2;
+            empty[stage].wait(tile / 2 % 2 ^ 1);
+            full[stage].arrive_expecting(mistake == Mistake::half_the_bytes ? kHalf : 2 * kHalf);
+            load_tile_in_all<2>(map, tiles + (2 * stage + rank) * kHalf, 0, tile, rank, full[stage]);
+          }
+      } else {
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const int stage = tile % 2;
+          if (mistake != Mistake::early_reading) full[stage].wait(tile / 2 % 2);
+          for (int i = 0; i < 2 * 64 * 32; ++i) {
+            const int half = i / (64 * 32), row = i / 32 % 64, element = i % 32;
+            uint16_t got;
+            std::memcpy(&got, swapped(shared_address(tiles + (2 * stage + half) * kHalf) + row * 128 + element * 2), 2);
+            wrong[blockIdx.x * 64 + threadIdx.x] +=
+                tile + row < 70 && got != numbers[(half * 70 + tile + row) * 48 + element];
+          }
+          __syncwarp();
+          if (threadIdx.x == 32) empty[stage].arrive();
+          if (threadIdx.x == 33 && mistake != Mistake::own_readers_only) empty[stage].arrive_in(rank ^ 1);
+        }
+      }
+      if (mistake != Mistake::early_end) meet_cluster();
+    }, nullptr, 2);
+    return std::accumulate(wrong.begin(), wrong.end(), 0);
+  }
+};
+
+void test_shared_tiles() {
+  const SharedRing ring;
+  expect(ring.wrong(Mistake::none, 4) == 0, "a shared tile is another one");
+}
+
+// Every mistake shows in some order of threads, in results or as what a GPU does not survive.
+void test_mistakes_with_shared_tiles() {
+  const SharedRing ring;
+  for (Mistake mistake : {Mistake::early_start, Mistake::own_readers_only, Mistake::early_reading, Mistake::early_end,
+                          Mistake::half_the_bytes}) {
+    int noticed = 0;
+    for (uint64_t seed = 0; seed < 10; ++seed)
+      noticed += last_words([&] {
+                   cuda_on_cpu::set_seed(seed);
+                   if (ring.wrong(mistake, 2)) std::abort();
+                 }).rfind("no fault", 0) != 0;
+    expect(noticed >= 2, "mistake %d shows in %d orders of 10", int(mistake), noticed);
+  }
+  expect_fault("reaches into a block that has ended", [] {
+    launch(2, 32, 16, [] {
+      auto& barrier = make_barrier(32);
+      pom::cuda::meet_cluster();
+      if (pom::cuda::cluster_rank() == 1) return;
+      barrier.arrive();
+      barrier.wait(0);
+      __syncthreads();
+      barrier.arrive_in(1);
+    }, nullptr, 2);
+  });
+  expect_fault("has ended before all copies have landed", [&] {
+    launch(1, 32, 64 * 128 + 1024 + 16, [&] {
+      auto& barrier = make_barrier(1);
+      if (threadIdx.x == 0) pom::cuda::load_tile(ring.map, pom::cuda::shared_origin() + 1024, 0, 0, 0, barrier);
+    });
+  });
+  expect_fault("waits at the cluster's barrier (test_hopper_on_cpu.cpp", [] {
+    launch(2, 32, 0, [] {
+      if (blockIdx.x == 0) pom::cuda::meet_cluster();
+    }, nullptr, 2);
+  });
+  expect_fault("uses a barrier that is not initialised", [] {
+    launch(1, 32, 16, [] {
+      POM_SHARED(memory);
+      reinterpret_cast<pom::cuda::Barrier*>(memory)->arrive();
+    });
+  });
+  expect_fault("reaches for a block that is not in its cluster", [] {
+    launch(2, 32, 16, [] { make_barrier(1).arrive_in(1); });
+  });
+  expect_fault("a GPU refuses clusters of 2 in 3 blocks", [] { launch(3, 32, 0, [] {}, nullptr, 2); });
+  expect_fault("block 3, thread 5: waits at __syncthreads", [] {
+    launch(4, 32, 0, [] {
+      if (blockIdx.x == 3 && threadIdx.x == 4) return;
+      if (blockIdx.x < 3 || threadIdx.x >= 5) __syncthreads();
+    }, nullptr, 2);
+  });
 }
 
 void test_endless_waits() {
@@ -102,9 +246,15 @@ int main() {
     test_barriers();
     section("tiles");
     test_tiles();
+    section("clusters");
+    test_clusters();
+    section("shared tiles");
+    test_shared_tiles();
   }
   cuda_on_cpu::set_seed(0);
   section("endless waits");
   test_endless_waits();
+  section("mistakes with shared tiles");
+  test_mistakes_with_shared_tiles();
   return check::finish();
 }

@@ -1,8 +1,12 @@
 // The state of tokens that are projected on the way, against naive.h: cuda::project_state, which runs on GPUs of compute
 // capability 9.0.
 
+#include <algorithm>
 #include <limits>
+#include <thread>
+#include <vector>
 
+#include "driver_on_cpu.h"
 #include "expectations.h"
 
 using check::expect;
@@ -154,7 +158,71 @@ void test_refusals() {
   expect(got == Status::workspace_too_small && out.total.untouched(), "too small a workspace: %s", message(got));
 }
 
+// What the driver says of a tensor that it does not describe, and what is said of a driver that describes none. Either
+// is over with its cause: nothing of it is kept.
+void test_words_of_the_driver() {
+  const ProjectCase p = {{Form::power, 3, Dtype::bf16, Context::whole, false, false, {1, 70, 16}}, 64, true};
+  const Tokens tokens(p);
+  StateBuffers out(Dtype::f32, 1, 16);
+  const ProjectStateArgs args = tokens.args(p, out.view());
+  Workspace memory(pom::cuda::workspace(args));
+  auto call = [&] { return pom::cuda::project_state(args, memory.data(), pom::cuda::workspace(args), nullptr); };
+  auto refused = [&](const char* words) {
+    const Status got = call();
+    expect(got == Status::device_error, "not the driver's error but: %s", message(got));
+    expect(std::string(pom::cuda::error()).find(words) != std::string::npos, "not '%s': %s", words, pom::cuda::error());
+    expect(out.total.untouched(), "a refused call writes");
+  };
+  cuda_on_cpu::has_entry_points = false;
+  refused("the driver describes no tensors");
+  cuda_on_cpu::has_entry_points = true;
+  for (const auto& [code, words] : {std::pair{CUDA_ERROR_INVALID_VALUE, "invalid argument"},
+                                    {CUDA_ERROR_NOT_SUPPORTED, "operation not supported"},
+                                    {CUresult(999), "the driver refuses to describe a tensor"}}) {
+    cuda_on_cpu::map_refusal = code;
+    refused(words);
+  }
+  cuda_on_cpu::map_refusal = CUDA_SUCCESS;
+  const Status got = call();
+  expect(got == Status::ok && !out.total.untouched(), "after refusals: %s", message(got));
+}
+
+// A device is asked about a kernel, and told of its memory, once: by the first of several threads, and on every device.
+void test_questions() {
+  const ProjectCase p = {{Form::power, 3, Dtype::bf16, Context::whole, false, false, {1, 70, 16}}, 64, true};
+  const Tokens tokens(p);
+  StateBuffers out(Dtype::f32, 1, 16);
+  const ProjectStateArgs args = tokens.args(p, out.view());
+  auto questions = [&](auto ask) {
+    const int before = cuda_on_cpu::questions;
+    ask();
+    return cuda_on_cpu::questions - before;
+  };
+  auto call = [&] { run(p.name(), args, out.outputs()); };
+  call();
+  expect(questions(call) == 0 && questions([&] { pom::cuda::projects(args); }) == 0, "the device is asked again");
+  for (int device : {1, 2}) {
+    int asked[4];
+    std::vector<std::thread> threads;
+    for (int& count : asked)
+      threads.emplace_back([&, device] {
+        cuda_on_cpu::device = device;
+        bool taken = false;
+        count = questions([&] { taken = pom::cuda::projects(args); });
+        if (!taken) count = -1;
+      });
+    for (std::thread& thread : threads) thread.join();
+    std::sort(asked, asked + 4);
+    expect(asked[2] == 0 && asked[3] == 3, "on device %d threads ask %d and %d questions", device, asked[2], asked[3]);
+    cuda_on_cpu::device = device;
+    expect(questions(call) == 0, "device %d is asked again", device);
+    cuda_on_cpu::device = 0;
+  }
+}
+
 int main() {
+  section("words of the driver");  // first: before a function of the driver is found
+  test_words_of_the_driver();
   section("sizes");
   test_sizes();
   section("instances");
@@ -164,5 +232,7 @@ int main() {
   section("refusals");
   test_refusals();
   test_an_old_driver();
+  section("questions");
+  test_questions();
   return check::finish();
 }
