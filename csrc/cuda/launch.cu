@@ -64,7 +64,7 @@ Status checked(cudaError_t code) {
 }
 
 Status refused(const char* said) {
-  words = said;
+  std::snprintf(words, sizeof words, "%s", said);
   return Status::device_error;
 }
 

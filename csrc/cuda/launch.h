@@ -19,7 +19,7 @@ constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;  // of a grid's first dim
 
 // Keeps CUDA's own words, or clearer ones, for `error()`.
 Status checked(cudaError_t code);
-// Keeps other words for it, which must last: Status::device_error.
+// Keeps other words for it: Status::device_error.
 Status refused(const char* words);
 
 template <class T>
