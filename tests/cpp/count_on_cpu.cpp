@@ -11,7 +11,7 @@
 // more than the cache holds moves everything again. Loads and stores are kept apart; a store moves its sector once, an
 // atomic operation loads and stores it. Threads take turns with every sector, as they do on a GPU, or one would be through
 // with its tokens before its neighbour touches the other half of their sectors. There is no L2: what two blocks
-// load counts twice.
+// load counts twice. Copies of tiles by Hopper's own unit (hopper_on_cpu.h) are not counted.
 
 #include "count_on_cpu.h"
 
@@ -94,8 +94,7 @@ struct Traffic {
   Sectors loads, stores;
   Range shared, thread_local_variables;
 };
-// Asked for at every access, so in the one place that takes no call.
-__attribute__((tls_model("initial-exec"))) thread_local Traffic* traffic = nullptr;
+thread_local Traffic* traffic = nullptr;  // a constant to begin with: every access asks for it
 
 // Of the grid that runs: one at a time.
 Range parameters, program;

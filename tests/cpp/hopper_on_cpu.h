@@ -97,6 +97,7 @@ inline thread_local Pending pending;
 inline void Barrier::wait(unsigned parity, const char* file, int line) {
   cuda_on_cpu::wait_until("Barrier::wait", file, line, [&] {
     if (phase_ != parity) return true;
+    const cuda_on_cpu::Aside hardware;
     if (!pending.copies.empty()) {
       pending.copies.front().run();
       pending.copies.pop_front();
@@ -108,6 +109,7 @@ inline void Barrier::wait(unsigned parity, const char* file, int line) {
 
 inline void publish_barriers() {}
 inline void load_tile(const TileMap& map, void* tile, int element, int row, int sample, Barrier& barrier) {
+  const cuda_on_cpu::Aside hardware;
   pending.copies.push_back({&map, static_cast<char*>(tile), element, row, sample, &barrier});
 }
 inline void sync_threads(int number, int threads, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -123,6 +125,7 @@ inline std::deque<std::vector<QueuedProduct>>& own_products() {
   return pending.products[threadIdx.x];
 }
 inline void open_products() {
+  const cuda_on_cpu::Aside hardware;
   if (!own_products().empty() && own_products().back().empty()) cuda_on_cpu::fail_here("opens products twice");
   own_products().emplace_back();
 }
@@ -130,8 +133,11 @@ inline void close_products() {}  // a batch is closed where the next one opens
 template <int n>
 void wait_for_products() {
   __syncwarp();
-  for (auto& batches = own_products(); int(batches.size()) > n; batches.pop_front())
-    for (const QueuedProduct& p : batches.front()) p.multiply(p.sums, p.tokens, p.weight, p.add);
+  {
+    const cuda_on_cpu::Aside hardware;
+    for (auto& batches = own_products(); int(batches.size()) > n; batches.pop_front())
+      for (const QueuedProduct& p : batches.front()) p.multiply(p.sums, p.tokens, p.weight, p.add);
+  }
   __syncwarp();
 }
 inline void keep_behind(float (&)[128]) {}
@@ -161,6 +167,7 @@ void queue_product(float (&sums)[128], uint64_t tokens, uint64_t weight, bool ad
         }
     }
   };
+  const cuda_on_cpu::Aside hardware;
   own_products().back().push_back({multiply, sums, tokens, weight, add});
 }
 
