@@ -11,7 +11,7 @@
 // more than the cache holds moves everything again. Loads and stores are kept apart; a store moves its sector once, an
 // atomic operation loads and stores it. Threads take turns with every sector, as they do on a GPU, or one would be through
 // with its tokens before its neighbour touches the other half of their sectors. There is no L2: what two blocks
-// load counts twice.
+// load counts twice. Copies of tiles by Hopper's own unit (hopper_on_cpu.h) are not counted.
 
 #include "count_on_cpu.h"
 
@@ -94,7 +94,7 @@ struct Traffic {
   Sectors loads, stores;
   Range thread_local_variables;
 };
-thread_local Traffic traffic;
+thread_local Traffic* traffic = nullptr;  // a constant to begin with: every access asks for it
 
 // Of the grid that runs: one at a time.
 Range parameters, program;
@@ -130,22 +130,28 @@ void start_grid(const void* kernel, unsigned blocks, int threads, Range of_kerne
   launches.push_back({at, blocks, uint32_t(threads), 0, 0});
 }
 
-void start_block() {
-  traffic.loads.start_block();
-  traffic.stores.start_block();
-  if (traffic.thread_local_variables.begin) return;
+void find_thread_local_variables() {
   with_program([](const dl_phdr_info& info, Range) {
     const char* const begin = static_cast<const char*>(info.dlpi_tls_data);
     for (int i = 0; i < info.dlpi_phnum; ++i)
       if (info.dlpi_phdr[i].p_type == PT_TLS)
-        traffic.thread_local_variables = {begin, begin + info.dlpi_phdr[i].p_memsz};
+        traffic->thread_local_variables = {begin, begin + info.dlpi_phdr[i].p_memsz};
   });
+}
+
+void start_block() {
+  if (!traffic) {
+    traffic = new Traffic;  // for as long as the thread, which serves until the program ends
+    find_thread_local_variables();
+  }
+  traffic->loads.start_block();
+  traffic->stores.start_block();
 }
 
 void end_block() {
   const std::lock_guard<std::mutex> lock(mutex);
-  launches.back().loaded += traffic.loads.counted() << kSectorBits;
-  launches.back().stored += traffic.stores.counted() << kSectorBits;
+  launches.back().loaded += traffic->loads.counted() << kSectorBits;
+  launches.back().stored += traffic->stores.counted() << kSectorBits;
 }
 
 void transfer(bool reads, size_t bytes) {
@@ -168,7 +174,7 @@ void access(const void* address, size_t bytes, bool loads, bool stores) {
   const char* const p = static_cast<const char*>(address);
   const char* const stack = here.stack;
   if (!stack || size_t(p - stack) < Fiber::kStack) return;
-  Traffic& own = traffic;
+  Traffic& own = *traffic;
   if (own.thread_local_variables.has(p) || cuda_on_cpu::in_shared(p) || parameters.has(p) || program.has(p)) return;
   const bool counts = (loads && touch(own.loads, p, bytes)) | (stores && touch(own.stores, p, bytes));
   if (counts) cuda_on_cpu::make_room();

@@ -103,6 +103,7 @@ inline void Barrier::wait(unsigned parity, const char* file, int line) {
   expect_initialised();
   cuda_on_cpu::wait_until("Barrier::wait", file, line, [&] {
     if (phase_ != parity) return true;
+    const cuda_on_cpu::Aside hardware;
     const auto& here = cuda_on_cpu::here;
     int rank = (here.rank + cuda_on_cpu::draw_below(here.cluster)) % here.cluster;
     if (pending.copies[rank].empty()) rank = here.rank;
@@ -132,12 +133,14 @@ inline void Barrier::arrive_in(unsigned rank) { in_block(rank, this)->arrive(); 
 
 inline void publish_barriers() {}
 inline void load_tile(const CUtensorMap& map, void* tile, int element, int row, int sample, Barrier& barrier) {
+  const cuda_on_cpu::Aside hardware;
   cuda_on_cpu::at_end = expect_all_copied;
   pending.copies[cuda_on_cpu::here.rank].push_back({&map, static_cast<char*>(tile), element, row, sample, &barrier});
 }
 template <int blocks>
 void load_tile_in_all(const CUtensorMap& map, void* tile, int element, int row, int sample, Barrier& barrier) {
   if (blocks != cuda_on_cpu::here.cluster) cuda_on_cpu::fail_here("copies to other blocks than its cluster has");
+  const cuda_on_cpu::Aside hardware;
   cuda_on_cpu::at_end = expect_all_copied;
   for (int rank = 0; rank < blocks; ++rank)
     pending.copies[rank].push_back({&map, in_block(rank, static_cast<char*>(tile)), element, row, sample,
@@ -157,6 +160,7 @@ inline std::deque<std::vector<QueuedProduct>>& own_products() {
   return pending.products[i];
 }
 inline void open_products() {
+  const cuda_on_cpu::Aside hardware;
   if (!own_products().empty() && own_products().back().empty()) cuda_on_cpu::fail_here("opens products twice");
   own_products().emplace_back();
 }
@@ -164,8 +168,11 @@ inline void close_products() {}  // a batch is closed where the next one opens
 template <int n>
 void wait_for_products() {
   __syncwarp();
-  for (auto& batches = own_products(); int(batches.size()) > n; batches.pop_front())
-    for (const QueuedProduct& p : batches.front()) p.multiply(p.sums, p.tokens, p.weight, p.add);
+  {
+    const cuda_on_cpu::Aside hardware;
+    for (auto& batches = own_products(); int(batches.size()) > n; batches.pop_front())
+      for (const QueuedProduct& p : batches.front()) p.multiply(p.sums, p.tokens, p.weight, p.add);
+  }
   __syncwarp();
 }
 inline void keep_behind(float (&)[128]) {}
@@ -195,6 +202,7 @@ void queue_product(float (&sums)[128], uint64_t tokens, uint64_t weight, bool ad
         }
     }
   };
+  const cuda_on_cpu::Aside hardware;
   own_products().back().push_back({multiply, sums, tokens, weight, add});
 }
 
