@@ -25,6 +25,7 @@ struct GateInstance {
   using Acc = typename accumulator<T>::type;
   static constexpr int Vec = Vec_, ranges = turned ? 2 : 1, kNumbers = ranges * Vec;
   static constexpr int kUnroll = turned ? 2 : 4;
+  static constexpr int kSlopeUnroll = turned && sizeof(T) == 4 ? 1 : kUnroll;  // beside gradients, in the registers left
   using Tokens = GateTokens<Gate, T, Vec, ranges>;
   using Rows = typename Tokens::Rows;
 };
@@ -113,8 +114,8 @@ __global__ void __launch_bounds__(kThreads, kGateSlopeBlocks<I>) gate_slopes(Rea
     const typename I::Tokens gates(g, b, place);
     const typename I::Rows dy(args.grad_y, b * args.grad_y_batch_stride, args.grad_y_token_stride, place);
     const typename I::Rows dgate(args.grad_gate, b * g.tokens * g.channels, g.channels, place);
-    typename I::Tokens::Raw raw[I::kUnroll];
-    typename I::Rows::Raw raw_dy[I::kUnroll];
+    typename I::Tokens::Raw raw[I::kSlopeUnroll];
+    typename I::Rows::Raw raw_dy[I::kSlopeUnroll];
     auto load = [&](int j, int64_t token) {
       gates.load(token, raw[j]);
       dy.load(token, raw_dy[j]);
@@ -124,14 +125,14 @@ __global__ void __launch_bounds__(kThreads, kGateSlopeBlocks<I>) gate_slopes(Rea
     auto begin = [&](unsigned index) {
       const Piece piece = pieces.at(index - b * slots);
       token = int(piece.begin) + row, last = int(piece.end), group = int(piece.group);
-      load_tokens<I::kUnroll>(token, last, rows, load);
+      load_tokens<I::kSlopeUnroll>(token, last, rows, load);
     };
     for (begin(index); index < behind; ++index) {
       if (group != group_of_mean)
         load_mean<I::Vec, I::ranges>(forward.state, b * pieces.groups + group, g.channels, place, mean);
       group_of_mean = group;
       Acc dmean[I::kNumbers] = {};
-      use_tokens<I::kUnroll>(token, last, rows, load, [&](int j, int64_t token) {
+      use_tokens<I::kSlopeUnroll>(token, last, rows, load, [&](int j, int64_t token) {
         Acc value[I::kNumbers], d[I::kNumbers];
         gates.value(token, raw[j], value);
         I::Rows::unpack(raw_dy[j], d);
