@@ -59,6 +59,8 @@ def product_of_zeros(operator, arguments, options):
     """What a product gives, as to shape and dtype."""
     if operator._schema.name.endswith("_"):
         return arguments[0]
+    if "out" in options:
+        return options["out"].zero_()
     if operator.namespace == "pom_ext":
         x, weight = arguments[:2]
         return x.new_zeros(x.shape[0], weight.shape[0])

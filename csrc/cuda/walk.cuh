@@ -70,7 +70,7 @@ __device__ void load_base(const Walk& walk, const Chunk& chunk, const Place& pla
 // Blocks of a multiprocessor at the least: fewer where a thread holds more numbers than a third of the registers.
 template <class I>
 constexpr int kWalkBlocks = FeatureTokens<I>::kNumbers > 16 || FeatureTokens<I>::kRanges > 3 ||
-                                    (I::turned && sizeof(typename I::T) == 4) || is_along<typename I::Form>
+                                    (I::turned && sizeof(typename I::T) >= 4) || is_along<typename I::Form>
                                 ? 2
                                 : 3;
 
