@@ -83,7 +83,7 @@ def test_vectorised_kernels_load_whole_vectors(arch, kernels):
     assert not narrow, "\n".join(["these load less at once:", *resources.table(narrow)])
 
 
-@needs_nvcc
+@needs_kernels
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_loads_are_in_flight_together(arch, kernels):
     """A warp that multiplies what it loads has many loads on their way before the first product waits for one."""
