@@ -7,8 +7,8 @@
 
 namespace pom::cuda {
 
-// Pieces of all samples dealt to the blocks of a slab, neighbours to one block. What becomes of a piece does not depend on
-// the block that has it.
+// Pieces of all samples dealt to the blocks of a slab, neighbours to one block. What becomes of a piece does not depend
+// on the block that has it.
 struct Deal {
   unsigned pieces = 0, blocks = 1;  // no more blocks than pieces
 

@@ -63,9 +63,9 @@ Status checked(cudaError_t code) {
   return no_code ? Status::no_device_code : Status::device_error;
 }
 
-Status refused(const char* said) {
+Status refused(const char* said, Status status) {
   std::snprintf(words, sizeof words, "%s", said);
-  return Status::device_error;
+  return status;
 }
 
 const char* error() { return words; }

@@ -19,8 +19,8 @@ constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;  // of a grid's first dim
 
 // Keeps CUDA's own words, or clearer ones, for `error()`.
 Status checked(cudaError_t code);
-// Keeps other words for it: Status::device_error.
-Status refused(const char* words);
+// Keeps other words for it: Status::device_error, or another status.
+Status refused(const char* words, Status status = Status::device_error);
 
 template <class T>
 struct given {  // keeps a parameter's type from being deduced from its argument
@@ -111,7 +111,8 @@ template <class... Parameters>
 Status check_kernel(void (*kernel)(Parameters...), int threads) {
   cudaFuncAttributes attributes;
   if (const Status s = checked(cudaFuncGetAttributes(&attributes, kernel)); s != Status::ok) return s;
-  return attributes.maxThreadsPerBlock < threads ? Status::no_device_code : Status::ok;
+  if (attributes.maxThreadsPerBlock >= threads) return Status::ok;
+  return refused("this GPU lacks the instructions that the kernel is made of", Status::no_device_code);
 }
 
 // Whether a call for which check_kernel says this is worth a try: what is wrong with the device, the call itself tells.

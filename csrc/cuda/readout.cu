@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, kMeanBlocks) gate_means(Readout args
   for (unsigned index = args.deal.first(block.row); index < end;) {
     const unsigned b = index / slots;
     const Piece run = pieces.at(index - b * slots);
-    const int64_t last = least(least(end - b * slots, slots) - 1, pieces.last_slot(run.group));
+    const int64_t last = pieces.last_of_run(index - b * slots, least(end - b * slots, slots) - 1, run.group);
     const int first = int(run.begin) + row, to = int(pieces.at(last, run.group).end);
     index = b * slots + unsigned(last) + 1;
     if (run.begin >= to) continue;
@@ -83,12 +83,21 @@ struct ReadoutBackward {
   int64_t grad_y_batch_stride = 0, grad_y_token_stride = 0;
   void* grad_gate = nullptr;  // with a gate per channel
   void* mean_rows = nullptr;  // acc (batch, slots, C): gradient of the mean, a part from every piece
-  Ticket* tickets = nullptr;  // (batch, groups, slabs)
+  Ticket* tickets = nullptr;  // (batch, slabs), where a sample is one group, whose rows are then joined at once
   void* grad_total = nullptr;
   void* parts = nullptr;      // acc (batch, tokens, channels >> shift), with heads
   int parts_shift = 0;
   int64_t parts_of_token = 0;
 };
+
+template <class Acc>
+POM_HD Join<Acc> join_of(const ReadoutBackward& args) {
+  const Gates& g = args.forward.gates;
+  Join<Acc> join = {args.forward.pieces, g.batch, g.channels, static_cast<const Acc*>(args.mean_rows)};
+  join.divisor = args.forward.state.count;
+  join.out.total = args.grad_total;
+  return join;
+}
 
 template <class I>
 constexpr int kGateSlopeBlocks = I::ranges == 2 && I::Tokens::along ? 1 : 2;  // of a multiprocessor at the least
@@ -154,10 +163,8 @@ __global__ void __launch_bounds__(kThreads, kGateSlopeBlocks<I>) gate_slopes(Rea
       out.sum(dmean, reinterpret_cast<Acc*>(memory), mean_rows + int64_t(index) * g.channels);
     }
   }
-  Join<Acc> join = {pieces, g.batch, g.channels, mean_rows};
-  join.divisor = forward.state.count;
-  join.out.total = args.grad_total;
-  join_own(join, forward.deal, block, forward.slabs.count, out, args.tickets);
+  if (args.tickets)
+    join_samples(join_of<Acc>(args), forward.deal, block, forward.slabs.count, out, args.tickets);
 }
 
 template <class S, class H, class Body>
@@ -224,7 +231,7 @@ struct BackwardPlan {
         heads(given.gates, args.forward.slabs) {
     const Gates& g = given.gates;
     args.mean_rows = arena.take<Acc>(g.batch * args.forward.pieces.slots() * g.channels);
-    args.tickets = arena.take<Ticket>(g.batch * given.groups * args.forward.slabs.count);
+    args.tickets = given.groups == 1 ? arena.take<Ticket>(g.batch * args.forward.slabs.count) : nullptr;
     args.grad_total = given.grad_total;
     args.parts = g.heads > 1 ? arena.take<Acc>(g.batch * g.tokens * heads.count) : nullptr;
     args.parts_shift = heads.shift;
@@ -239,7 +246,7 @@ Status run(const ReadoutBackwardArgs& given, void* workspace, void* stream) {
   if (g.batch * given.groups == 0) return Status::ok;
   const int64_t all_pieces = g.batch * plan.args.forward.pieces.slots();
   if (all_pieces > kMaxBlocks || g.tokens > kMaxTokens) return Status::bad_size;
-  const Status status = with_gates(g, plan.aligned, [&](auto instance) {
+  Status status = with_gates(g, plan.aligned, [&](auto instance) {
     using I = decltype(instance);
     if constexpr (std::is_same_v<typename I::Acc, Acc>) {
       ReadoutBackward args = plan.args;
@@ -250,6 +257,7 @@ Status run(const ReadoutBackwardArgs& given, void* workspace, void* stream) {
     }
     return Status::bad_dtype;
   });
+  if (status == Status::ok && given.groups > 1) status = join(join_of<Acc>(plan.args), stream);
   if (status != Status::ok || g.heads == 1) return status;
   return finish_heads(g, plan.heads, static_cast<const Acc*>(plan.args.parts), given.grad_gate, stream);
 }

@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kJoinThreads) join_groups(Join<Acc> args, int 
   }
 }
 
-// The end of a scan where every group is one row: steps begin … end-1 of one channel, in the order of the scan, from the
-// sum before them. Rows are loaded ahead of the sums that may be stored in their place.
+// The end of a scan where every group is one row: steps begin … end-1 of one channel, in the order of the scan, from
+// the sum before them. Rows are loaded ahead of the sums that may be stored in their place.
 template <class Acc>
 __device__ void walk_rows(const Join<Acc>& args, int64_t b, int64_t channel, int64_t begin, int64_t end, bool backwards,
                           double sum, double rest) {

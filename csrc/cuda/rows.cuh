@@ -33,8 +33,8 @@ Status scan(const Join<Acc>& args, bool backwards, void* stream);
 template <class Acc>
 Status join_coeff(const Acc* rows, int64_t count, int64_t degree, int64_t width, Acc* out, void* stream);
 
-// The sum of one column over the rows first … last, in doubles: every eighth row is added to the same one of eight sums,
-// four rows at a time, and these to each other. What other blocks have written before a fence is seen.
+// The sum of one column over the rows first … last, in doubles: every eighth row is added to the same one of eight
+// sums, four rows at a time, and these to each other. What other blocks have written before a fence is seen.
 template <class Number>
 __device__ double column_sum(const Number* column, int64_t stride, int64_t first, int64_t last) {
   constexpr int kSums = 8, kRows = 4, kAtOnce = sizeof(Number) == 4 ? 8 : 4;  // sums at once, as registers allow
@@ -86,7 +86,11 @@ __device__ void join_channel(const Join<Acc>& args, int64_t b, int64_t group, in
   double sum = column_sum(args.rows + b * slots * args.channels + channel, args.channels,
                           args.pieces.first_slot(group), args.pieces.last_slot(group));
   double rest = add_prior<Acc>(args.prior, b * args.channels + channel, sum);
-  if (args.divisor) sum *= inverse(args.divisor[row]), rest = 0;
+  if (args.divisor) {
+    const double scale = inverse(args.divisor[row]);
+    sum = scale != 0 ? sum * scale : 0;  // of infinite sums too
+    rest = 0;
+  }
   write_state<Acc>(args.out, row * args.channels + channel, sum, rest);
 }
 
@@ -99,39 +103,30 @@ __device__ void join_count(const Join<Acc>& args, int64_t b, int64_t group) {
   args.out.count[b * pieces.groups + group] = sum + (args.prior.count ? args.prior.count[b] : 0.0);
 }
 
-// For a block that has written the rows of its pieces of a slab: joins the groups that no other block has a piece of, and
-// of those that several share, the ones that all others are done with. `row` is the block's SlabRow, `tickets` is
-// (batch, groups, slabs).
+// For a block that has written the rows of its pieces of a slab, where a sample is one group: the last block with a piece
+// of a sample adds up the sample's rows. `row` is the block's SlabRow, `tickets` is (batch, slabs). Who shares a sample
+// follows from its shape alone: from no offsets, which are the caller's and may be wrong.
 template <class Acc, class Row>
-__device__ void join_own(const Join<Acc>& args, const Deal& deal, const BlockIndex& block, int slabs, const Row& row,
-                         Ticket* tickets) {
+__device__ void join_samples(const Join<Acc>& args, const Deal& deal, const BlockIndex& block, int slabs,
+                             const Row& row, Ticket* tickets) {
   POM_SHARED(memory);
   int* const told = reinterpret_cast<int*>(memory);
-  const Pieces& pieces = args.pieces;
-  const int64_t slots = pieces.slots(), first = deal.first(block.row), last = deal.first(block.row + 1) - 1;
-  const int64_t last_b = last / slots, last_group = pieces.group_of(last - last_b * slots);
+  const unsigned slots = unsigned(args.pieces.slots()), end = deal.first(block.row + 1);
   __threadfence();
   __syncthreads();
-  int64_t b = first / slots, group = pieces.group_of(first - b * slots);
-  for (;; ++group) {
-    if (group == pieces.groups) ++b, group = 0;
-    const unsigned before = deal.block_of(b * slots + pieces.first_slot(group)),
-                   behind = deal.block_of(b * slots + pieces.last_slot(group));
-    bool mine = true;
-    if (before != behind) {
-      const int64_t ticket = (b * pieces.groups + group) * slabs + block.slab;
-      if (threadIdx.x == 0) *told = is_last(tickets + ticket, behind - before + 1);
+  for (unsigned b = deal.first(block.row) / slots; b * slots < end; ++b) {
+    const unsigned sharing = deal.block_of((b + 1) * slots - 1) - deal.block_of(b * slots) + 1;
+    if (sharing > 1) {
+      if (threadIdx.x == 0) *told = is_last(tickets + int64_t(b) * slabs + block.slab, sharing);
       __syncthreads();
-      mine = *told;
+      const bool last = *told;
       __syncthreads();
-      if (mine) __threadfence();
+      if (!last) continue;
+      __threadfence();
     }
-    if (mine) {
-      row.each([&](int64_t channel) { join_channel(args, b, group, channel); });
-      // By a thread that has few channels to join.
-      if (block.slab == 0 && args.out.count && threadIdx.x + 1 == blockDim.x) join_count(args, b, group);
-    }
-    if (b == last_b && group == last_group) break;
+    row.each([&](int64_t channel) { join_channel(args, b, 0, channel); });
+    // By a thread that has few channels to join.
+    if (block.slab == 0 && args.out.count && threadIdx.x + 1 == blockDim.x) join_count(args, b, 0);
   }
 }
 

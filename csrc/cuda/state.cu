@@ -9,6 +9,9 @@
 namespace pom::cuda {
 namespace {
 
+// Whether samples are joined in the launch that sums their pieces.
+bool is_one_group(const Groups& groups) { return groups.count == 1 && !groups.cumulative; }
+
 template <class Acc>
 struct StatePlan {
   Arena arena;
@@ -18,7 +21,7 @@ struct StatePlan {
   StatePlan(const StateArgs& args, void* workspace)
       : arena(workspace),
         pieces(args.features.tokens, chunk_shift(args.features.tokens), args.groups.count, args.groups.offsets),
-        sums(args.features, pieces, false, !args.groups.cumulative, arena) {}
+        sums(args.features, pieces, false, is_one_group(args.groups), arena) {}
 };
 
 template <class Acc>
@@ -27,11 +30,11 @@ Status run(const StateArgs& args, void* workspace, void* stream) {
   const StatePlan<Acc> plan(args, workspace);
   const Features& f = args.features;
   if (f.batch * args.groups.count == 0) return Status::ok;
-  if (!args.groups.cumulative) return plan.sums.launch_joined(args.prior, args.out, stream);
+  if (is_one_group(args.groups)) return plan.sums.launch_joined(args.prior, args.out, stream);
   if (const Status s = plan.sums.launch(stream); s != Status::ok) return s;
-  return scan(Join<Acc>{plan.pieces, f.batch, f.channels(), plan.sums.rows, plan.sums.weight_rows, args.prior, nullptr,
-                        args.out},
-              false, stream);
+  const Join<Acc> joined = {plan.pieces, f.batch, f.channels(), plan.sums.rows, plan.sums.weight_rows, args.prior,
+                            nullptr,     args.out};
+  return args.groups.cumulative ? scan(joined, false, stream) : join(joined, stream);
 }
 
 template <class Acc>
@@ -76,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, kSlopeBlocks<I>) slopes(Backward<typ
     typename Tokens::Raw raw[kUnroll];
     while (index < behind) {
       const Piece run = pieces.at(index - b * slots);
-      const int64_t last = least(behind - b * slots - 1, pieces.last_slot(run.group));
+      const int64_t last = pieces.last_of_run(index - b * slots, behind - b * slots - 1, run.group);
       const Acc* grad = args.token_grad ? args.token_grad + b * f.tokens * args.channels
                                         : args.grad + (b * pieces.groups + run.group) * args.channels;
       Acc grad_row[kNumbers];

@@ -9,7 +9,9 @@ template <class I>
 constexpr int kBlocks = is_along<typename I::Form> ? 1 : 2;  // of a multiprocessor at the least
 // Tokens that a thread loads before it uses the first: of one range all that it has of a piece of 64.
 template <class I>
-constexpr int kLoads = FeatureTokens<I>::kNumbers > 16 || FeatureTokens<I>::kRanges > 3 ? 2 : FeatureTokens<I>::kRanges > 1 || is_along<typename I::Form> ? 4 : 8;
+constexpr int kLoads = FeatureTokens<I>::kNumbers > 16 || FeatureTokens<I>::kRanges > 3       ? 2
+                       : FeatureTokens<I>::kRanges > 1 || is_along<typename I::Form> ? 4
+                                                                                     : 8;
 
 template <class I>
 using RowOf = SlabRow<typename I::Acc, I::Vec, FeatureTokens<I>::kRanges>;
@@ -57,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<I>) features_of_pieces(SumAr
       if (threadIdx.x == 0) args.weight_rows[index] = weights[0];
     }
   }
-  if (args.tickets) join_own(args.join, args.deal, block, args.slabs.count, out, args.tickets);
+  if (args.tickets) join_samples(args.join, args.deal, block, args.slabs.count, out, args.tickets);
 }
 
 }  // namespace

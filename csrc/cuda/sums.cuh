@@ -8,8 +8,8 @@
 
 namespace pom::cuda {
 
-// Blocks of a launch that sum coefficients' gradients: few, since each writes a row of these, which are then added up, and
-// the same number on every GPU, since on it depends which tokens a row is of. Whole waves of 132 multiprocessors.
+// Blocks of a launch that sum coefficients' gradients: few, since each writes a row of these, which are then added up,
+// and the same number on every GPU, since on it depends which tokens a row is of. Whole waves of 132 multiprocessors.
 constexpr int64_t kCoeffBlocks = 1056;
 
 inline Deal coeff_deal(int64_t pieces, const Slabs& slabs) {
@@ -58,7 +58,7 @@ constexpr size_t kCoeffBytes = I::Form::has_coeff
                                    ? SlabRow<typename I::Acc, I::Vec, FeatureTokens<I>::kRanges, threads>::kBytes
                                    : 0;
 
-// What a kernel needs to sum φ over pieces, and to join the sums of a group's pieces.
+// What a kernel needs to sum φ over pieces, and to join the pieces of samples that are one group.
 template <class Acc>
 struct SumArgs {
   Features features;
@@ -67,14 +67,14 @@ struct SumArgs {
   Deal deal;                      // set by the launch
   Acc* rows = nullptr;            // (batch, slots, C)
   double* weight_rows = nullptr;  // (batch, slots)
-  Ticket* tickets = nullptr;      // (batch, groups, slabs), null where nothing is joined
+  Ticket* tickets = nullptr;      // (batch, slabs), null where nothing is joined
   Join<Acc> join;
 };
 
 template <class Acc>
 Status sum_pieces(const SumArgs<Acc>& args, bool aligned, void* stream);
 
-// φ summed over each piece, into rows taken from the workspace, and where they are `joined`, over each group.
+// φ summed over each piece, into rows taken from the workspace, and where they are `joined`, over each sample.
 template <class Acc>
 class PieceSums {
  public:
@@ -86,12 +86,12 @@ class PieceSums {
         weight_rows(f.weight || counted ? arena.take<double>(f.batch * pieces.slots()) : nullptr),
         aligned_(is_aligned(f)),
         args_{f, slabs_of(f, f.rotary, aligned_), pieces, {}, rows, weight_rows} {
-    if (joined) args_.tickets = arena.take<Ticket>(f.batch * pieces.groups * args_.slabs.count);
+    if (joined) args_.tickets = arena.take<Ticket>(f.batch * args_.slabs.count);
   }
 
   Status launch(void* stream) const { return sum_pieces(args_, aligned_, stream); }
 
-  // With a prior that is added to every group.
+  // With a prior that is added.
   Status launch_joined(const StateView& prior, const StateOut& out, void* stream) const {
     SumArgs<Acc> args = args_;
     args.join = {args.pieces, args.features.batch, args.features.channels(), rows, weight_rows, prior, nullptr, out};
