@@ -61,9 +61,8 @@ __global__ void __launch_bounds__(kThreads, kSlopeBlocks<I>) slopes(Backward<typ
   using Tokens = FeatureTokens<I>;
   constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers;
   // Tokens in flight: as many as the registers beside coefficients and their gradients allow.
-  constexpr int kUnroll = kNumbers > 16 || kRanges * Tokens::kCoeffs > 4 ? 1
-                          : kNumbers > 8 || Tokens::kCoeffs > 3          ? 2
-                                                                         : 4;
+  constexpr bool wide = kNumbers > 8 || Tokens::kCoeffs > 3 || (I::turned && sizeof(typename I::T) == 4);
+  constexpr int kUnroll = kNumbers > 16 || kRanges * Tokens::kCoeffs > 4 ? 1 : wide ? 2 : 4;
   const int rows = kThreads / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
   const BlockIndex block(args.slabs.count);
   const Place place = args.slabs.place(block.slab, lane);
