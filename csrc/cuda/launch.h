@@ -81,7 +81,8 @@ Status count_clusters(void (*kernel)(Parameters...), const Clusters& shape, int&
 #else
   const Status s = checked(cudaOccupancyMaxActiveClusters(&count, kernel, shape.blocks));
 #endif
-  if (s == Status::ok && count < 1) return refused("no cluster of the kernel's blocks fits on this GPU");
+  if (s == Status::ok && count < 1)
+    return refused("no cluster of the kernel's blocks fits on this GPU", Status::no_device_code);
   return s;
 }
 

@@ -219,9 +219,7 @@ Status prepare(ProjectKernel kernel, int& clusters) {
   return Status::ok;
 }
 
-Status launch_project(ProjectKernel kernel, const ProjectSums& sums, void* stream) {
-  int clusters;
-  if (const Status s = prepare(kernel, clusters); s != Status::ok) return s;
+Status launch_project(ProjectKernel kernel, const ProjectSums& sums, int clusters, void* stream) {
   const Clusters shape = {kCluster, kProjectThreads, kProjectBytes};
   return launch_clusters(kernel, least(sums.all_rounds, clusters), shape, stream, sums);
 }
@@ -261,14 +259,15 @@ Status run(const ProjectStateArgs& args, void* workspace, void* stream) {
   ProjectPlan plan(args, workspace);
   const Features& f = args.features;
   if (f.batch * args.groups.count == 0) return Status::ok;
-  const Status found = with_project(f, [](auto kernel) { return check_kernel(kernel, kProjectThreads); });
+  int clusters;
+  const Status found = with_project(f, [&](auto kernel) { return prepare(kernel, clusters); });
   if (found != Status::ok) return found;
   const int64_t token_stride = most(8, args.x_token_stride), batch_stride = most(8, args.x_batch_stride);
   const Tensor16 x = {args.x, args.dim, f.tokens, f.batch, token_stride, batch_stride};
   const Tensor16 weight = {args.weight, args.dim, f.width, 1, args.dim, args.dim * f.width};
   if (const Status s = make_tile_map(x, kProductRows, plan.sums.x); s != Status::ok) return s;
   if (const Status s = make_tile_map(weight, kShareRows, plan.sums.weight); s != Status::ok) return s;
-  const Status s = with_project(f, [&](auto kernel) { return launch_project(kernel, plan.sums, stream); });
+  const Status s = with_project(f, [&](auto kernel) { return launch_project(kernel, plan.sums, clusters, stream); });
   if (s != Status::ok) return s;
   const Join<float> joined = {plan.sums.pieces, f.batch, f.width, plan.sums.rows, plan.sums.weight_rows,
                               args.prior, nullptr, args.out};
@@ -280,7 +279,7 @@ Status run(const ProjectStateArgs& args, void* workspace, void* stream) {
 bool projects(const ProjectStateArgs& args) {
   int clusters;
   return check(args) == Status::ok &&
-         with_project(args.features, [&](auto kernel) { return prepare(kernel, clusters); }) == Status::ok;
+         is_worth_a_try(with_project(args.features, [&](auto kernel) { return prepare(kernel, clusters); }));
 }
 
 size_t workspace(const ProjectStateArgs& args) {

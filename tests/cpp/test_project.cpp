@@ -108,12 +108,14 @@ void test_an_old_driver() {
   const ProjectStateArgs args = tokens.args(p, out.view());
   const size_t bytes = pom::cuda::workspace(args);
   Workspace memory(bytes);
+  cuda_on_cpu::device = 3;  // one that has not been asked yet
   cuda_on_cpu::refusal = cudaErrorInsufficientDriver;
   const bool taken = pom::cuda::projects(args);
   const Status got = pom::cuda::project_state(args, memory.data(), bytes, nullptr);
   cuda_on_cpu::refusal = cudaErrorNoKernelImageForDevice;
   const bool without_code = pom::cuda::projects(args);
   cuda_on_cpu::refusal = cudaSuccess;
+  cuda_on_cpu::device = 0;
   expect(taken && got == Status::device_error && out.total.untouched(), "an old driver: %s", message(got));
   expect(!without_code, "a GPU that there is no code for is taken");
 }
