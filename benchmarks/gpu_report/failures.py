@@ -2,10 +2,11 @@
 
 Every failure goes with its traceback to the file named by POM_EXT_FAILED as soon as it is reported, and every test's
 begin and outcome to the one named by POM_EXT_JOURNAL. A process whose test met an error after which CUDA does nothing
-more ends there: pytest-xdist replaces such a worker, and without it whoever started pytest starts it anew, whereupon
+more ends there, and so does one whose test takes longer than POM_EXT_SECONDS: pytest-xdist replaces such a worker, and without it whoever started pytest starts it anew, whereupon
 the tests in the journal are not run again.
 """
 
+import faulthandler
 import os
 import sys
 from pathlib import Path
@@ -47,6 +48,9 @@ class Failures:
         )
         self._lost = set()  # tests after which their process ended itself
         self._runs_tests = not getattr(config.option, "numprocesses", None)
+        self._is_counted = False
+        self._seconds = float(os.environ.get("POM_EXT_SECONDS", 0))  # of a test, without pytest-timeout
+        self._stderr = os.dup(2)  # not the one that is captured during a test
 
     def _note(self, word, test=""):
         if self._journal:
@@ -70,8 +74,24 @@ class Failures:
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if item.nodeid not in begun]
 
+    def pytest_collection_finish(self, session):
+        if self._runs_tests:
+            self._note("selected", len(session.items))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids):
+        if not self._is_counted:  # every worker has the same tests
+            self._is_counted = True
+            self._note("selected", len(ids))
+
     def pytest_runtest_logstart(self, nodeid):
         self._note("start", nodeid)
+        if self._seconds and self._runs_tests:
+            faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._stderr)
+
+    def pytest_runtest_logfinish(self):
+        if self._seconds and self._runs_tests:
+            faulthandler.cancel_dump_traceback_later()
 
     def pytest_runtest_logreport(self, report):
         if report.failed and report.when == "???" and report.nodeid in self._lost:
