@@ -95,7 +95,7 @@ def prepared(folder, pretended=False):
     for name in FILES:
         for path in (folder / name, folder / f"{name}.tmp"):
             path.unlink(missing_ok=True)
-    others = sorted(path.name for path in folder.iterdir() if path.name not in EARLIER.values())
+    others = sorted({path.name for path in folder.iterdir()} - {*EARLIER.values()})
     return folder, f"{folder} holds other files too, which are left alone: {', '.join(others)}" if others else None
 
 

@@ -197,7 +197,8 @@ class Report:
             running = next((step["name"] for step in self.steps if step["status"] == "running"), None)
             what = f"{self.state}{f' {running}' if running else ''}"
             return "; ".join([f"NOT ENDED: {what} at {now()}. If process {os.getpid()} is gone, it was killed", *said])
-        word = {STOPPED: "STOPPED", NO_GPU: "NO GPU"}.get(self.state, "OK" if self.ok else "FAILED")
+        word = "OK" if self.ok else "FAILED" if failed else "INCOMPLETE"
+        word = {STOPPED: "STOPPED", NO_GPU: "NO GPU"}.get(self.state, word)
         return "; ".join([word, *said])
 
     def content(self):
@@ -315,5 +316,5 @@ def _of_no_end(said, status=None):
 def _step_line(step):
     word = {True: "ok", False: "FAILED", None: "not run" if step["status"] == "not run" else "no result"}[step["ok"]]
     word = "running" if step["status"] == "running" else word
-    why = f"  {step['why']}" if step["why"] else ""
-    return f"{step['name']:<12}{word:<10}{step['seconds']:>6.0f} s of {step['limit']:.0f}{why}"
+    time = "" if step["status"] == "not run" else f"{step['seconds']:>6.0f} s of {step['limit']:.0f}  "
+    return f"{step['name']:<12}{word:<10}{time}{step['why'] or ''}".rstrip()
