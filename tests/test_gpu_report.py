@@ -39,7 +39,8 @@ def test_without_a_gpu_one_line_says_so(tmp_path, capsys):
     assert command.main([str(tmp_path / "out"), "--pretend", "machine=fail"]) == 1
     printed = capsys.readouterr()
     assert printed.err == "gpu-report: no GPU that torch can use: as told\n"
-    assert printed.out == (tmp_path / "out/report.txt").read_text() and printed.out.startswith("NO GPU; ")
+    assert printed.out == (tmp_path / "out/report.txt").read_text()
+    assert printed.out.startswith("NOTHING RAN: no GPU that torch can use: as told\n") and printed.out.count("told") == 1
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert not report["ok"] and {step["status"] for step in report["steps"]} == {"not run"}
     assert report["steps"][0]["why"] == "no GPU that torch can use: as told"

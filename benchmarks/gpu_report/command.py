@@ -32,10 +32,15 @@ modes: {", ".join(MODES)}. An interrupt ends hang, only a kill ends stuck; lost 
 which a process can do nothing; refuse is for ncu and the sanitizers, absent for these, build and tests"""
 
 
-def found_machine(world, until, watch=lambda sign, pid: None):
+def found_machine(world, until, log):
     """The machine, or RuntimeError with one line on why there is none."""
     step, lines = plan.machine(world), []
-    options = {"grace": GRACE * world.scale, "log": lambda name, text: lines.append(text), "watch": watch}
+
+    def heard(name, text):
+        lines.append(text)
+        log(name, text)
+
+    options = {"grace": GRACE * world.scale, "log": heard, "watch": world.watch}
     status = run(step.groups[0], until, **options)["machine"]
     if status == TIMED_OUT:
         raise RuntimeError("no GPU that torch can use: asked for one, torch did not answer; the driver may hang")
@@ -217,7 +222,7 @@ def report_of(world, start):
     try:
         tell_missing(world, report)
         try:
-            world.machine = found_machine(world, start + plan.MOST["machine"] * world.scale, world.watch)
+            world.machine = found_machine(world, start + plan.MOST["machine"] * world.scale, report.log)
         except RuntimeError as error:
             report.finish(str(error), NO_GPU)
         else:

@@ -2,8 +2,8 @@
 
 Every failure goes with its traceback to the file named by POM_EXT_FAILED as soon as it is reported, and every test's
 begin and outcome to the one named by POM_EXT_JOURNAL. A process whose test met an error after which CUDA does nothing
-more ends there, and so does one whose test takes longer than POM_EXT_SECONDS: pytest-xdist replaces such a worker, and without it whoever started pytest starts it anew, whereupon
-the tests in the journal are not run again.
+more ends there, and so does one whose test takes longer than POM_EXT_SECONDS: pytest-xdist replaces such a worker, and
+without it whoever started pytest starts it anew, whereupon the tests in the journal are not run again.
 """
 
 import faulthandler
@@ -49,8 +49,6 @@ class Failures:
         self._lost = set()  # tests after which their process ended itself
         self._runs_tests = not getattr(config.option, "numprocesses", None)
         self._is_counted = False
-        self._seconds = float(os.environ.get("POM_EXT_SECONDS", 0))  # of a test, without pytest-timeout
-        self._stderr = os.dup(2)  # not the one that is captured during a test
 
     def _note(self, word, test=""):
         if self._journal:
@@ -86,12 +84,6 @@ class Failures:
 
     def pytest_runtest_logstart(self, nodeid):
         self._note("start", nodeid)
-        if self._seconds and self._runs_tests:
-            faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._stderr)
-
-    def pytest_runtest_logfinish(self):
-        if self._seconds and self._runs_tests:
-            faulthandler.cancel_dump_traceback_later()
 
     def pytest_runtest_logreport(self, report):
         if report.failed and report.when == "???" and report.nodeid in self._lost:
@@ -115,6 +107,20 @@ class Failures:
         self._note("end")
 
 
+class Limit:
+    """Of a process that runs tests: ends it if one takes too long, as pytest-timeout does where it is."""
+
+    def __init__(self, seconds):
+        self._seconds = seconds
+        self._stderr = os.dup(2)  # not the one that is captured during a test
+
+    def pytest_runtest_logstart(self):
+        faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._stderr)
+
+    def pytest_runtest_logfinish(self):
+        faulthandler.cancel_dump_traceback_later()
+
+
 class Worker:
     """Of pytest-xdist's processes that run tests."""
 
@@ -125,4 +131,8 @@ class Worker:
 
 
 def pytest_configure(config):
-    config.pluginmanager.register(Worker() if hasattr(config, "workerinput") else Failures(config))
+    is_worker = hasattr(config, "workerinput")
+    config.pluginmanager.register(Worker() if is_worker else Failures(config))
+    seconds = float(os.environ.get("POM_EXT_SECONDS", 0))
+    if seconds and (is_worker or not getattr(config.option, "numprocesses", None)):
+        config.pluginmanager.register(Limit(seconds))

@@ -1,4 +1,4 @@
-"""The folder of the report, and the files in it: five, two of an earlier one, and for a moment what is written aside."""
+"""The folder of the report, and the files in it: five, two of an earlier one, and what is written aside."""
 
 import fcntl
 import json

@@ -1,4 +1,4 @@
-"""Cleans up after a report that was killed: ends the groups of processes that it had started, removes its working folder.
+"""Cleans up after a report that was killed: ends the processes that it had started, and removes its working folder.
 
 A program of its own, which waits for its standard input to end: that happens however the report ends. It reads lines,
 "+ PID" for a group that has begun and "- PID" for one that is over, and takes the folder as its argument.

@@ -54,7 +54,7 @@ NEEDS = {
     ),
     "peft": ("tests/test_changed_projections.py::test_lora_of_peft",),
 }
-PACKAGES = {"build": ("pybind11", "setuptools"), "tests": ("pytest", "hypothesis")}  # without which there is nothing
+PACKAGES = {"build": ("pybind11", "setuptools"), "tests": ("pytest", "hypothesis")}  # without which nothing runs
 HAS_KERNELS = (
     "from pom_ext import _library; _library.load(); "
     "assert 'cuda' in _library.DEVICES, 'the library was built without CUDA kernels'"
@@ -98,7 +98,8 @@ class World:
         try:
             from build_cuda import find_toolkit
         except ImportError:  # setuptools
-            return None
+            places = (Path(folder, "bin", name) for folder in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if folder)
+            return next((str(place) for place in places if place.exists()), None)
         toolkit, _ = find_toolkit()
         program = toolkit.root / "bin" / name if toolkit else None
         return program if program and program.exists() else None
@@ -217,8 +218,7 @@ def pytest_words(selection, failed=(), is_there=is_there, seconds=OF_A_TEST):
         command += ["-n", str(WORKERS), "--dist", "worksteal", "--max-worker-restart", "100"]
     if is_there("pytest_timeout"):
         command += [f"--timeout={seconds:g}", "--timeout-method=thread"]
-    if is_there("xdist") or is_there("pytest_timeout"):
-        # Where a test hangs stands in the log before it is ended. (Otherwise failures.py does both.)
+        # Where a test hangs stands in the log before it is ended. (Without pytest-timeout failures.py does both.)
         command += ["-o", f"faulthandler_timeout={0.9 * seconds:g}"]
     for tests in left_out(is_there).values():
         command += [f"--deselect={test}" if "::" in test else f"--ignore={test}" for test in tests]

@@ -48,7 +48,7 @@ class Report:
             {"name": name, "status": "not run", "seconds": 0.0, "limit": 0.0, "ok": None, "why": None}
             for name in plan.STEPS
         ]
-        self.findings, self._step = {}, None
+        self.findings, self._step, self._why = {}, None, None
         self.log = Log(world.out / "log.txt", self.unwritten)
         self._readers, self._started, self._written = {}, 0.0, 0.0
 
@@ -98,7 +98,7 @@ class Report:
 
     def finish(self, why=None, state=ENDED):
         """Nothing runs from here on; why, if not all was run."""
-        self.state = state
+        self.state, self._why = state, why
         if why:
             self.note(why)
         for step in self.steps:
@@ -197,8 +197,9 @@ class Report:
             running = next((step["name"] for step in self.steps if step["status"] == "running"), None)
             what = f"{self.state}{f' {running}' if running else ''}"
             return "; ".join([f"NOT ENDED: {what} at {now()}. If process {os.getpid()} is gone, it was killed", *said])
-        word = "OK" if self.ok else "FAILED" if failed else "INCOMPLETE"
-        word = {STOPPED: "STOPPED", NO_GPU: "NO GPU"}.get(self.state, word)
+        if self.state == NO_GPU:
+            return f"NOTHING RAN: {self._why}"
+        word = "STOPPED" if self.state == STOPPED else "OK" if self.ok else "FAILED" if failed else "INCOMPLETE"
         return "; ".join([word, *said])
 
     def content(self):
@@ -244,15 +245,16 @@ class Report:
         if m:
             lines += [f"{m['gpu']} ({m['capability']}), driver {m['driver']}, torch {m['torch']}, CUDA {m['cuda']}"]
         lines += [f"begun {self.begun}, process {os.getpid()}, commit {self.commit or 'unknown'}"]
-        lines += [f"note: {note}" for note in self.notes]
-        lines += ["", *map(_step_line, self.steps), "", *self._smoke_lines(), *self._test_lines()]
+        lines += [f"note: {note}" for note in self.notes if note not in lines[0]]
+        lines += ["", *(_step_line(step, self._why) for step in self.steps), "", *self._smoke_lines(), *self._test_lines()]
         lines += [*self._sanitizer_lines(), *self._ncu_lines()]
         measured = self.findings.get("measured", {})
         for name, said in measured.items():
             lines += ["", f"{name}:", *(line for line in said if not line.startswith("$ "))]
         if not measured:
             lines += ["", "nothing was measured"]
-        lines += ["", "all that the steps printed is in log.txt"]
+        if (self.world.out / "log.txt").exists():
+            lines += ["", "all that the steps printed is in log.txt"]
         return "\n".join(lines) + "\n"
 
     def _smoke_lines(self):
@@ -267,8 +269,10 @@ class Report:
         for name in ("tests", "rest"):
             if (counts := self.findings.get(name)) is None:
                 continue
-            words = {**counts, "of {} did not run".format(counts["selected"]): counts.get("not_run") or None}
-            told = (f"{n} {word}" for word, n in words.items() if type(n) is int and word not in ("selected", "not_run"))
+            words = {word: n for word, n in counts.items() if type(n) is int and word not in ("selected", "not_run")}
+            if counts.get("not_run"):
+                words["of {} did not run".format(counts["selected"])] = counts["not_run"]
+            told = (f"{n} {word}" for word, n in words.items())
             lines.append(
                 f"{name:<12}" + (", ".join(told) or "none ran") + ("" if counts["ended"] else "; came to no end")
             )
@@ -313,8 +317,9 @@ def _of_no_end(said, status=None):
     return f"crashed: {signal}" if (signal := read.crash(status)) else "came to no end"
 
 
-def _step_line(step):
+def _step_line(step, told=None):
+    """told: a reason that need not be told again."""
     word = {True: "ok", False: "FAILED", None: "not run" if step["status"] == "not run" else "no result"}[step["ok"]]
     word = "running" if step["status"] == "running" else word
     time = "" if step["status"] == "not run" else f"{step['seconds']:>6.0f} s of {step['limit']:.0f}  "
-    return f"{step['name']:<12}{word:<10}{time}{step['why'] or ''}".rstrip()
+    return f"{step['name']:<12}{word:<10}{time}{step['why'] if step['why'] not in (None, told) else ''}".rstrip()
