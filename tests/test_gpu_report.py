@@ -40,7 +40,8 @@ def test_without_a_gpu_one_line_says_so(tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.err == "gpu-report: no GPU that torch can use: as told\n"
     assert printed.out == (tmp_path / "out/report.txt").read_text()
-    assert printed.out.startswith("NOTHING RAN: no GPU that torch can use: as told\n") and printed.out.count("told") == 1
+    assert printed.out.startswith("NOTHING RAN: no GPU that torch can use: as told\n")
+    assert printed.out.count("told") == 1
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert not report["ok"] and {step["status"] for step in report["steps"]} == {"not run"}
     assert report["steps"][0]["why"] == "no GPU that torch can use: as told"

@@ -98,7 +98,8 @@ class World:
         try:
             from build_cuda import find_toolkit
         except ImportError:  # setuptools
-            places = (Path(folder, "bin", name) for folder in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if folder)
+            folders = filter(None, (os.environ.get("CUDA_HOME"), "/usr/local/cuda"))
+            places = (Path(folder, "bin", name) for folder in folders)
             return next((str(place) for place in places if place.exists()), None)
         toolkit, _ = find_toolkit()
         program = toolkit.root / "bin" / name if toolkit else None

@@ -246,8 +246,8 @@ class Report:
             lines += [f"{m['gpu']} ({m['capability']}), driver {m['driver']}, torch {m['torch']}, CUDA {m['cuda']}"]
         lines += [f"begun {self.begun}, process {os.getpid()}, commit {self.commit or 'unknown'}"]
         lines += [f"note: {note}" for note in self.notes if note not in lines[0]]
-        lines += ["", *(_step_line(step, self._why) for step in self.steps), "", *self._smoke_lines(), *self._test_lines()]
-        lines += [*self._sanitizer_lines(), *self._ncu_lines()]
+        lines += ["", *(_step_line(step, self._why) for step in self.steps), ""]
+        lines += [*self._smoke_lines(), *self._test_lines(), *self._sanitizer_lines(), *self._ncu_lines()]
         measured = self.findings.get("measured", {})
         for name, said in measured.items():
             lines += ["", f"{name}:", *(line for line in said if not line.startswith("$ "))]
@@ -318,8 +318,10 @@ def _of_no_end(said, status=None):
 
 
 def _step_line(step, told=None):
-    """told: a reason that need not be told again."""
+    """told: a reason of what was not run that need not be told again."""
     word = {True: "ok", False: "FAILED", None: "not run" if step["status"] == "not run" else "no result"}[step["ok"]]
     word = "running" if step["status"] == "running" else word
-    time = "" if step["status"] == "not run" else f"{step['seconds']:>6.0f} s of {step['limit']:.0f}  "
-    return f"{step['name']:<12}{word:<10}{time}{step['why'] if step['why'] not in (None, told) else ''}".rstrip()
+    why = step["why"] or ""
+    if step["status"] == "not run":
+        return f"{step['name']:<12}{word:<10}{why if why != told else ''}".rstrip()
+    return f"{step['name']:<12}{word:<10}{step['seconds']:>6.0f} s of {step['limit']:.0f}  {why}".rstrip()
