@@ -28,7 +28,7 @@ def commit():
     """Of the source, "+" if it was changed since; None if git cannot tell."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
+        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=5).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         return None
 
