@@ -62,7 +62,7 @@ check-wheel: wheel
 	$(BIN)/python tools/check_wheel.py dist/*.whl --torch $(TORCHES)
 
 gpu-report:
-	$(PYTHON) -m benchmarks.gpu_report $(OUT)
+	$(PYTHON) -m benchmarks.gpu_report "$(OUT)"
 
 $(VENV)/environment: pyproject.toml
 	$(PYTHON) -c "import torch" 2>/dev/null && $(PYTHON) -m venv --system-site-packages $(VENV) || $(PYTHON) -m venv $(VENV)

@@ -69,6 +69,13 @@ def test_a_file_that_cannot_be_written_does_not_end_the_run(registry, monkeypatc
     assert "could not be written: [Errno 28] No space left on device" in printed and "1 targets reached" in printed
 
 
+def test_what_other_cases_lacked_is_no_failure_of_these(registry, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"cases": [], "wrong": [f"{registry[0].name}: hung"]}))
+    assert run.main(["--json", str(path), "--resume", "--case", registry[1].name]) == 0
+    assert run.main(["--json", str(path), "--resume"]) == 1
+
+
 def test_a_file_of_something_else_is_begun_anew(tmp_path):
     path = tmp_path / "results.json"
     for text in ("", "[1]", "{}", '{"cases": []}'):

@@ -38,8 +38,13 @@ def after(process, option):
 def test_without_a_gpu_one_line_says_so(tmp_path, capsys):
     assert command.main([str(tmp_path / "out"), "--pretend", "machine=fail"]) == 1
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err == "error: gpu-report: no GPU that torch can use: as told\n"
-    assert not (tmp_path / "out").exists()
+    assert printed.err == "gpu-report: no GPU that torch can use: as told\n"
+    assert printed.out == (tmp_path / "out/report.txt").read_text()
+    assert printed.out.startswith("NOTHING RAN: no GPU that torch can use: as told\n")
+    assert printed.out.count("told") == 1
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert not report["ok"] and {step["status"] for step in report["steps"]} == {"not run"}
+    assert report["steps"][0]["why"] == "no GPU that torch can use: as told"
 
 
 def test_the_machine_without_a_gpu_or_torch(monkeypatch, capsys):
@@ -276,8 +281,8 @@ def test_the_table_of_ncu_is_read():
         ("smoke failed: RuntimeError: no kernel image", 2, "failed", "RuntimeError: no kernel image"),
         ('Timeout (0:00:15)!\nThread 1:\n  File "a.py", line 3\n  File "b.py"', 1, "hung", 'File "a.py", line 3'),
         ("", "timed out", "hung", "it was stopped"),
-        ("Fatal Python error: Aborted", -6, "crashed", "exit status -6: Fatal Python error: Aborted"),
-        ("smoke ok: 3 cases", -11, "crashed", "exit status -11: smoke ok: 3 cases"),
+        ("Fatal Python error: Aborted", -6, "crashed", "signal 6 (aborted): Fatal Python error: Aborted"),
+        ("smoke ok: 3 cases", -11, "crashed", "signal 11 (segmentation fault): smoke ok: 3 cases"),
     ],
 )
 def test_smoke_is_read(text, status, outcome, why):

@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
 from benchmarks.gpu_report import command, folder, plan
-from benchmarks.gpu_report.folder import FILES
+from benchmarks.gpu_report.folder import EARLIER, FILES
 from benchmarks.gpu_report.pretend import parsed_faults
-from benchmarks.gpu_report.report import Report
+from benchmarks.gpu_report.report import ENDED, Report
 
 SCALE = "0.1"
 
@@ -28,7 +28,7 @@ SCALE = "0.1"
 def report_in(out):
     """(report.json, report.txt) as whoever comes later reads them."""
     names = {path.name for path in out.iterdir()}
-    assert names <= {*FILES, *(f"{name}.tmp" for name in FILES)} and len(names) <= 8, names
+    assert names <= {*FILES, *EARLIER.values(), *(f"{name}.tmp" for name in FILES)} and len(names) <= 8, names
     return json.loads((out / "report.json").read_text()), (out / "report.txt").read_text()
 
 
@@ -55,7 +55,7 @@ def test_all_is_well(tmp_path, capsys):
     status, steps, report, text = pretend(tmp_path / "out", scale="1")
     assert status == 0 and report["ok"] and list(steps) == list(plan.STEPS) and all(s["ok"] for s in steps.values())
     assert report["machine"]["capability"] == "9.0" and text.startswith(
-        "PRETENDED, NO GPU (9.0), driver none, torch none"
+        "OK\nPRETENDED, NO GPU (9.0), driver none, torch none"
     )
     assert {found["outcome"] for found in report["smoke"].values()} == {"ok"} and not report["failed_families"]
     assert report["tests"]["passed"] == 6 and report["rest"]["passed"] == 6
@@ -76,7 +76,7 @@ def test_what_hangs_is_stopped_and_what_it_had_found_stays(tmp_path, briefly):
     assert report["failed_families"] == ["project"] and report["smoke"]["project"]["outcome"] == "hung"
     assert steps["layers"]["status"] == "not run" and "project" in steps["layers"]["why"]
     assert [case["name"] for case in report["benchmark"]["cases"]] == ["state-pretended", "mix-pretended"]
-    assert report["benchmark"]["wrong"] == ["readout-pretended: ended its process, or was stopped"]
+    assert report["benchmark"]["wrong"] == ["readout-pretended: hung, and was ended"]
     assert report["ncu"]["profiled"] == ["features_of_pieces"] and steps["ncu"]["status"] == "timed out"
     assert report["tests"]["passed"] == 3 and "test_pretended.py::test_first_failure" in report["tests"]["failed_tests"]
     assert "as told, in the middle of the run" in (tmp_path / "out/failed.txt").read_text()
@@ -115,7 +115,7 @@ def test_tools_that_are_absent_or_refuse_are_a_line_each(tmp_path, capsys, only)
     _, steps, _, text = pretend(tmp_path / "a", "ncu=absent,sanitizers=refuse")
     assert steps["ncu"]["status"] == "not run" and steps["ncu"]["why"] == "there is no ncu on this machine"
     assert steps["sanitizers"]["ok"] is None and "not supported by this tool" in steps["sanitizers"]["why"]
-    assert "no result" in text and "FAILED" not in text
+    assert text.startswith("INCOMPLETE; no result: ncu, sanitizers\n") and "FAILED" not in text
     _, steps, _, _ = pretend(tmp_path / "b", "ncu=refuse,sanitizers=absent")
     assert steps["ncu"]["ok"] is None and "ERR_NVGPUCTRPERM" in steps["ncu"]["why"]
     assert steps["sanitizers"]["why"] == "there is no compute-sanitizer on this machine"
@@ -134,18 +134,23 @@ def test_tools_that_are_absent_or_refuse_are_a_line_each(tmp_path, capsys, only)
 def test_what_a_machine_lacks_is_no_failure(changed, ok, tmp_path):
     report = Report(plan.World(tmp_path, tmp_path))
     report.steps = [{"name": name, "ok": changed.get(name, True)} for name in plan.STEPS]
+    assert not report.ok, "it has not come to its end"
+    report.state = ENDED
     assert report.ok is ok
 
 
 def test_without_a_library_nothing_else_runs(tmp_path, capsys):
     status, steps, report, text = pretend(tmp_path, "build=fail")
-    assert status == 1 and list(steps) == ["build"] and "this nvcc does not compile for 9.0" in steps["build"]["why"]
+    assert status == 1 and "this nvcc does not compile for 9.0" in steps["build"]["why"]
+    assert list(steps) == list(plan.STEPS) and not any(steps[name]["seconds"] for name in steps if name != "build")
+    assert steps["rest"]["why"] == "nothing runs without the library"
     assert "nothing runs without the library" in report["notes"] and "nothing was measured" in text
 
 
 def test_without_a_kernel_that_works_nothing_else_runs(tmp_path, capsys):
     status, steps, report, _ = pretend(tmp_path, "smoke=lost")
-    assert status == 1 and list(steps) == ["build", "smoke"] and len(report["failed_families"]) == 12
+    begun = [name for name in steps if steps[name]["status"] != "not run"]
+    assert status == 1 and begun == ["build", "smoke"] and len(report["failed_families"]) == 12
 
 
 def started(out, faults, scale="0.1"):
@@ -177,7 +182,9 @@ def test_killed_from_outside_in_the_middle_of_the_tests(tmp_path):
     wait_for(lambda: failed.exists() and "in the middle" in failed.read_text())
     kill(process)
     report, text = report_in(out)
-    assert report["steps"][-1]["name"] == "tests" and report["steps"][-1]["status"] == "running"
+    statuses = {step["name"]: step["status"] for step in report["steps"]}
+    assert list(statuses) == list(plan.STEPS) and statuses["tests"] == "running" and statuses["rest"] == "not run"
+    assert text.startswith("NOT ENDED: running tests at ") and f"process {process.pid} is gone" in text
     assert report["failed_families"] == ["mix"] and report["benchmark"]["cases"] and "tests       running" in text
 
 
@@ -185,12 +192,12 @@ def test_killed_from_outside_in_the_middle_of_the_tests(tmp_path):
 def test_killed_from_outside_at_any_moment(seed, tmp_path):
     out, draw = tmp_path / "out", random.Random(seed)
     process = started(out, "benchmark=lost,tests=lost,ncu=hang")
-    wait_for((out / "report.txt").exists)
+    wait_for(lambda: (out / "report.txt").exists() and "PRETENDED" in (out / "report.txt").read_text())
     time.sleep(draw.uniform(0, 4))
     kill(process)
     report, text = report_in(out)
     names = [step["name"] for step in report["steps"]]
-    assert names == list(plan.STEPS)[: len(names)] and text.startswith("PRETENDED")
+    assert names == list(plan.STEPS) and "\nPRETENDED" in text
     if (out / "benchmark.json").exists():
         json.loads((out / "benchmark.json").read_text())
 
@@ -245,7 +252,7 @@ def test_on_a_full_disk_the_steps_go_on_and_all_is_printed(tmp_path, monkeypatch
     def full(self, *arguments, **more):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folder, "prepared", lambda path: (path, None))
+    monkeypatch.setattr(folder, "prepared", lambda path, pretended: (path, None))
     monkeypatch.setattr(Path, "write_text", full)
     assert command.main([str(tmp_path / "no/folder"), "--pretend", "tests=fail", "--scale", SCALE]) == 1
     printed = capsys.readouterr()

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
 from benchmarks.gpu_report.folder import Log
-from benchmarks.gpu_report.run import TIMED_OUT, Process, run
+from benchmarks.gpu_report.run import INTERRUPTED, TIMED_OUT, Process, run
 
 
 def python(name, code, **more):
@@ -65,14 +65,14 @@ def test_processes_have_their_environment_and_the_source_folder(monkeypatch):
 def test_an_interrupt_comes_first_and_what_is_said_then_is_heard():
     code = "import time\ntry:\n    print('began'); time.sleep(60)\nexcept KeyboardInterrupt:\n    print('found: 3')"
     statuses, lines = run_all(python("a", code), seconds=1.5, grace=20)
-    assert statuses == {"a": TIMED_OUT} and lines["a"][1:] == ["began", "found: 3"]
+    assert statuses == {"a": TIMED_OUT} and lines["a"][1:] == ["began", INTERRUPTED, "found: 3"]
 
 
 def test_a_kill_comes_then_with_all_that_it_started():
     parent = f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {SLEEP!r}]); {SLEEP}"
     statuses, lines = run_all(python("a", parent), seconds=4)
-    assert statuses == {"a": TIMED_OUT} and len(lines["a"]) == 3
-    assert all(ends(pid) for pid in lines["a"][1:])
+    assert statuses == {"a": TIMED_OUT} and lines["a"][3:] == [INTERRUPTED]
+    assert all(ends(pid) for pid in lines["a"][1:3])
 
 
 def test_what_a_process_leaves_behind_is_stopped_with_it():
@@ -113,6 +113,18 @@ def test_a_process_ends_with_the_one_that_runs_it():
     )
     statuses, lines = run_all(python("outer", code))
     assert statuses == {"outer": -9} and ends(lines["outer"][-1])
+
+
+def test_an_interrupt_is_heard_by_those_whom_a_script_started_in_the_background():
+    """Such a script has its children ignore it."""
+    code = (
+        "import signal, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from benchmarks.gpu_report.run import Process, run\n"
+        "child = Process('a', (sys.executable, '-c', 'import time; time.sleep(60)'), line=print)\n"
+        "run([child], time.monotonic() + 1, grace=30)"
+    )
+    statuses, lines = run_all(python("outer", code), seconds=30)
+    assert statuses == {"outer": 0} and lines["outer"][-1] == "KeyboardInterrupt"
 
 
 def test_of_who_says_too_much_begin_and_end_are_kept(tmp_path, monkeypatch):

@@ -2,10 +2,11 @@
 
 Every failure goes with its traceback to the file named by POM_EXT_FAILED as soon as it is reported, and every test's
 begin and outcome to the one named by POM_EXT_JOURNAL. A process whose test met an error after which CUDA does nothing
-more ends there: pytest-xdist replaces such a worker, and without it whoever started pytest starts it anew, whereupon
-the tests in the journal are not run again.
+more ends there, and so does one whose test takes longer than POM_EXT_SECONDS: pytest-xdist replaces such a worker, and
+without it whoever started pytest starts it anew, whereupon the tests in the journal are not run again.
 """
 
+import faulthandler
 import os
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ class Failures:
         )
         self._lost = set()  # tests after which their process ended itself
         self._runs_tests = not getattr(config.option, "numprocesses", None)
+        self._is_counted = False
 
     def _note(self, word, test=""):
         if self._journal:
@@ -69,6 +71,16 @@ class Failures:
         if left_out := [item for item in items if item.nodeid in begun]:
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if item.nodeid not in begun]
+
+    def pytest_collection_finish(self, session):
+        if self._runs_tests:
+            self._note("selected", len(session.items))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids):
+        if not self._is_counted:  # every worker has the same tests
+            self._is_counted = True
+            self._note("selected", len(ids))
 
     def pytest_runtest_logstart(self, nodeid):
         self._note("start", nodeid)
@@ -95,6 +107,20 @@ class Failures:
         self._note("end")
 
 
+class Limit:
+    """Of a process that runs tests: ends it if one takes too long, as pytest-timeout does where it is."""
+
+    def __init__(self, seconds):
+        self._seconds = seconds
+        self._stderr = os.dup(2)  # not the one that is captured during a test
+
+    def pytest_runtest_logstart(self):
+        faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._stderr)
+
+    def pytest_runtest_logfinish(self):
+        faulthandler.cancel_dump_traceback_later()
+
+
 class Worker:
     """Of pytest-xdist's processes that run tests."""
 
@@ -105,4 +131,8 @@ class Worker:
 
 
 def pytest_configure(config):
-    config.pluginmanager.register(Worker() if hasattr(config, "workerinput") else Failures(config))
+    is_worker = hasattr(config, "workerinput")
+    config.pluginmanager.register(Worker() if is_worker else Failures(config))
+    seconds = float(os.environ.get("POM_EXT_SECONDS", 0))
+    if seconds and (is_worker or not getattr(config.option, "numprocesses", None)):
+        config.pluginmanager.register(Limit(seconds))

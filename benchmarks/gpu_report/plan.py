@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +54,7 @@ NEEDS = {
     ),
     "peft": ("tests/test_changed_projections.py::test_lora_of_peft",),
 }
+PACKAGES = {"build": ("pybind11", "setuptools"), "tests": ("pytest", "hypothesis")}  # without which nothing runs
 HAS_KERNELS = (
     "from pom_ext import _library; _library.load(); "
     "assert 'cuda' in _library.DEVICES, 'the library was built without CUDA kernels'"
@@ -68,7 +70,16 @@ class World:
     machine: dict = field(default_factory=dict)
     failed: set = field(default_factory=set)  # families of kernels that the smoke step found failing
     scale: float = 1  # of all limits
+    watch: Callable = lambda sign, pid: None  # guard.py
     device = "cuda"
+    pretended = False
+
+    def missing(self):
+        """{"build" or "tests": what they need and this machine lacks}."""
+        found = {step: [name for name in names if not is_there(name)] for step, names in PACKAGES.items()}
+        if not self.program("nvcc"):
+            found["build"].append("nvcc")
+        return {step: names for step, names in found.items() if names}
 
     @property
     def jobs(self):
@@ -87,7 +98,9 @@ class World:
         try:
             from build_cuda import find_toolkit
         except ImportError:  # setuptools
-            return None
+            folders = filter(None, (os.environ.get("CUDA_HOME"), "/usr/local/cuda"))
+            places = (Path(folder, "bin", name) for folder in folders)
+            return next((str(place) for place in places if place.exists()), None)
         toolkit, _ = find_toolkit()
         program = toolkit.root / "bin" / name if toolkit else None
         return program if program and program.exists() else None
@@ -180,6 +193,13 @@ def ncu(world):
     return Step([[world.process("ncu", words, {"OMP_NUM_THREADS": "2"}, reader.line)]], {"ncu": reader})
 
 
+def lack(names):
+    packages = [name for name in names if name != "nvcc"]
+    how = [f"{sys.executable} -m pip install {' '.join(packages)}"] if packages else []
+    how += ["put the nvcc of a CUDA toolkit on the path, or its folder in CUDA_HOME"] if "nvcc" in names else []
+    return f"no {', no '.join(names)}: {'; '.join(how)}"
+
+
 def is_there(package):
     return importlib.util.find_spec(package) is not None
 
@@ -195,21 +215,25 @@ def pytest_words(selection, failed=(), is_there=is_there, seconds=OF_A_TEST):
         selection = f"({selection}) and not ({' or '.join(words)})"
     command = ["-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     command += ["-p", "benchmarks.gpu_report.failures", "-k", selection]
-    # Where a test hangs stands in the log before it is ended, whoever ends it.
-    command += ["-o", f"faulthandler_timeout={0.9 * seconds:g}"]
     if is_there("xdist"):
         command += ["-n", str(WORKERS), "--dist", "worksteal", "--max-worker-restart", "100"]
     if is_there("pytest_timeout"):
         command += [f"--timeout={seconds:g}", "--timeout-method=thread"]
+        # Where a test hangs stands in the log before it is ended. (Without pytest-timeout failures.py does both.)
+        command += ["-o", f"faulthandler_timeout={0.9 * seconds:g}"]
     for tests in left_out(is_there).values():
         command += [f"--deselect={test}" if "::" in test else f"--ignore={test}" for test in tests]
     return command
 
 
 def tests(world, selection=FIRST_TESTS, name="tests"):
+    if lacking := world.missing().get("tests"):
+        return lack(lacking)
     tail = Tail()
     few = {**world.build, "OMP_NUM_THREADS": "2"}  # threads for each of many processes
     few |= {"POM_EXT_FAILED": str(world.out / "failed.txt"), "POM_EXT_JOURNAL": str(world.scratch / f"{name}.journal")}
+    if not is_there("pytest_timeout"):
+        few["POM_EXT_SECONDS"] = f"{OF_A_TEST * world.scale:g}"
     words = pytest_words(selection, world.failed, seconds=OF_A_TEST * world.scale)
     return Step([[world.python(name, *words, environment=few, line=tail.line)]], {name: tail}, again=True)
 

@@ -27,18 +27,23 @@ NAMES = (
     *(n for names in OF_STEP.values() for n in names),
 )
 
+TOOLS = ("ncu", "sanitizers", "memcheck", "racecheck", "synccheck")
+ONLY_OF = {"absent": ("build", "tests", *TOOLS), "refuse": TOOLS}
+
 
 def parsed_faults(text):
     """{name of a process: mode} of "tests=hang,smoke.project=crash". Raises ValueError.
 
     Modes: ok, fail, hang (an interrupt ends it), stuck (only a kill does), crash, lost (a CUDA error); of ncu and the
-    sanitizers also absent and refuse.
+    sanitizers also refuse; of these, of build (nvcc) and of tests (hypothesis) absent.
     """
     faults = {}
     for word in filter(None, text.split(",")):
         name, _, mode = word.partition("=")
         if name not in NAMES or mode not in MODES:
             raise ValueError(f"expected NAME=MODE, names {', '.join(NAMES)}, modes {', '.join(MODES)}; got {word!r}")
+        if mode in ONLY_OF and not name.startswith(ONLY_OF[mode]):
+            raise ValueError(f"expected {mode} only of {', '.join(ONLY_OF[mode])}; got {word!r}")
         faults |= dict.fromkeys(OF_STEP.get(name, (name,)), mode)
     return faults
 
@@ -47,6 +52,11 @@ def parsed_faults(text):
 class Pretended(World):
     faults: dict = field(default_factory=dict)
     device = "cpu"
+    pretended = True
+
+    def missing(self):
+        lacking = {"build": ["nvcc"], "tests": ["hypothesis"]}
+        return {step: names for step, names in lacking.items() if self.faults.get(step) == "absent"}
 
     def program(self, name):
         step = {"compute-sanitizer": "memcheck"}.get(name, name)

@@ -3,10 +3,12 @@
 import csv
 import json
 import re
+import signal
 from collections import Counter
 from pathlib import Path
 
 from ..resources import shortened
+from .run import INTERRUPTED, TIMED_OUT
 
 LONGEST = 300  # characters of one line in the report
 
@@ -16,18 +18,30 @@ def short(text):
     return " ".join(text.split())[:LONGEST]
 
 
+def crash(status):
+    """"signal 11 (segmentation fault)" of an exit status that tells so, the program's own or a shell's; else None."""
+    number = abs(status) - (128 if status > 0 else 0) if isinstance(status, int) else 0
+    return f"signal {number} ({signal.strsignal(number).lower()})" if number in signal.valid_signals() else None
+
+
 class Tail:
     """The last lines."""
 
     def __init__(self, size=200):
-        self.lines, self._size = [], size
+        self.lines, self._size, self._at_interrupt = [], size, None
 
     def line(self, text):
+        if text == INTERRUPTED:
+            said = [line for line in self.lines if line.strip() and not line.startswith("$ ")]
+            self._at_interrupt = f"the last it said: {short(said[-1])}" if said else "it had printed nothing"
         self.lines.append(text)
         del self.lines[: -self._size]
 
     def reason(self):
-        """The line that tells best why a command failed: the last that speaks of an error, else the last."""
+        """The line that tells best why a command failed: the last that speaks of an error, else the last. Of one that
+        was stopped, the last before that."""
+        if self._at_interrupt:
+            return self._at_interrupt
         said = [line for line in self.lines if line.strip() and not line.startswith("$ ")]
         errors = [line for line in said if re.search(r"\b(error|Error|ERROR|fatal|refused)\b|Error:", line)]
         return short((errors or said or ["it printed nothing"])[-1])
@@ -47,19 +61,20 @@ class Smoke:
 
     def found(self, status):
         """{"outcome": "ok", "wrong", "failed", "hung" or "crashed", "why"}, given the exit status of its process."""
-        if status == "timed out" or self._hung:
+        if status == TIMED_OUT or self._hung:
             where = [line.strip() for line in self._tail.lines if re.match(r"\s+File ", line)]
             return {"outcome": "hung", "why": short(where[0]) if where else "it was stopped"}
         if self._said is None or (status < 0 and self._said[0] == "ok"):
-            return {"outcome": "crashed", "why": f"exit status {status}: {self._tail.reason()}"}
+            return {"outcome": "crashed", "why": f"{crash(status) or f'exit status {status}'}: {self._tail.reason()}"}
         outcome, why = self._said
         return {"outcome": outcome, "why": why}
 
 
 def journal(path):
     """Of a journal that failures.py wrote: {"passed": 12, "failed": 1, ..., "failed_tests": [...], "started": [...],
-    "lost": the tests that began and have no outcome, "ended": whether every process of the tests came to its end}."""
-    outcomes, started, ended = {}, [], True
+    "lost": the tests that began and have no outcome, "ended": whether every process of the tests came to its end,
+    "selected": how many tests there are, None if that is not known}."""
+    outcomes, started, ended, selected = {}, [], True, None
     try:
         lines = Path(path).read_text(errors="replace").splitlines()
     except OSError:
@@ -72,6 +87,8 @@ def journal(path):
             ended = True
         elif word == "start":
             started.append(test)
+        elif word == "selected":  # by each process: the first has them all, later ones those that are left
+            selected = max(selected or 0, int(test))
         elif outcomes.get(test) not in ("failed", "error"):
             outcomes[test] = word
     counts = Counter(outcomes.values())
@@ -81,6 +98,7 @@ def journal(path):
         "started": started,
         "lost": [test for test in started if test not in outcomes],
         "ended": ended and bool(lines),
+        "selected": selected,
     }
 
 
@@ -188,6 +206,15 @@ def number(text):
         return float((text or "").replace(",", ""))
     except ValueError:
         return None
+
+
+def why_ended(lines, status):
+    """Why a process of the benchmark ended in the middle of a case."""
+    if status == TIMED_OUT:
+        return "was running when the time of its step was up"
+    if any(line.startswith("Timeout (") for line in lines):
+        return "hung, and was ended"
+    return f"crashed: {crash(status)}" if crash(status) else f"ended its process: exit status {status}"
 
 
 def benchmark(path):

@@ -3,18 +3,34 @@
 Both are written aside and put in place whole, so whoever ends this program at whatever second finds readable files.
 """
 
+import datetime
 import json
+import os
 import re
+import subprocess
 import time
 
-from . import read
+from . import plan, read
 from .families import FAMILIES
 from .folder import MARK, Log, complain, written_aside
-from .plan import left_out
-from .run import TIMED_OUT
+from .run import ROOT, TIMED_OUT
 
 EVERY = 5  # seconds between two writings within a step
 MAY_BE_MISSING = ("layers", "ncu", "sanitizers", "rest")  # steps without which a report can be ok
+SEARCHING, RUNNING, ENDED, STOPPED, NO_GPU = "looking for a GPU", "running", "ended", "stopped", "no GPU"
+
+
+def now():
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def commit():
+    """Of the source, "+" if it was changed since; None if git cannot tell."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
 
 def pytest_counts(lines):
@@ -27,7 +43,12 @@ def pytest_counts(lines):
 class Report:
     def __init__(self, world, notes=()):
         self.world, self.notes = world, list(notes)
-        self.steps, self.findings = [], {}
+        self.state, self.begun, self.commit = SEARCHING, now(), commit()
+        self.steps = [
+            {"name": name, "status": "not run", "seconds": 0.0, "limit": 0.0, "ok": None, "why": None}
+            for name in plan.STEPS
+        ]
+        self.findings, self._step, self._why = {}, None, None
         self.log = Log(world.out / "log.txt", self.unwritten)
         self._readers, self._started, self._written = {}, 0.0, 0.0
 
@@ -37,18 +58,22 @@ class Report:
             self.notes.append(text)
             complain(text)
 
+    def step(self, name):
+        return next(step for step in self.steps if step["name"] == name)
+
     def begin(self, name, step, limit):
         self._readers, self._started = step.readers, time.monotonic()
-        self.steps.append({"name": name, "status": "running", "seconds": 0.0, "limit": limit, "ok": None, "why": None})
+        self._step = self.step(name)
+        self._step |= {"status": "running", "limit": limit}
         self.beat({}, 0)
 
     def skip(self, name, why):
-        self.steps.append({"name": name, "status": "not run", "seconds": 0.0, "limit": 0.0, "ok": None, "why": why})
+        self.step(name)["why"] = why
         self.write()
 
     def end(self, statuses):
         """Of the step that runs; True, False, or None where it could not be done."""
-        step = self.steps[-1]
+        step = self._step
         bad = [status for status in statuses.values() if status != 0]
         step["status"] = TIMED_OUT if TIMED_OUT in bad else bad[0] if bad else 0
         step["ok"], step["why"] = self._look(step, statuses)
@@ -60,16 +85,25 @@ class Report:
         """Called all the time while a step runs, with the statuses of its processes that have ended."""
         now = time.monotonic()
         if now - self._written > every * self.world.scale:
-            self.steps[-1]["seconds"] = now - self._started
-            self._look(self.steps[-1], statuses)
+            self._step["seconds"] = now - self._started
+            self._look(self._step, statuses)
             self.write()
 
     def stop(self, why):
         """From outside, in the middle of a step or between two."""
-        if self.steps and self.steps[-1]["status"] == "running":
-            self._look(self.steps[-1], {})
-            self.steps[-1] |= {"status": "stopped", "ok": False, "why": why}
-        self.note(why)
+        if self._step and self._step["status"] == "running":
+            self._look(self._step, {})
+            self._step |= {"status": "stopped", "ok": False, "why": why}
+        self.finish(why, STOPPED)
+
+    def finish(self, why=None, state=ENDED):
+        """Nothing runs from here on; why, if not all was run."""
+        self.state, self._why = state, why
+        if why:
+            self.note(why)
+        for step in self.steps:
+            if step["status"] == "not run":
+                step["why"] = step["why"] or why
 
     def _look(self, step, statuses):
         """Put what is found by now into self.findings. Returns (whether all is well, why not)."""
@@ -81,6 +115,8 @@ class Report:
             ok, why = False, f"what it printed could not be read: {type(error).__name__}: {error}"
         if status == TIMED_OUT:
             return False, f"its time was up{f'; {why}' if why else ''}"
+        if ok is False and (signal := read.crash(status)) and signal not in (why or ""):
+            return False, f"crashed: {signal}{f'; {why}' if why else ''}"
         return ok, why
 
     def _look_at_build(self, name, status, statuses):
@@ -100,10 +136,10 @@ class Report:
         self.findings.setdefault("measured", {})[name] = self._readers[name].lines
         if status == 0:
             return True, None
+        # What an earlier step did not measure stands in the file too.
         wrong = (content or {}).get("wrong", [])
-        if running := (content or {}).get("running"):
-            return False, f"{running} was not ended"
-        return False, f"{len(wrong)} failed, first {wrong[0]}" if wrong else self._readers[name].reason()
+        wrong = [case for case in wrong if name == "benchmark" or case.startswith(f"{plan.SIDE_BY_SIDE}:")]
+        return False, "; ".join(map(read.short, wrong)) or self._readers[name].reason()
 
     def _look_at_ncu(self, name, status, statuses):
         reader = self._readers[name]
@@ -116,20 +152,23 @@ class Report:
 
     def _look_at_tests(self, name, status, statuses):
         found = read.journal(self.world.scratch / f"{name}.journal")
-        del found["started"]
+        begun = len(set(found.pop("started")))
         if not found["ended"]:
             found = {**pytest_counts(self._readers[name].lines), **found}
         self.findings[name] = found
-        failed = len(found["failed_tests"]) + len(found["lost"])
-        why = f"{failed} failed or were running at the end" if failed else self._readers[name].reason()
-        ok = status in (0, 5) and not failed  # 5: none selected
-        return ok, None if ok else why
+        if found["selected"] is not None:
+            found["not_run"] = found["selected"] - begun
+        told = {"failed": len(found["failed_tests"]), "running when it ended": len(found["lost"])}
+        told["of {} did not run".format(found["selected"])] = found.get("not_run", 0)
+        why = ", ".join(f"{count} {what}" for what, count in told.items() if count > 0)
+        ok = status in (0, 5) and not why  # 5: none selected
+        return ok, None if ok else why or self._readers[name].reason()
 
     def _look_at_sanitizers(self, name, status, statuses):
         found = {tool: reader.found(statuses.get(tool)) for tool, reader in self._readers.items()}
         self.findings["sanitizers"] = found
         bad = [
-            f"{tool} {said['errors']} errors" if said["errors"] else f"{tool} came to no end"
+            f"{tool} {said['errors']} errors" if said["errors"] else f"{tool}: {_of_no_end(said, statuses.get(tool))}"
             for tool, said in found.items()
             if not said["finished"] or said["errors"]
         ]
@@ -142,12 +181,26 @@ class Report:
 
     @property
     def ok(self):
-        """Whether nothing failed, and all ran but what a machine may lack."""
+        """Whether it came to its end, nothing failed, and all ran but what a machine may lack."""
         done = {step["name"] for step in self.steps if step["ok"]}
         needed = {"build", "smoke", "benchmark", "tests"}
-        return needed <= done and all(
+        return self.state == ENDED and needed <= done and all(
             step["ok"] or step["name"] in MAY_BE_MISSING and step["ok"] is None for step in self.steps
         )
+
+    def verdict(self):
+        """One line."""
+        failed = [step["name"] for step in self.steps if step["ok"] is False]
+        missing = [step["name"] for step in self.steps if step["ok"] is None and step["status"] != "running"]
+        said = [f"{word}: {', '.join(names)}" for word, names in (("failed", failed), ("no result", missing)) if names]
+        if self.state in (SEARCHING, RUNNING):
+            running = next((step["name"] for step in self.steps if step["status"] == "running"), None)
+            what = f"{self.state}{f' {running}' if running else ''}"
+            return "; ".join([f"NOT ENDED: {what} at {now()}. If process {os.getpid()} is gone, it was killed", *said])
+        if self.state == NO_GPU:
+            return f"NOTHING RAN: {self._why}"
+        word = "STOPPED" if self.state == STOPPED else "OK" if self.ok else "FAILED" if failed else "INCOMPLETE"
+        return "; ".join([word, *said])
 
     def content(self):
         findings = {key: value for key, value in self.findings.items() if key != "measured"}
@@ -155,11 +208,17 @@ class Report:
         return {
             "made_by": MARK,
             "ok": self.ok,
+            "verdict": self.verdict(),
+            "pretended": world.pretended,
+            "begun": self.begun,
+            "written": now(),
+            "process": os.getpid(),
+            "commit": self.commit,
             "machine": world.machine,
             "notes": self.notes,
             "steps": self.steps,
             "failed_families": sorted(world.failed),
-            "left_out": left_out(),
+            "left_out": plan.left_out(),
             **findings,
         }
 
@@ -182,15 +241,20 @@ class Report:
     def text(self):
         """report.txt."""
         m = self.world.machine
-        lines = [f"{m['gpu']} ({m['capability']}), driver {m['driver']}, torch {m['torch']}, CUDA {m['cuda']}"]
-        lines += [f"note: {note}" for note in self.notes]
-        lines += ["", *map(_step_line, self.steps), "", *self._smoke_lines(), *self._test_lines()]
-        lines += [*self._sanitizer_lines(), *self._ncu_lines()]
+        lines = [self.verdict()]
+        if m:
+            lines += [f"{m['gpu']} ({m['capability']}), driver {m['driver']}, torch {m['torch']}, CUDA {m['cuda']}"]
+        lines += [f"begun {self.begun}, process {os.getpid()}, commit {self.commit or 'unknown'}"]
+        lines += [f"note: {note}" for note in self.notes if note not in lines[0]]
+        lines += ["", *(_step_line(step, self._why) for step in self.steps), ""]
+        lines += [*self._smoke_lines(), *self._test_lines(), *self._sanitizer_lines(), *self._ncu_lines()]
         measured = self.findings.get("measured", {})
         for name, said in measured.items():
             lines += ["", f"{name}:", *(line for line in said if not line.startswith("$ "))]
         if not measured:
             lines += ["", "nothing was measured"]
+        if (self.world.out / "log.txt").exists():
+            lines += ["", "all that the steps printed is in log.txt"]
         return "\n".join(lines) + "\n"
 
     def _smoke_lines(self):
@@ -205,23 +269,28 @@ class Report:
         for name in ("tests", "rest"):
             if (counts := self.findings.get(name)) is None:
                 continue
-            told = (f"{n} {word}" for word, n in counts.items() if isinstance(n, int) and word != "ended")
+            words = {word: n for word, n in counts.items() if type(n) is int and word not in ("selected", "not_run")}
+            if counts.get("not_run"):
+                words["of {} did not run".format(counts["selected"])] = counts["not_run"]
+            told = (f"{n} {word}" for word, n in words.items())
             lines.append(
                 f"{name:<12}" + (", ".join(told) or "none ran") + ("" if counts["ended"] else "; came to no end")
             )
             lines += [f"  failed: {test}" for test in counts["failed_tests"]]
             lines += [f"  ran when it ended: {test}" for test in counts["lost"]]
         if lines:
-            lines.append("  tracebacks are in failed.txt; tests of the CPU's half of the device axis are left out")
-            lines += [f"  left out, no {package}: {', '.join(tests)}" for package, tests in left_out().items()]
+            if (self.world.out / "failed.txt").exists():
+                lines.append("  tracebacks are in failed.txt")
+            lines.append("  tests of the CPU's half of the device axis are left out")
+            lines += [f"  left out, no {package}: {', '.join(tests)}" for package, tests in plan.left_out().items()]
         return lines
 
     def _sanitizer_lines(self):
         lines = []
         for tool, said in self.findings.get("sanitizers", {}).items():
-            errors = "came to no end" if said["errors"] is None else f"{said['errors']} errors"
+            errors = _of_no_end(said) if said["errors"] is None else f"{said['errors']} errors"
             errors += ", then came to no end" if said["errors"] is not None and not said["finished"] else ""
-            lines.append(f"{tool:<18}{said.get('refused') or errors}")
+            lines.append(f"{tool:<18}{errors}")
             lines += [f"  {record}" for record in said["records"]]
         return lines
 
@@ -241,8 +310,18 @@ class Report:
         return lines
 
 
-def _step_line(step):
+def _of_no_end(said, status=None):
+    """Of a sanitizer that gave no sum."""
+    if "refused" in said:
+        return f"refused: {said['refused']}"
+    return f"crashed: {signal}" if (signal := read.crash(status)) else "came to no end"
+
+
+def _step_line(step, told=None):
+    """told: a reason of what was not run that need not be told again."""
     word = {True: "ok", False: "FAILED", None: "not run" if step["status"] == "not run" else "no result"}[step["ok"]]
     word = "running" if step["status"] == "running" else word
-    why = f"  {step['why']}" if step["why"] else ""
-    return f"{step['name']:<12}{word:<10}{step['seconds']:>6.0f} s of {step['limit']:.0f}{why}"
+    why = step["why"] or ""
+    if step["status"] == "not run":
+        return f"{step['name']:<12}{word:<10}{why if why != told else ''}".rstrip()
+    return f"{step['name']:<12}{word:<10}{step['seconds']:>6.0f} s of {step['limit']:.0f}  {why}".rstrip()

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GRACE = 10  # seconds between interrupt and kill, to say what was found
 BEAT = 0.1  # seconds between two looks at the clock
 TIMED_OUT = "timed out"
+INTERRUPTED = "(its time is up: interrupted)"  # a line among its own: what it says after it is no reason
 LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG = 1
 
@@ -36,6 +37,7 @@ class Process:
 def _in_a_group_of_its_own():
     """So that all that it starts is stopped with it, and that it is stopped with its parent, a killed one too."""
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a script starts with & has it ignored, and so its children
     if hasattr(LIBC, "prctl"):
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -43,8 +45,8 @@ def _in_a_group_of_its_own():
 class Running:
     """A process on its way: `status` is None until it has ended, then its exit status (-11: signal 11) or TIMED_OUT."""
 
-    def __init__(self, process, until, grace, log):
-        self.process, self.status, self._log, self._grace = process, None, log, grace
+    def __init__(self, process, until, grace, log, watch):
+        self.process, self.status, self._log, self._grace, self._watch = process, None, log, grace, watch
         self._until = min(until, time.monotonic() + process.seconds)
         self._interrupted = self._killed = False
         self._rest, self.at_end = b"", False
@@ -57,6 +59,7 @@ class Running:
                 words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT, preexec_fn=_in_a_group_of_its_own,
             )  # fmt: skip
+            self._watch("+", self._popen.pid)
             self.output = self._popen.stdout
             os.set_blocking(self.output.fileno(), False)
         except OSError as error:
@@ -92,6 +95,7 @@ class Running:
         elif self._interrupted and not self._killed and now > self._until:
             self.kill()
         elif not self._interrupted and now > self._until:
+            self._tell(INTERRUPTED)
             self._signal(signal.SIGINT)
             self._interrupted, self._until = True, now + self._grace
         return self.status is not None
@@ -114,14 +118,18 @@ class Running:
         if self._rest:
             self._tell(self._rest.decode(errors="replace"))
         self.output.close()
+        self._watch("-", self._popen.pid)
         self.status = status
 
 
-def run(processes, until, *, grace=GRACE, at_once=None, log=lambda name, text: None, beat=lambda statuses: None):
+def run(
+    processes, until, *, grace=GRACE, at_once=None, log=lambda name, text: None, beat=lambda statuses: None,
+    watch=lambda sign, pid: None,
+):  # fmt: skip
     """Run processes, `at_once` at a time, until a time of time.monotonic(). Returns {name: status}.
 
     Those that are not begun by then are TIMED_OUT too. log(name, line) gets all lines; beat({name: status})
-    is called now and then with those that have ended.
+    is called now and then with those that have ended, watch("+" or "-", pid) for a group that begins or is over.
     """
     waiting, running, statuses = deque(processes), [], {}
     try:
@@ -131,7 +139,7 @@ def run(processes, until, *, grace=GRACE, at_once=None, log=lambda name, text: N
                 if time.monotonic() >= until:
                     statuses[process.name] = TIMED_OUT
                     continue
-                one = Running(process, until, grace, log)
+                one = Running(process, until, grace, log, watch)
                 if one.status is None:
                     running.append(one)
                 else:

@@ -109,7 +109,8 @@ def benchmark(mode, words):
         content["cases"].append({"name": name})
         say(name, "  pom_ext                   1.00")
         save(content, path)
-    return int(bool(content["wrong"]))
+    say(f"{len(names)} cases, 0 s")
+    return int(any(complaint.split(":")[0] in names for complaint in content["wrong"]))
 
 
 def save(content, path):
