@@ -230,7 +230,9 @@ def main(arguments=None):
     parser.add_argument("--build", default=BUILD, metavar="FOLDER", help="where the objects and logs are")
     parser.add_argument("--arch", nargs="+", default=list(MULTIPROCESSORS), help="architectures to show, or 'all'")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
-    parser.add_argument("--launches", action="store_true", help="count the launches and bytes of benchmark cases instead")
+    parser.add_argument(
+        "--launches", action="store_true", help="count the launches and bytes of benchmark cases instead"
+    )
     parser.add_argument("--case", nargs="+", default=["*"], metavar="NAME", help="of --launches: names or patterns")
     options = parser.parse_args(arguments)
     if options.launches:

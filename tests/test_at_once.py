@@ -62,9 +62,7 @@ def state_of(call, dtype):
     u = torch.nn.functional.linear(call.x.to(dtype), call.weight.to(dtype), bias)
     frames = {} if call.offsets is None else {"frames" if call.cumulative else "cu_seqlens": call.offsets.tolist()}
     weight = None if call.token_weight is None else call.token_weight.to(dtype)
-    total, count = reference.state(
-        u, call.coeff.to(dtype), form="power", degree=call.degree, weight=weight, **frames
-    )
+    total, count = reference.state(u, call.coeff.to(dtype), form="power", degree=call.degree, weight=weight, **frames)
     if call.total is None:
         return total, count
     return total + call.total.to(dtype) + call.residual.to(dtype), count + call.count.to(dtype)

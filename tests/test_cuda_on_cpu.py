@@ -36,7 +36,18 @@ PROGRAMS = (
 OTHERS = [source for folder in (".", "cpu", "engine") for source in (ROOT / "csrc" / folder).glob("*.cpp")]
 
 # Tests of the operations, the longest first.
-OPERATIONS = ("mix", "derivatives", "state", "prior", "determinism", "update", "readout", "layouts", "rotary", "at_once")
+OPERATIONS = (
+    "mix",
+    "derivatives",
+    "state",
+    "prior",
+    "determinism",
+    "update",
+    "readout",
+    "layouts",
+    "rotary",
+    "at_once",
+)
 OPERATIONS = [f"test_{name}" for name in (*OPERATIONS, "gpu_report_smoke")]
 # The threads are those of the CPU kernels; memory is measured in processes of their own.
 LEFT_OUT = "not threads and not memory"

@@ -257,9 +257,19 @@ def test_the_table_of_ncu_is_read():
             *map(stall.format, ("wait", "barrier", "barrier_not_issued")),
         ],
         ["", "", "", "ns", "%", "%", "%", "%", "register/thread", "inst", "inst", "inst"],
-        ["0", "void pom::cuda::<unnamed>::slopes<float>(Args)", "(1,1,1)", *"33,500 80 70 60 50 64 1.5 2.5 9".split()],
-        ["1", "void pom::cuda::<unnamed>::slopes<float>(Args)", "(1,1,1)", *"34,500 80 70 60 50 64 1.5 2.5 9".split()],
-        ["2", "mix_slab", "(2,1,1)", *"nan? 80 70 60 50 64 1.5 0.5 9".split()],
+        [
+            "0",
+            "void pom::cuda::<unnamed>::slopes<float>(Args)",
+            "(1,1,1)",
+            *["33,500", "80", "70", "60", "50", "64", "1.5", "2.5", "9"],
+        ],
+        [
+            "1",
+            "void pom::cuda::<unnamed>::slopes<float>(Args)",
+            "(1,1,1)",
+            *["34,500", "80", "70", "60", "50", "64", "1.5", "2.5", "9"],
+        ],
+        ["2", "mix_slab", "(2,1,1)", *["nan?", "80", "70", "60", "50", "64", "1.5", "0.5", "9"]],
     ]
     text = "\n".join(",".join(f'"{cell}"' for cell in row) for row in rows)
     reader = feed(read.Ncu(), f'==PROF== Profiling "slopes" - 0: 0%....100% - 12 passes\nprofiled state\n{text}')

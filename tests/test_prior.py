@@ -116,9 +116,7 @@ def test_derivatives_of_a_state_from_before(context, device):
     many = [torch.stack([t, t + 0.1, 2 * t]) for t in leaves]
     for dims in ((0, 0, 0, 0, 0), (0, None, None, None, None), (None, None, 0, 0, 0), (0, None, 0, None, None)):
         given = [t if dim is None else m for t, m, dim in zip(leaves, many, dims)]
-        one_by_one = [
-            function(*(t if dim is None else t[i] for t, dim in zip(given, dims))) for i in range(3)
-        ]
+        one_by_one = [function(*(t if dim is None else t[i] for t, dim in zip(given, dims))) for i in range(3)]
         for found, expected in zip(torch.func.vmap(function, dims)(*given), zip(*one_by_one), strict=True):
             torch.testing.assert_close(found, torch.stack(expected))
 

@@ -19,7 +19,7 @@ def short(text):
 
 
 def crash(status):
-    """"signal 11 (segmentation fault)" of an exit status that tells so, the program's own or a shell's; else None."""
+    """ "signal 11 (segmentation fault)" of an exit status that tells so, the program's own or a shell's; else None."""
     number = abs(status) - (128 if status > 0 else 0) if isinstance(status, int) else 0
     return f"signal {number} ({signal.strsignal(number).lower()})" if number in signal.valid_signals() else None
 

@@ -184,8 +184,10 @@ class Report:
         """Whether it came to its end, nothing failed, and all ran but what a machine may lack."""
         done = {step["name"] for step in self.steps if step["ok"]}
         needed = {"build", "smoke", "benchmark", "tests"}
-        return self.state == ENDED and needed <= done and all(
-            step["ok"] or step["name"] in MAY_BE_MISSING and step["ok"] is None for step in self.steps
+        return (
+            self.state == ENDED
+            and needed <= done
+            and all(step["ok"] or step["name"] in MAY_BE_MISSING and step["ok"] is None for step in self.steps)
         )
 
     def verdict(self):

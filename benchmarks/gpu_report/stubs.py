@@ -14,8 +14,13 @@ from pathlib import Path
 
 LIBRARY = os.environ.get("POM_EXT_TEST_LIBRARY")
 MACHINE = {
-    **{"gpu": "PRETENDED, NO GPU", "capability": "9.0", "driver": "none", "torch": "none", "cuda": "none"},
-    **{"python": ".".join(map(str, sys.version_info[:3])), "cores": len(os.sched_getaffinity(0))},
+    "gpu": "PRETENDED, NO GPU",
+    "capability": "9.0",
+    "driver": "none",
+    "torch": "none",
+    "cuda": "none",
+    "python": ".".join(map(str, sys.version_info[:3])),
+    "cores": len(os.sched_getaffinity(0)),
 }
 LOST_ERROR = "RuntimeError: CUDA error: an illegal memory access was encountered"
 
