@@ -2,7 +2,7 @@
 #   make demo   train on real images, draw new ones, move them, stream them as video; report in out/demo
 #   make test   build and run every test; make test-cpp only those of the C and C++ library; make fuzz
 #               40,000 random calls against the definition, the second half of them drawn by SEED
-# and one for a machine with a GPU and nvcc, whose python3 has torch and pytest; it installs nothing:
+# and one for a machine with a GPU, whose python3 has torch, pytest and what builds (README.md); it installs nothing:
 #   make gpu-report OUT=folder   build for that GPU, measure, test and sanitize, within nine minutes
 # and for those who pass it on:
 #   make wheel, make sdist       into dist/
@@ -10,8 +10,8 @@
 #
 # The first two make their environment in .venv first. Where torch can be imported already, that torch is used; on a
 # machine without an NVIDIA GPU the CPU build is pinned, for a plain `torch` would bring several GB of CUDA libraries.
-# CUDA kernels are compiled, where there is an nvcc, for the GPUs that are visible. Without any they take minutes and serve
-# nobody here, and are left out unless asked for:
+# If there is an nvcc, CUDA kernels are compiled for the visible GPUs. If there are none, kernels would take minutes and
+# serve nobody here, so they are left out unless asked for:
 #   POM_EXT_CUDA=1 make test                  compile them for all GPUs
 #   TORCH_CUDA_ARCH_LIST=9.0 make test        for one kind; make wheel compiles for all unless this is set
 # The page that games are played on is tested in a headless Chromium: the one that is there, or Debian's, or Playwright's.

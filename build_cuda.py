@@ -93,7 +93,8 @@ def find_toolkit(environment=os.environ, default="/usr/local/cuda"):
 
 
 def wanted_toolkit(environment=os.environ, default="/usr/local/cuda"):
-    """The toolkit to build with, or None to build without CUDA. POM_EXT_CUDA=0 forbids it, 1 demands it."""
+    """The toolkit to build with, or None to build without CUDA. POM_EXT_CUDA=0 forbids it; 1, or a list of architectures,
+    demands it."""
     choice = environment.get("POM_EXT_CUDA", "")
     if choice not in ("", "0", "1", "gpu"):
         raise OptionError(
@@ -103,9 +104,11 @@ def wanted_toolkit(environment=os.environ, default="/usr/local/cuda"):
     if choice == "0":
         return None
     toolkit, refused = find_toolkit(environment, default)
-    if choice == "1" and toolkit is None:
+    listed = environment.get("TORCH_CUDA_ARCH_LIST", "").strip("; \t")
+    if toolkit is None and (choice == "1" or listed):
+        asked = "POM_EXT_CUDA=1" if choice == "1" else f"TORCH_CUDA_ARCH_LIST={listed}"
         raise PlatformError(
-            f"POM_EXT_CUDA=1, but there is no CUDA toolkit ({'; '.join(refused)}). Install one with nvcc, or set "
+            f"{asked}, but there is no CUDA toolkit ({'; '.join(refused)}). Install one with nvcc, or set "
             "CUDA_HOME to the folder that holds include/cuda_runtime.h and bin/nvcc"
         )
     return toolkit
@@ -236,4 +239,7 @@ def jobs(toolkit, names, folder):
 
 
 if __name__ == "__main__":
-    print(choose())
+    try:
+        print(choose())
+    except (OptionError, PlatformError) as error:
+        raise SystemExit(f"error: {error}") from None

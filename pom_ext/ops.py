@@ -24,7 +24,7 @@ if _library.ERROR is None:
 
     try:
         register()
-    except (AttributeError, RuntimeError) as error:  # where an operation is missing
+    except Exception as error:  # an operation that is missing, or takes other arguments
         _library.ERROR = (
             f"pom_ext: the compiled library was built before this source ({error}). Build it again: {_library.BUILD}"
         )

@@ -98,6 +98,9 @@ def test_cuda_can_be_forbidden_and_demanded(tmp_path):
     assert build_cuda.wanted_toolkit({**here, "POM_EXT_CUDA": "gpu"}).root == root
     with pytest.raises(OptionError, match="POM_EXT_CUDA: expected 0 .* 1 .* gpu .* got 'yes'"):
         build_cuda.wanted_toolkit({**here, "POM_EXT_CUDA": "yes"})
+    with pytest.raises(PlatformError, match="^TORCH_CUDA_ARCH_LIST=9.0, but there is no CUDA toolkit"):
+        build_cuda.wanted_toolkit({"TORCH_CUDA_ARCH_LIST": "9.0"}, default="/nowhere")
+    assert build_cuda.wanted_toolkit({"TORCH_CUDA_ARCH_LIST": "9.0", "POM_EXT_CUDA": "0"}, default="/nowhere") is None
 
 
 def test_nvcc_tells_what_it_compiles_for(tmp_path):
