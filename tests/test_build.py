@@ -447,4 +447,4 @@ def test_the_test_run_of_every_change_asks_for_cuda(tmp_path):
     shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
     (tmp_path / "Makefile").write_text('test:\n\t@echo "$$POM_EXT_CUDA|$$TORCH_CUDA_ARCH_LIST"\n')
     done = subprocess.run([tmp_path / ".ci/run"], env=unasked(), check=True, capture_output=True, text=True)
-    assert done.stdout == "1|8.0;9.0\n"
+    assert "1|8.0;9.0" in done.stdout.splitlines()  # make within make tells its folders too
