@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,7 +143,9 @@ def architectures(known, environment=os.environ):
 
 def visible_gpus(environment=os.environ):
     """Compute capabilities of the GPUs that are here, {"9.0"}: as torch has them, or else as the driver's tool does."""
-    import torch  # here: all else needs none
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a first build comes before numpy, which torch misses
+        import torch  # here: all else needs none
 
     if torch.version.cuda and torch.cuda.is_available():
         capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
