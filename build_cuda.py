@@ -95,7 +95,7 @@ def find_toolkit(environment=os.environ, default="/usr/local/cuda"):
 
 def wanted_toolkit(environment=os.environ, default="/usr/local/cuda"):
     """The toolkit to build with, or None to build without CUDA. POM_EXT_CUDA=0 forbids it; 1, or a list of architectures,
-    demands it."""
+    demands it. All there are may be none: a wheel is built without an nvcc too."""
     choice = environment.get("POM_EXT_CUDA", "")
     if choice not in ("", "0", "1", "gpu"):
         raise OptionError(
@@ -106,7 +106,7 @@ def wanted_toolkit(environment=os.environ, default="/usr/local/cuda"):
         return None
     toolkit, refused = find_toolkit(environment, default)
     listed = environment.get("TORCH_CUDA_ARCH_LIST", "").strip("; \t")
-    if toolkit is None and (choice == "1" or listed):
+    if toolkit is None and (choice == "1" or listed not in ("", "all")):
         asked = "POM_EXT_CUDA=1" if choice == "1" else f"TORCH_CUDA_ARCH_LIST={listed}"
         raise PlatformError(
             f"{asked}, but there is no CUDA toolkit ({'; '.join(refused)}). Install one with nvcc, or set "

@@ -100,7 +100,8 @@ def test_cuda_can_be_forbidden_and_demanded(tmp_path):
         build_cuda.wanted_toolkit({**here, "POM_EXT_CUDA": "yes"})
     with pytest.raises(PlatformError, match="^TORCH_CUDA_ARCH_LIST=9.0, but there is no CUDA toolkit"):
         build_cuda.wanted_toolkit({"TORCH_CUDA_ARCH_LIST": "9.0"}, default="/nowhere")
-    assert build_cuda.wanted_toolkit({"TORCH_CUDA_ARCH_LIST": "9.0", "POM_EXT_CUDA": "0"}, default="/nowhere") is None
+    for given in ({"TORCH_CUDA_ARCH_LIST": "9.0", "POM_EXT_CUDA": "0"}, {"TORCH_CUDA_ARCH_LIST": "all"}):
+        assert build_cuda.wanted_toolkit(given, default="/nowhere") is None
 
 
 def test_nvcc_tells_what_it_compiles_for(tmp_path):
