@@ -153,12 +153,18 @@ def test_without_a_kernel_that_works_nothing_else_runs(tmp_path, capsys):
     assert status == 1 and begun == ["build", "smoke"] and len(report["failed_families"]) == 12
 
 
+def listen_to_hangups():
+    """Though whatever started the tests does not: nohup, say."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def started(out, faults, scale="0.1"):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "benchmarks.gpu_report", str(out), "--pretend", faults, "--scale", scale]
     return subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=listen_to_hangups,
+    )  # fmt: skip
 
 
 def wait_for(condition):

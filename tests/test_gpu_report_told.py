@@ -136,7 +136,7 @@ def test_a_terminal_that_closes_stops_it_politely(tmp_path):
     process = started(tmp_path, "build=stuck", scale="1")
     wait_for(lambda: (tmp_path / "report.txt").exists() and "running build" in (tmp_path / "report.txt").read_text())
     process.send_signal(signal.SIGHUP)
-    process.communicate()
+    process.communicate(timeout=60)
     report, text = report_in(tmp_path)
     assert process.returncode == 1 and text.startswith("STOPPED") and report["steps"][0]["status"] == "stopped"
     assert {step["why"] for step in report["steps"]} == {"stopped from outside before the end"}
