@@ -94,8 +94,11 @@ def find_toolkit(environment=os.environ, default="/usr/local/cuda"):
 
 
 def wanted_toolkit(environment=os.environ, default="/usr/local/cuda"):
-    """The toolkit to build with, or None to build without CUDA. POM_EXT_CUDA=0 forbids it; 1, or a list of architectures,
-    demands it. All there are may be none: a wheel is built without an nvcc too."""
+    """The toolkit to build with, or None to build without CUDA.
+
+    POM_EXT_CUDA=0 forbids it; 1, or a list of architectures, demands it. "all" demands none: a wheel is built without an
+    nvcc too.
+    """
     choice = environment.get("POM_EXT_CUDA", "")
     if choice not in ("", "0", "1", "gpu"):
         raise OptionError(

@@ -1,8 +1,9 @@
 """What the cases of the device benchmark launch and move: `python -m benchmarks.resources --launches --help`.
 
 Needs no GPU: the CUDA kernels run as C++ on the CPU (tools/stand_in.py), where every load and store of global memory is
-counted, by the model in tests/cpp/count_on_cpu.cpp: sectors of 32 bytes, each once for a block that finds it again among
-the last 64 KiB that it touched, and no cache that blocks share. Values are computed, so counts are those of real calls.
+counted, by the model in tests/cpp/count_on_cpu.cpp: sectors of 32 bytes, each once for a block that finds it again
+among the last 64 KiB that it touched, and no cache that blocks share. Values are computed, so counts are those of real
+calls.
 
 Of a layer only `project_state` and its gradients are counted, for projections that are made again: by
 `pom_ext._blocks`, as on a GPU. The products of matrices are launches that are counted and not computed, for torch's are

@@ -102,11 +102,11 @@ def below_autograd(operation, *arguments):
         return operation(*arguments)
 
 
-def refuse_tangents(library, operation, message):
-    """An operation that has no derivative raises where a tangent comes in."""
+def refuse_derivatives(library, operation, message):
+    """An operation that has none raises if a tangent comes in, or a tensor whose gradient is recorded."""
 
     def kernel(keyset, *arguments):
-        if has_tangent(arguments):
+        if has_tangent(arguments) or needs_gradient(arguments):
             raise RuntimeError(message)
         with torch._C._AutoDispatchBelowAutograd():
             return operation.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)

@@ -13,9 +13,11 @@ MINIMUM_TORCH = "2.10"  # whose stable ABI the library is built for: TORCH_TARGE
 
 
 def build_note():
-    """What setup.py wrote down of the build (build_note.py), or {} where nothing was built."""
-    path = Path(__file__).with_name("_build.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+    """What setup.py wrote down of the build (build_note.py), or {} if nothing was built or the note is damaged."""
+    try:
+        return json.loads(Path(__file__).with_name("_build.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def _load():

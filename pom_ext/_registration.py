@@ -8,7 +8,7 @@ import torch
 
 from . import _blocks, _projections
 from . import _derivatives as derivatives
-from ._autograd import differentiable, refuse_tangents
+from ._autograd import differentiable, refuse_derivatives
 from .checks import FORMS, accumulator
 
 
@@ -134,7 +134,7 @@ def register():
         torch.library.register_fake(f"pom_ext::{name}", fake)
         operation = getattr(torch.ops.pom_ext, name).default
         if name in _IN_PLACE:
-            refuse_tangents(_LIBRARY, operation, f"pom_ext: {_IN_PLACE[name]}")
+            refuse_derivatives(_LIBRARY, operation, f"pom_ext: {_IN_PLACE[name]}")
             continue
         batched = _batched(operation, derivatives.NO_PRIOR if name == "state" else ())
         torch.library.register_vmap(f"pom_ext::{name}", batched)

@@ -133,8 +133,8 @@ def _describe_driver(versions, of_torch, remedy):
     yield f"driver     serves CUDA {driver}; the library is linked to CUDA {runtime}"
     if int(driver.split(".")[0]) < int(runtime.split(".")[0]):
         yield (
-            f"mismatch   the driver is too old for CUDA {runtime}: install a later one, or build with the toolkit of CUDA "
-            f"{of_torch or driver}: CUDA_HOME=its folder {remedy}"
+            f"mismatch   the driver is too old for CUDA {runtime}: install a later one, or build with the toolkit of "
+            f"CUDA {of_torch or driver}: CUDA_HOME=its folder {remedy}"
         )
 
 

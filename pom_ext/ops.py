@@ -24,7 +24,7 @@ if _library.ERROR is None:
 
     try:
         register()
-    except Exception as error:  # an operation that is missing, or takes other arguments
+    except Exception as error:  # noqa: BLE001 -- an operation that is missing, or takes other arguments
         _library.ERROR = (
             f"pom_ext: the compiled library was built before this source ({error}). Build it again: {_library.BUILD}"
         )

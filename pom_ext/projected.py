@@ -15,8 +15,8 @@ from .ops import angles_of, coefficients_of, context_of, only_one, prior_of, que
 from .state import State
 
 # When a GPU gains by folding, by arithmetic for an H100 and not measured.
-# Without gradients it is two kernels in the place of three. The fold of a group reads W_o, 2 D C bytes, from L2, at some
-# 5.5 TB/s: as long as the output projection of 127 queries takes, 2 D C operations each at 700 TFLOP/s.
+# Without gradients it is two kernels in the place of three. The fold of a group reads W_o, 2 D C bytes, from L2, at
+# some 5.5 TB/s: as long as the output projection of 127 queries takes, 2 D C operations each at 700 TFLOP/s.
 LEAST_OF_GROUP_ON_GPU = 128
 # With gradients it is a dozen small kernels and a dozen for them, 2 to 3 µs each, some 60 µs of a call: as long as the
 # three products of the output projection that it saves take for 3,300 queries (6 D C each; D = 1024, C = 2048).

@@ -1,4 +1,4 @@
-"""Calls whose launches and bytes test_cuda_launches.py holds: `python tests/counted_calls.py` prints {name: row} as JSON.
+"""Calls whose launches and bytes test_cuda_launches.py holds: `python tests/counted_calls.py` prints {name: row}, JSON.
 
 In a process of its own, for the library that counts must be loaded before pom_ext.
 """

@@ -136,6 +136,8 @@ def test_refused_additions():
         add(nothing, False, (torch.randn(2, 2, 4), *state[1:]))
     with pytest.raises(RuntimeError, match="in place has no derivative"):
         torch.func.jvp(lambda total: add(nothing, False, (total, *state[1:])), (state[0],), (state[0],))
+    with pytest.raises(RuntimeError, match="in place has no derivative"):
+        add(nothing, False, (state[0].clone().requires_grad_(), *state[1:]))
     assert all(map(torch.equal, state, before))
 
 

@@ -214,6 +214,21 @@ def test_doctor_tells_what_is_here():
         assert text in result.output
 
 
+def test_doctor_fails_if_something_does_not_fit(monkeypatch, tmp_path):
+    from pom_ext import _library, doctor
+
+    monkeypatch.setattr(
+        doctor, "diagnose", lambda: iter(("torch      2.13", "mismatch   built for another: build again"))
+    )
+    result = call("doctor")
+    assert result.exit_code == 1 and result.output.endswith("mismatch   built for another: build again\n")
+    monkeypatch.setattr(_library, "__file__", str(tmp_path / "_library.py"))
+    for text in (None, "{", "\x00"):
+        if text is not None:
+            (tmp_path / "_build.json").write_text(text)
+        assert _library.build_note() == {}
+
+
 def test_doctor_prints_why_the_library_does_not_load(monkeypatch):
     from pom_ext import _library
 

@@ -40,8 +40,8 @@ def names(calls):
     return [name for name, _ in calls(lambda *arguments, **options: None)]
 
 
-# u is read twice, once for the sums in front of every chunk; on the way back three times, gates and gradients twice. The
-# bound would be 1.25: it takes one pass that keeps tokens on the chip until the sum before them is known.
+# u is read twice, once for the sums in front of every chunk; on the way back three times, gates and gradients twice.
+# The bound would be 1.25: it takes one pass that keeps tokens on the chip until the sum before them is known.
 TWICE = {"causal_mix forward power": 1.5, "causal_mix backward power": 2.0}
 
 

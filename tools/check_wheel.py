@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 COPIED = ("tests", "docs", "README.md", "pyproject.toml")
 # What is no part of a wheel: builds from source, the C++ examples, the benchmarks, and a browser.
 OF_THE_SOURCE = (
-    *("aoti", "build", "cmake", "cpp", "cuda_code", "cuda_on_cpu", "export", "wheel"),
+    *("aoti", "build*", "cmake", "cpp", "cuda_code", "cuda_on_cpu", "export", "wheel"),
     *("benchmark*", "cuda_launches", "gpu_report*", "play_browser"),
 )
 OF_THE_ENGINE = ("--ignore=tests/test_engine.py", "--deselect=tests/test_readme.py::test_the_page_on_the_engine_runs")

@@ -5,7 +5,6 @@
 #include <atomic>
 
 #include "cuda/last_block.cuh"
-#include "cuda/plan.h"
 
 namespace pom::cuda {
 namespace {

@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "pom/types.h"
+#include "cuda/launch.h"
+#include "cuda/plan.h"
 
 namespace pom::cuda {
 
@@ -15,6 +16,11 @@ struct Deal {
   POM_HD unsigned first(unsigned block) const { return unsigned(uint64_t(block) * pieces / blocks); }
   POM_HD unsigned block_of(unsigned piece) const { return unsigned(((piece + 1) * uint64_t(blocks) - 1) / pieces); }
 };
+
+// Whether the pieces of all samples can be dealt: their numbers and those of a sample's tokens fit in 32 bits.
+inline Status check_deal(int64_t batch, const Pieces& pieces) {
+  return batch * pieces.slots() > kMaxBlocks || pieces.tokens > kMaxTokens ? Status::bad_size : Status::ok;
+}
 
 // As many blocks for each of `slabs` as the GPU runs at once, `resident` of them on a multiprocessor.
 Deal deal(unsigned pieces, int slabs, int resident);

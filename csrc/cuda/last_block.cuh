@@ -8,12 +8,12 @@ namespace pom::cuda {
 using Ticket = unsigned long long;
 constexpr int kTicketBits = 16;  // of the blocks that are done
 constexpr unsigned kMostBlocks = (1u << kTicketBits) - 1;
-// The other 48 bits of a ticket in use. Whatever else memory holds, by a chance of 2^-48 at the worst it holds this; the
-// last block takes it away again.
+// The other 48 bits of a ticket in use. Whatever else memory holds, by a chance of 2^-48 at the worst it holds this;
+// the last block takes it away again.
 constexpr Ticket kInUse = 0x9e3779b97f4aull << kTicketBits;
 
-// Whether all `blocks` that share the ticket have called this. For one thread of each block, when the others of the block
-// have fenced what they wrote and waited for each other.
+// Whether all `blocks` that share the ticket have called this. For one thread of each block, when the others of the
+// block have fenced what they wrote and waited for each other.
 __device__ inline bool is_last(Ticket* ticket, unsigned blocks) {
   Ticket seen = *static_cast<volatile Ticket*>(ticket);
   for (;;) {

@@ -189,8 +189,7 @@ Status MaskProduct<Acc>::launch(void* stream) const {
   const Status s = transposed ? cuda::launch(multiply_tiles<Acc, true>, blocks, kThreads, shared, stream, args)
                               : cuda::launch(multiply_tiles<Acc, false>, blocks, kThreads, shared, stream, args);
   if (s != Status::ok || cuts == 1) return s;
-  return join(Join<Acc>{Pieces::rows(rows, cuts), batch, channels, partial, partial_weights, prior, nullptr,
-                        out},
+  return join(Join<Acc>{Pieces::rows(rows, cuts), batch, channels, partial, partial_weights, prior, nullptr, out},
               stream);
 }
 

@@ -175,12 +175,12 @@ Status run(const Mix& args, void* workspace, void* stream) {
   const LongPlan<Acc> plan(f, args.gates, workspace);
   // Where the state that came before is to be replaced, it is kept until y is written.
   const StateOut& state = args.out.total == args.prior.total ? plan.state : args.out;
-  if (const Status s = plan.sums.launch_joined(args.prior, state, stream); s != Status::ok) return s;
+  if (const Status s = plan.sums.launch(stream, args.prior, state); s != Status::ok) return s;
   const ReadoutArgs readout_args = {args.gates, 1, nullptr, state.view(), args.y};
   const Status read = readout(readout_args, plan.readout_memory, plan.readout_bytes, stream);
   if (read != Status::ok || state.total == args.out.total) return read;
-  return launch(copy_state<Acc>, ceil_div(f.batch * f.channels(), kThreads), kThreads, 0, stream, state.view(), args.out,
-                f.channels(), f.batch);
+  return launch(copy_state<Acc>, ceil_div(f.batch * f.channels(), kThreads), kThreads, 0, stream, state.view(),
+                args.out, f.channels(), f.batch);
 }
 
 template <class Args>

@@ -80,8 +80,8 @@ struct Pieces {
     return {group, most(begin, border(group)), least(end, border(group + 1))};
   }
   POM_HD Piece at(int64_t slot) const { return at(slot, group_of(slot)); }
-  // The last slot, at most `end`, up to which the pieces from `slot` on are tokens of one group without a gap. Slots that
-  // are of no group, which offsets that do not run from 0 to all tokens leave, are taken one at a time.
+  // The last slot, at most `end`, up to which the pieces from `slot` on are tokens of one group without a gap. Slots of
+  // no group, which offsets that do not run from 0 to all tokens leave, are taken one at a time.
   POM_HD int64_t last_of_run(int64_t slot, int64_t end, int64_t group) const {
     return slot < first_slot(group) ? slot : most(slot, least(end, last_slot(group)));
   }

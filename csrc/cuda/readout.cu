@@ -25,7 +25,7 @@ struct GateInstance {
   using Acc = typename accumulator<T>::type;
   static constexpr int Vec = Vec_, ranges = turned ? 2 : 1, kNumbers = ranges * Vec;
   static constexpr int kUnroll = turned ? 2 : 4;
-  static constexpr int kSlopeUnroll = turned && sizeof(T) == 4 ? 1 : kUnroll;  // beside gradients, in the registers left
+  static constexpr int kSlopeUnroll = turned && sizeof(T) == 4 ? 1 : kUnroll;  // in the registers gradients leave
   using Tokens = GateTokens<Gate, T, Vec, ranges>;
   using Rows = typename Tokens::Rows;
 };
@@ -206,7 +206,7 @@ Status run(const ReadoutArgs& given, void* stream) {
   args.y = given.y;
   args.tangent = given.tangent;
   if (g.batch * g.tokens == 0) return Status::ok;
-  if (g.batch * args.pieces.slots() > kMaxBlocks || g.tokens > kMaxTokens) return Status::bad_size;
+  if (const Status s = check_deal(g.batch, args.pieces); s != Status::ok) return s;
   return with_gates(g, aligned, [&](auto instance) {
     args.deal = deal(unsigned(g.batch * args.pieces.slots()), args.slabs.count, kMeanBlocks);
     return launch(gate_means<decltype(instance)>, int64_t(args.slabs.count) * args.deal.blocks, kThreads, 0, stream,
@@ -244,14 +244,13 @@ Status run(const ReadoutBackwardArgs& given, void* workspace, void* stream) {
   const BackwardPlan<Acc> plan(given, workspace);
   const Gates& g = given.gates;
   if (g.batch * given.groups == 0) return Status::ok;
-  const int64_t all_pieces = g.batch * plan.args.forward.pieces.slots();
-  if (all_pieces > kMaxBlocks || g.tokens > kMaxTokens) return Status::bad_size;
+  if (const Status s = check_deal(g.batch, plan.args.forward.pieces); s != Status::ok) return s;
   Status status = with_gates(g, plan.aligned, [&](auto instance) {
     using I = decltype(instance);
     if constexpr (std::is_same_v<typename I::Acc, Acc>) {
       ReadoutBackward args = plan.args;
       Readout& forward = args.forward;
-      forward.deal = deal(unsigned(all_pieces), forward.slabs.count, kGateSlopeBlocks<I>);
+      forward.deal = deal(unsigned(g.batch * forward.pieces.slots()), forward.slabs.count, kGateSlopeBlocks<I>);
       return launch(gate_slopes<I>, int64_t(forward.slabs.count) * forward.deal.blocks, kThreads,
                     SlabRow<Acc, I::Vec, I::ranges>::kBytes, stream, args);
     }

@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kScanWarps* kWarp) scan_groups(Join<Acc> args,
     sum += args.prior.count ? args.prior.count[b] : 0.0;
   else
     rest = add_prior<Acc>(args.prior, b * args.channels + channel, sum);
-  if (!counts && pieces.apart && pieces.chunks == 1) return walk_rows(args, b, channel, begin, end, backwards, sum, rest);
+  if (!counts && pieces.apart && pieces.chunks == 1)
+    return walk_rows(args, b, channel, begin, end, backwards, sum, rest);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t group = backwards ? groups - 1 - i : i;
     sum += sum_of(group, group);

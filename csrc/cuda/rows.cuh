@@ -103,8 +103,8 @@ __device__ void join_count(const Join<Acc>& args, int64_t b, int64_t group) {
   args.out.count[b * pieces.groups + group] = sum + (args.prior.count ? args.prior.count[b] : 0.0);
 }
 
-// For a block that has written the rows of its pieces of a slab, where a sample is one group: the last block with a piece
-// of a sample adds up the sample's rows. `row` is the block's SlabRow, `tickets` is (batch, slabs). Who shares a sample
+// For a block that has written the rows of its pieces of a slab, where a sample is one group: the last block with a
+// piece of a sample adds up the sample's rows. `row` is the block's SlabRow, `tickets` is (batch, slabs). Who shares a sample
 // follows from its shape alone: from no offsets, which are the caller's and may be wrong.
 template <class Acc, class Row>
 __device__ void join_samples(const Join<Acc>& args, const Deal& deal, const BlockIndex& block, int slabs,

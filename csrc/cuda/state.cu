@@ -30,7 +30,7 @@ Status run(const StateArgs& args, void* workspace, void* stream) {
   const StatePlan<Acc> plan(args, workspace);
   const Features& f = args.features;
   if (f.batch * args.groups.count == 0) return Status::ok;
-  if (is_one_group(args.groups)) return plan.sums.launch_joined(args.prior, args.out, stream);
+  if (is_one_group(args.groups)) return plan.sums.launch(stream, args.prior, args.out);
   if (const Status s = plan.sums.launch(stream); s != Status::ok) return s;
   const Join<Acc> joined = {plan.pieces, f.batch, f.channels(), plan.sums.rows, plan.sums.weight_rows, args.prior,
                             nullptr,     args.out};
@@ -138,6 +138,7 @@ template <class Acc>
 Status run(const StateBackwardArgs& given, void* workspace, void* stream) {
   const StateBackwardPlan<Acc> plan(given, workspace);
   const Features& f = given.features;
+  if (const Status s = check_deal(f.batch, plan.args.pieces); s != Status::ok) return s;
   if (plan.suffix && f.batch > 0) {
     Join<Acc> suffix = {plan.groups, f.batch, f.channels(), static_cast<const Acc*>(given.grad_total)};
     suffix.out.total = plan.suffix;
@@ -146,7 +147,6 @@ Status run(const StateBackwardArgs& given, void* workspace, void* stream) {
   if (plan.masked) {
     if (const Status s = plan.masked->launch(stream); s != Status::ok) return s;
   }
-  if (f.batch * plan.args.pieces.slots() > kMaxBlocks || f.tokens > kMaxTokens) return Status::bad_size;
   const Status launched = with_instance(f, f.rotary.axes > 0, plan.aligned, [&](auto instance) {
     using I = decltype(instance);
     if constexpr (std::is_same_v<typename I::Acc, Acc>) {

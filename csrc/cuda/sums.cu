@@ -16,8 +16,8 @@ constexpr int kLoads = FeatureTokens<I>::kNumbers > 16 || FeatureTokens<I>::kRan
 template <class I>
 using RowOf = SlabRow<typename I::Acc, I::Vec, FeatureTokens<I>::kRanges>;
 
-// Each block walks through neighbouring pieces of one slab. The first tokens of the next piece are on their way while the
-// sums of this one are added up.
+// Each block walks through neighbouring pieces of one slab. The first tokens of the next piece are on their way while
+// the sums of this one are added up.
 template <class I>
 __global__ void __launch_bounds__(kThreads, kBlocks<I>) features_of_pieces(SumArgs<typename I::Acc> args) {
   using Acc = typename I::Acc;
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<I>) features_of_pieces(SumAr
       if (threadIdx.x == 0) args.weight_rows[index] = weights[0];
     }
   }
-  if (args.tickets) join_samples(args.join, args.deal, block, args.slabs.count, out, args.tickets);
+  if (args.tickets) join_samples(join_of(args), args.deal, block, args.slabs.count, out, args.tickets);
 }
 
 }  // namespace
@@ -67,14 +67,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<I>) features_of_pieces(SumAr
 template <class Acc>
 Status sum_pieces(const SumArgs<Acc>& given, bool aligned, void* stream) {
   const Features& f = given.features;
+  if (const Status s = check_deal(f.batch, given.pieces); s != Status::ok) return s;
   return with_instance(f, f.rotary.axes > 0, aligned, [&](auto instance) {
     using I = decltype(instance);
     if constexpr (std::is_same_v<typename I::Acc, Acc>) {
       SumArgs<Acc> args = given;
-      if (f.batch * args.pieces.slots() > kMaxBlocks || f.tokens > kMaxTokens) return Status::bad_size;
       args.deal = deal(unsigned(f.batch * args.pieces.slots()), args.slabs.count, kBlocks<I>);
       const size_t shared = most(RowOf<I>::kBytes, sizeof(double) * kThreads / 2);
-      return launch(features_of_pieces<I>, int64_t(args.slabs.count) * args.deal.blocks, kThreads, shared, stream, args);
+      return launch(features_of_pieces<I>, int64_t(args.slabs.count) * args.deal.blocks, kThreads, shared, stream,
+                    args);
     }
     return Status::bad_dtype;
   });

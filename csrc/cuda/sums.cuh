@@ -32,8 +32,9 @@ inline Slabs slabs_of(const Features& f, const Rotary& rotary, bool aligned, int
 
 // Adds the rows of the block together, and writes them as (degree, width).
 template <class I, int threads>
-__device__ void write_coeff_row(const typename I::Acc (&dc)[FeatureTokens<I>::kRanges][I::Vec][FeatureTokens<I>::kCoeffs],
-                                const Features& f, const Slabs& slabs, unsigned slab, typename I::Acc* out) {
+__device__ void write_coeff_row(
+    const typename I::Acc (&dc)[FeatureTokens<I>::kRanges][I::Vec][FeatureTokens<I>::kCoeffs], const Features& f,
+    const Slabs& slabs, unsigned slab, typename I::Acc* out) {
   using Acc = typename I::Acc;
   constexpr int kRanges = FeatureTokens<I>::kRanges, Vec = I::Vec;
   POM_SHARED(memory);
@@ -68,8 +69,16 @@ struct SumArgs {
   Acc* rows = nullptr;            // (batch, slots, C)
   double* weight_rows = nullptr;  // (batch, slots)
   Ticket* tickets = nullptr;      // (batch, slabs), null where nothing is joined
-  Join<Acc> join;
+  StateView prior;                // of a join
+  StateOut out;
 };
+
+// What becomes of the rows.
+template <class Acc>
+POM_HD Join<Acc> join_of(const SumArgs<Acc>& args) {
+  const Features& f = args.features;
+  return {args.pieces, f.batch, f.channels(), args.rows, args.weight_rows, args.prior, nullptr, args.out};
+}
 
 template <class Acc>
 Status sum_pieces(const SumArgs<Acc>& args, bool aligned, void* stream);
@@ -89,12 +98,10 @@ class PieceSums {
     if (joined) args_.tickets = arena.take<Ticket>(f.batch * args_.slabs.count);
   }
 
-  Status launch(void* stream) const { return sum_pieces(args_, aligned_, stream); }
-
-  // With a prior that is added.
-  Status launch_joined(const StateView& prior, const StateOut& out, void* stream) const {
+  // Where they are joined, with a prior that is added.
+  Status launch(void* stream, const StateView& prior = {}, const StateOut& out = {}) const {
     SumArgs<Acc> args = args_;
-    args.join = {args.pieces, args.features.batch, args.features.channels(), rows, weight_rows, prior, nullptr, out};
+    args.prior = prior, args.out = out;
     return sum_pieces(args, aligned_, stream);
   }
 

@@ -41,12 +41,19 @@ def bench(context: typer.Context):
 
 
 def doctor():
-    """Print what is installed, what was built and what runs here. Exit code 1 if the compiled library does not load."""
+    """Print what is installed, what was built and what runs here.
+
+    Exit code 1 if the compiled library does not load, or does not fit what is here.
+    """
     from ..doctor import diagnose
 
+    fits = True
     try:
         for line in diagnose():
             typer.echo(line)
+            fits = fits and not line.startswith("mismatch")
     except (ImportError, OSError) as error:
         typer.echo(f"library    not loaded: {type(error).__name__}: {error}")
         raise typer.Exit(1) from None
+    if not fits:
+        raise typer.Exit(1)

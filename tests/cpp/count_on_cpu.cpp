@@ -6,12 +6,12 @@
 // constants of the program.
 //
 // A byte moves in sectors of 32 bytes. A sector counts when a block touches it and has not touched it within its last
-// 64 KiB of sectors that counted: about what a block has of a multiprocessor's L1 cache. So the lanes of a warp that read
-// one number move one sector, coefficients that a block reads again and again are moved once, and a second pass over
-// more than the cache holds moves everything again. Loads and stores are kept apart; a store moves its sector once, an
-// atomic operation loads and stores it. Threads take turns with every sector, as they do on a GPU, or one would be through
-// with its tokens before its neighbour touches the other half of their sectors. There is no L2: what two blocks
-// load counts twice. Copies of tiles by Hopper's own unit (hopper_on_cpu.h) are not counted.
+// 64 KiB of sectors that counted: about what a block has of a multiprocessor's L1 cache. So the lanes of a warp that
+// read one number move one sector, coefficients that a block reads again and again are moved once, and a second pass
+// over more than the cache holds moves everything again. Loads and stores are kept apart; a store moves its sector
+// once, an atomic operation loads and stores it. Threads take turns with every sector, as they do on a GPU, or one would
+// be through with its tokens before its neighbour touches the other half of their sectors. There is no L2: what two
+// blocks load counts twice. Copies of tiles by Hopper's own unit (hopper_on_cpu.h) are not counted.
 
 #include "count_on_cpu.h"
 

@@ -17,15 +17,16 @@ void test_deal(const Deal& d) {
   expect(d.first(0) == 0 && d.first(d.blocks) == d.pieces, "%u pieces, %u blocks: not all dealt", d.pieces, d.blocks);
   for (unsigned block = 0; block < d.blocks; ++block) {
     const unsigned begin = d.first(block), end = d.first(block + 1), least = d.pieces / d.blocks;
-    expect(end - begin == least || end - begin == least + 1, "%u pieces, %u blocks: block %u has %u", d.pieces, d.blocks,
-           block, end - begin);
+    expect(end - begin == least || end - begin == least + 1, "%u pieces, %u blocks: block %u has %u", d.pieces,
+           d.blocks, block, end - begin);
     for (unsigned piece : {begin, (begin + end) / 2, end - 1})
       expect(begin == end || d.block_of(piece) == block, "%u pieces, %u blocks: piece %u is of block %u, not of %u",
              d.pieces, d.blocks, piece, block, d.block_of(piece));
   }
 }
 
-// Blocks of a grid share tickets, `sharing` blocks each; `lasts` counts those of each ticket that were told to be the last.
+// Blocks of a grid share tickets, `sharing` blocks each; `lasts` counts those of each ticket that were told to be the
+// last.
 void count_lasts(Ticket* tickets, unsigned sharing, int* lasts, int* done) {
   const unsigned ticket = blockIdx.x % 5;
   if (threadIdx.x == 0) {
@@ -88,12 +89,14 @@ int main() {
   for (unsigned pieces : {1u, 5u, 256u, 1u << 30})
     for (int slabs : {1, 2, 8, 9, 100, 5000}) {
       const Deal d = deal(pieces, slabs, 2);
-      expect(d.pieces == pieces && d.blocks >= 1 && d.blocks <= pieces && d.blocks <= kMostBlocks, "%u blocks", d.blocks);
+      const bool fits = d.pieces == pieces && d.blocks >= 1 && d.blocks <= pieces && d.blocks <= kMostBlocks;
+      expect(fits, "%u blocks", d.blocks);
       const int64_t all = int64_t(d.blocks) * slabs, room = 2 * 3;  // the stand-in's multiprocessors
       expect(all <= 4 * room || d.blocks == 1, "%u blocks for each of %d slabs", d.blocks, slabs);
     }
   section("the last block");
-  for (Ticket before : {Ticket(0), ~Ticket(0), Ticket(40), Ticket(1) << 63, kInUse >> 1, kInUse + (1ull << kTicketBits)})
+  const Ticket next = kInUse + (Ticket(1) << kTicketBits);
+  for (Ticket before : {Ticket(0), ~Ticket(0), Ticket(40), Ticket(1) << 63, kInUse >> 1, next})
     for (uint64_t seed : {0, 1, 2}) {
       cuda_on_cpu::set_seed(seed);
       test_tickets(before);

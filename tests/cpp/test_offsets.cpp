@@ -1,5 +1,5 @@
-// Offsets in a GPU's memory are seen by no check. Whatever they are, the CUDA kernels end, keep to their arrays and spoil
-// no later call; and where they only leave out tokens at either end, what they do name is right.
+// Offsets in a GPU's memory are seen by no check. Whatever they are, the CUDA kernels end, keep to their arrays and
+// spoil no later call; and where they only leave out tokens at either end, what they do name is right.
 
 #include <unistd.h>
 
@@ -57,8 +57,8 @@ struct Calls {
     const int64_t groups = int64_t(given.size()) - 1, states = kBatch * groups * kWidth;
     Numbers<int64_t> offsets(groups + 1);
     std::copy(given.begin(), given.end(), offsets.data());
-    Numbers<float> total(states), residual(states), grad_u(kAll), grad_coeff(kWidth * kDegree), y(kAll), grad_gate(kAll),
-        grad_total(states), ones(states), zeros(states);
+    Numbers<float> total(states), residual(states), grad_u(kAll), grad_coeff(kWidth * kDegree), y(kAll),
+        grad_gate(kAll), grad_total(states), ones(states), zeros(states);
     Numbers<double> count(kBatch * groups), counts(kBatch * groups);
     for (int64_t i = 0; i < states; ++i) ones[i] = 1, zeros[i] = 0;
     for (int64_t i = 0; i < kBatch * groups; ++i) counts[i] = 2;
@@ -87,13 +87,10 @@ const std::vector<int64_t> kSound = {0, 10, kTokens};
 
 void test_unsound(const Calls& calls) {
   const std::vector<float> right = calls.run(kSound, false), whole = calls.run({0, kTokens}, false);
-  for (const std::vector<int64_t>& offsets : std::vector<std::vector<int64_t>>{{0, 10, 300},
-                                                                               {0, 600, 200},
-                                                                               {700, 900, kTokens},
-                                                                               {0, 394, 812, 191, 414, 375, 279, 220, kTokens},
-                                                                               {-5, 3000, 17, -1, 2000},
-                                                                               {kTokens, 0},
-                                                                               {500, 500, 500}})
+  const std::vector<std::vector<int64_t>> unsound = {
+      {0, 10, 300}, {0, 600, 200}, {700, 900, kTokens}, {0, 394, 812, 191, 414, 375, 279, 220, kTokens},
+      {kTokens, 0}, {500, 500, 500}, {-5, 3000, 17, -1, 2000}};
+  for (const std::vector<int64_t>& offsets : unsound)
     for (bool cumulative : {false, true}) {
       calls.run(offsets, cumulative);
       expect(calls.run(kSound, false) == right && calls.run({0, kTokens}, false) == whole,
