@@ -1,40 +1,68 @@
-// Token-causal mix, linear in tokens: sums of chunks, a scan over the chunks, and a walk of one warp through every
-// chunk that carries the running sum. The states of the tokens are never stored.
+// Token-causal mix, linear in tokens, in one pass: a block sums its tile, learns the sum of the tiles before it, and
+// walks through the tile again, in shared memory, with the gates. The states of the tokens are never stored.
 
 #include "cuda/walk.cuh"
 
 namespace pom::cuda {
 namespace {
 
+template <class Acc>
+struct WalkForward {
+  Walk walk;
+  Lookback<Acc> sums;
+  void* y = nullptr;
+  StateOut out;  // its count is written here unless the tokens are weighted
+};
+
 template <class I>
-__global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_means(Walk walk, void* y_) {
+__global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_means(WalkForward<typename I::Acc> args) {
   using W = Walker<I>;
   using Acc = typename I::Acc;
-  constexpr int kNumbers = W::kNumbers, kUnroll = kNumbers > 8 ? 2 : 4;
-  const int lane = int(threadIdx.x) % kWarp;
-  const BlockIndex block(walk.slabs.count);
-  const int64_t index = int64_t(block.row) * (kWalkThreads / kWarp) + threadIdx.x / kWarp;
-  if (index >= walk.features.batch * walk.chunks) return;
-  const Chunk chunk(walk, unsigned(index));
-  const Place place = walk.slabs.place(block.slab, lane);
-  const typename W::Tokens tokens(walk.features, chunk.b, place);
-  const typename W::Gates gates(walk.gates, chunk.b, place);
+  constexpr int kNumbers = W::kNumbers, kLoads = kNumbers > 8 ? 4 : 8, kGates = kNumbers > 8 ? 2 : 4;
+  const Walk& walk = args.walk;
+  const Turn turn = take_turn(args.sums);
+  const W own(walk, turn, turn.step);
+  const typename W::Tokens tokens(walk.features, own.b, own.place);
+  const typename W::Gates gates(walk.gates, own.b, own.place);
   const int64_t channels = walk.features.channels();
-  const typename W::Rows y(y_, chunk.b * walk.features.tokens * channels, channels, place);
+  const typename W::Rows y(args.y, own.b * walk.features.tokens * channels, channels, own.place);
 
-  const Acc inverses = inverse_counts<Acc>(walk, chunk, lane);
-  Acc base[kNumbers], sum[kNumbers] = {};
-  load_base<I::Vec, W::kRanges>(walk, chunk, place, base);
-  typename W::Tokens::Raw raw[kUnroll];
-  typename W::Gates::Raw raw_gate[kUnroll];
-  auto load = [&](int j, int64_t token) {
-    tokens.load(token, raw[j]);
-    gates.load(token, raw_gate[j]);
-  };
-  for_tokens<kUnroll>(chunk.begin, chunk.end, 1, load, [&](int j, int64_t token) {
+  own.find_inverses(walk);
+  Acc sum[kNumbers] = {}, base[kNumbers];
+  typename W::Raw raw[kLoads];
+  for_tokens<kLoads>(
+      own.begin, own.end, 1, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
+      [&](int j, int64_t token) {
+        own.keep(token, raw[j]);
+        tokens.add(token, raw[j], sum);
+      });
+  typename W::Gates::Raw raw_gate[kGates];
+  auto load = [&](int j, int64_t token) { gates.load(token, raw_gate[j]); };
+  load_tokens<kGates>(own.begin, own.end, 1, load);  // on their way while the block waits
+
+  const double of_tile = own.sum_rows(sum);
+  double before = sum_before(args.sums, turn, own.column, of_tile);
+  const bool is_last = turn.step + 1 == args.sums.steps;
+  if (own.column >= 0) {
+    const int64_t at = own.b * channels + own.column;
+    double total = before + of_tile;
+    if (is_last) {
+      const double rest = add_prior<Acc>(walk.prior, at, total);
+      write_state<Acc>(args.out, at, total, rest);
+    }
+    before = with_prior<Acc>(walk.prior, at, before);
+  }
+  if (is_last && args.out.count && !walk.counts && turn.slab == 0 && threadIdx.x == 0)
+    args.out.count[own.b] = double(walk.features.tokens) + (walk.prior.count ? walk.prior.count[own.b] : 0.0);
+  own.sum_before_row(before, false, base);
+
+  POM_UNROLL
+  for (int i = 0; i < kNumbers; ++i) sum[i] = Acc(0);
+  use_tokens<kGates>(own.begin, own.end, 1, load, [&](int j, int64_t token) {
     Acc mean[kNumbers], value[kNumbers];
-    tokens.add(token, raw[j], sum);
-    const Acc scale = __shfl_sync(kAll, inverses, int(token - chunk.begin));
+    own.find(tokens, token, raw[0]);
+    tokens.add(token, raw[0], sum);
+    const Acc scale = own.inverse(token);
     POM_UNROLL
     for (int i = 0; i < kNumbers; ++i) mean[i] = (base[i] + sum[i]) * scale;
     gates.multiply(token, raw_gate[j], mean, value);
@@ -42,18 +70,58 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_means(Wal
   });
 }
 
+// A warp to a tile: the sum of its weights.
 template <class Acc>
-struct ForwardPlan : CausalPlan<Acc, CausalArgs> {
-  ForwardPlan(const CausalArgs& args, void* workspace) : CausalPlan<Acc, CausalArgs>(args, {args.y}, workspace) {}
+__global__ void __launch_bounds__(kWalkThreads)
+    weights_of_tiles(const Acc* weight, int64_t batch, int64_t tokens, int64_t tiles, int shift, double* sums) {
+  const int64_t index = (int64_t(blockIdx.x) * kWalkThreads + threadIdx.x) / kWarp;
+  if (index >= batch * tiles) return;
+  const int64_t b = index / tiles, begin = (index - b * tiles) << shift, end = least(tokens, begin + (1 << shift));
+  double sum = 0;
+  for (int64_t token = begin + threadIdx.x % kWarp; token < end; token += kWarp) sum += double(weight[b * tokens + token]);
+  for (int apart = kWarp / 2; apart > 0; apart /= 2) sum += __shfl_down_sync(0xffffffffu, sum, apart);
+  if (threadIdx.x % kWarp == 0) sums[index] = sum;
+}
+
+template <class Acc>
+struct ForwardPlan : WalkPlan<Acc> {
+  double *weights = nullptr, *counts = nullptr;  // (batch, tiles): of each tile, and up to its end
+
+  ForwardPlan(const CausalArgs& args, void* workspace)
+      : WalkPlan<Acc>(args.features, args.gates, args.prior, Alignment(args.features.dtype).pointers({args.y}),
+                      workspace) {
+    const Features& f = args.features;
+    if (!f.weight) return;
+    weights = this->arena.template take<double>(f.batch * this->walk.tiles);
+    this->walk.counts = counts = this->arena.template take<double>(f.batch * this->walk.tiles);
+  }
+
+  Status count(double* last, void* stream) const {
+    const Features& f = this->walk.features;
+    const int64_t tiles = this->walk.tiles;
+    const Status s = launch(weights_of_tiles<Acc>, ceil_div(f.batch * tiles, kWalkThreads / kWarp), kWalkThreads, 0,
+                            stream, static_cast<const Acc*>(f.weight), f.batch, f.tokens, tiles, this->shift, weights);
+    Join<Acc> counted = {Pieces::rows(tiles), f.batch};
+    counted.weights = weights;
+    counted.prior.count = this->walk.prior.count;
+    counted.out.count = counts;
+    counted.last.count = last;
+    return s == Status::ok ? scan(counted, false, stream) : s;
+  }
 };
 
 template <class Acc>
 Status run(const CausalArgs& args, void* workspace, void* stream) {
   const ForwardPlan<Acc> plan(args, workspace);
   if (args.features.batch == 0) return Status::ok;
-  if (const Status s = plan.prefix_sums(args.out, stream); s != Status::ok || args.features.tokens == 0) return s;
+  if (plan.counts) {
+    if (const Status s = plan.count(args.out.count, stream); s != Status::ok) return s;
+  }
+  if (const Status s = plan.sums.start(stream); s != Status::ok) return s;
   return plan.with_walker([&](auto instance) {
-    return launch(causal_means<decltype(instance)>, plan.walk_blocks(), kWalkThreads, 0, stream, plan.walk, args.y);
+    using I = decltype(instance);
+    return launch(causal_means<I>, plan.sums.blocks(), kWalkThreads, Walker<I>::bytes(false), stream,
+                  {plan.walk, plan.sums, args.y, args.out});
   });
 }
 

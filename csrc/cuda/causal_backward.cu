@@ -1,198 +1,201 @@
-// Backward of the token-causal mix: one walk forwards through every chunk for the gates, one backwards for the
-// features.
+// Backward of the token-causal mix: sums of the tiles and a scan over them, then one pass from the last tile to the
+// first. A block walks forwards through its tile for the gates, learns what the tiles behind it send back, and walks
+// backwards, in shared memory, for the features.
 
 #include "cuda/walk.cuh"
 
 namespace pom::cuda {
 namespace {
 
+template <class Acc>
 struct WalkBackward {
   Walk walk;
+  Lookback<Acc> sums;               // of what tiles send back, the last tile first
+  const Acc* before = nullptr;      // (batch, tiles, C): φ summed up to the end of each tile, the prior included
   const void* grad_y = nullptr;
   int64_t grad_y_batch_stride = 0, grad_y_token_stride = 0;
-  const void* grad_total = nullptr;  // acc (batch, 1, C), or null
+  const Acc* grad_total = nullptr;  // (batch, 1, C), or null
+  void* grad_u = nullptr;
   void* grad_gate = nullptr;
-  void* parts = nullptr;  // acc (batch, tokens, channels >> shift), with heads
+  Acc* grad_prior = nullptr;  // (batch, 1, C)
+  Acc* parts = nullptr;       // (batch, tokens, channels >> shift), with heads
   int parts_shift = 0;
   int64_t parts_of_token = 0;
-  void* later = nullptr;  // acc (batch, chunks, C): dL/dS of the tokens of a chunk, then of those from it on
-  void* grad_u = nullptr;
-  int64_t stride = 0;          // blocks that share the chunks of a slab
-  void* coeff_rows = nullptr;  // acc (stride, degree, width)
+  Acc* coeff_rows = nullptr;  // (batch, tiles, degree, width), in power form
 };
 
-// Forwards through every chunk: gradients of the gates, and the sum of what the chunk sends back.
 template <class I>
-__global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_gate_slopes(WalkBackward args) {
+__global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_slopes(WalkBackward<typename I::Acc> args) {
   using W = Walker<I>;
   using Acc = typename I::Acc;
-  constexpr int kNumbers = W::kNumbers, kUnroll = kNumbers > 8 ? 1 : 2;
+  constexpr int kNumbers = W::kNumbers, kLoads = kNumbers > 8 ? 4 : 8, kUnroll = kNumbers > 8 ? 1 : 2;
   const Walk& walk = args.walk;
-  const int lane = int(threadIdx.x) % kWarp;
-  const BlockIndex block(walk.slabs.count);
-  const int64_t index = int64_t(block.row) * (kWalkThreads / kWarp) + threadIdx.x / kWarp;
-  if (index >= walk.features.batch * walk.chunks) return;
-  const Chunk chunk(walk, unsigned(index));
-  const Place place = walk.slabs.place(block.slab, lane);
-  const typename W::Tokens tokens(walk.features, chunk.b, place);
-  const typename W::Gates gates(walk.gates, chunk.b, place);
-  const int64_t channels = walk.features.channels();
-  const typename W::Rows dy(args.grad_y, chunk.b * args.grad_y_batch_stride, args.grad_y_token_stride, place);
-  const typename W::Rows dgate(args.grad_gate, chunk.b * walk.features.tokens * channels, channels, place);
+  const Features& f = walk.features;
+  const Turn turn = take_turn(args.sums);
+  const int64_t tile = walk.tiles - 1 - turn.step;
+  const W own(walk, turn, tile);
+  const typename W::Tokens tokens(f, own.b, own.place);
+  const typename W::Gates gates(walk.gates, own.b, own.place);
+  const int64_t channels = f.channels(), at = own.b * channels + own.column;
+  const typename W::Rows dy(args.grad_y, own.b * args.grad_y_batch_stride, args.grad_y_token_stride, own.place);
+  const typename W::Rows dgate(args.grad_gate, own.b * f.tokens * channels, channels, own.place);
+  const typename W::Rows du_rows(args.grad_u, own.b * f.tokens * channels, channels, own.place);
 
-  const Acc inverses = inverse_counts<Acc>(walk, chunk, lane);
-  Acc sum[kNumbers], back[kNumbers] = {};
-  load_base<I::Vec, W::kRanges>(walk, chunk, place, sum);
-  typename W::Tokens::Raw raw[kUnroll];
+  own.find_inverses(walk);
+  Acc sum[kNumbers] = {};
+  {
+    typename W::Raw raw[kLoads];
+    for_tokens<kLoads>(
+        own.begin, own.end, 1, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
+        [&](int j, int64_t token) {
+          own.keep(token, raw[j]);
+          tokens.add(token, raw[j], sum);
+        });
+  }
   typename W::Rows::Raw raw_dy[kUnroll];
   typename W::Gates::Raw raw_gate[kUnroll];
   auto load = [&](int j, int64_t token) {
-    tokens.load(token, raw[j]);
     dy.load(token, raw_dy[j]);
     gates.load(token, raw_gate[j]);
   };
-  for_tokens<kUnroll>(chunk.begin, chunk.end, 1, load, [&](int j, int64_t token) {
+  load_tokens<kUnroll>(own.begin, own.end, 1, load);
+  own.sum_rows(sum);
+  double before = 0;
+  if (own.column >= 0) {
+    if (tile > 0)
+      before = args.before[(own.b * walk.tiles + tile - 1) * channels + own.column];
+    else
+      before = with_prior<Acc>(walk.prior, at, 0);
+  }
+  own.sum_before_row(before, false, sum);
+
+  // Forwards: gradients of the gates, and what the tokens send back.
+  typename W::Raw raw;
+  Acc back[kNumbers] = {};
+  use_tokens<kUnroll>(own.begin, own.end, 1, load, [&](int j, int64_t token) {
     Acc value[kNumbers], d[kNumbers];
-    tokens.add(token, raw[j], sum);
+    own.find(tokens, token, raw);
+    tokens.add(token, raw, sum);
     gates.value(token, raw_gate[j], value);
     W::Rows::unpack(raw_dy[j], d);
-    const Acc scale = __shfl_sync(kAll, inverses, int(token - chunk.begin));
+    const Acc scale = own.inverse(token);
     POM_UNROLL
     for (int i = 0; i < kNumbers; ++i) {
-      back[i] += d[i] * value[i] * scale;
-      value[i] = d[i] * sum[i] * scale;
+      d[i] *= scale;
+      const Acc returned = d[i] * value[i];
+      back[i] += returned;
+      value[i] = d[i] * sum[i];
+      d[i] = returned;
     }
+    own.keep_numbers(token, d);
     if (walk.gates.heads > 1) {
-      write_head_parts<I::Vec, W::kRanges>(
-          value, place, args.parts_shift,
-          static_cast<Acc*>(args.parts) + (chunk.b * walk.features.tokens + token) * args.parts_of_token);
+      write_head_parts<I::Vec, W::kRanges>(value, own.place, args.parts_shift, W::lanes_of_row(),
+                                           args.parts + (own.b * f.tokens + token) * args.parts_of_token);
     } else {
       gates.slope(token, raw_gate[j], value);
       dgate.store(token, value);
     }
   });
-  store_row<I::Vec, W::kRanges>(static_cast<Acc*>(args.later) + (chunk.b * walk.chunks + chunk.number) * channels,
-                                place, back);
-}
 
-// Backwards through every chunk: the gradient of a token's features is what it and all later tokens send back.
-template <class I>
-__global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_slopes(WalkBackward args) {
-  using W = Walker<I>;
-  using Acc = typename I::Acc;
-  constexpr int kNumbers = W::kNumbers, kUnroll = kNumbers > 8 || W::kRanges * W::Tokens::kCoeffs > 4 ? 1 : 2;
-  const Walk& walk = args.walk;
-  const int lane = int(threadIdx.x) % kWarp;
-  const BlockIndex block(walk.slabs.count);
-  const Place place = walk.slabs.place(block.slab, lane);
-  const int64_t channels = walk.features.channels(), step = args.stride * (kWalkThreads / kWarp);
-
-  Acc dc[W::kRanges][I::Vec][W::Tokens::kCoeffs] = {};
-  for (int64_t index = int64_t(block.row) * (kWalkThreads / kWarp) + threadIdx.x / kWarp;
-       index < walk.features.batch * walk.chunks; index += step) {
-    const Chunk chunk(walk, unsigned(index));
-    const typename W::Tokens tokens(walk.features, chunk.b, place);
-    const typename W::Gates gates(walk.gates, chunk.b, place);
-    const typename W::Rows dy(args.grad_y, chunk.b * args.grad_y_batch_stride, args.grad_y_token_stride, place);
-    const typename W::Rows du_rows(args.grad_u, chunk.b * walk.features.tokens * channels, channels, place);
-    const Acc inverses = inverse_counts<Acc>(walk, chunk, lane);
-    Acc base[kNumbers] = {}, sum[kNumbers] = {};
-    if (chunk.number + 1 < walk.chunks)
-      load_row<I::Vec, W::kRanges>(static_cast<const Acc*>(args.later) + (index + 1) * channels, place, base);
-    else if (args.grad_total)
-      load_row<I::Vec, W::kRanges>(static_cast<const Acc*>(args.grad_total) + chunk.b * channels, place, base);
-    typename W::Tokens::Raw raw[kUnroll];
-    typename W::Rows::Raw raw_dy[kUnroll];
-    typename W::Gates::Raw raw_gate[kUnroll];
-    auto load = [&](int j, int64_t i) {
-      const int64_t token = chunk.end - 1 - i;
-      tokens.load(token, raw[j]);
-      dy.load(token, raw_dy[j]);
-      gates.load(token, raw_gate[j]);
-    };
-    for_tokens<kUnroll>(int64_t(0), chunk.end - chunk.begin, 1, load, [&](int j, int64_t i) {
-      const int64_t token = chunk.end - 1 - i;
-      Acc value[kNumbers], d[kNumbers], du[kNumbers];
-      gates.value(token, raw_gate[j], value);
-      W::Rows::unpack(raw_dy[j], d);
-      const Acc scale = __shfl_sync(kAll, inverses, int(token - chunk.begin));
-      POM_UNROLL
-      for (int n = 0; n < kNumbers; ++n) {
-        sum[n] += d[n] * value[n] * scale;
-        d[n] = base[n] + sum[n];
-      }
-      tokens.slope(token, raw[j], d, du, dc);
-      du_rows.store(token, du);
-    });
+  const double of_tile = own.sum_rows(back);
+  double behind = sum_before(args.sums, turn, own.column, of_tile);
+  if (own.column >= 0) {
+    if (args.grad_total) behind += double(args.grad_total[at]);
+    if (tile == 0 && args.grad_prior) args.grad_prior[at] = Acc(behind + of_tile);
   }
-  if constexpr (I::Form::has_coeff)
-    write_coeff_row<I, kWalkThreads>(
-        dc, walk.features, walk.slabs, block.slab,
-        static_cast<Acc*>(args.coeff_rows) + block.row * walk.features.degree * walk.features.width);
+  Acc base[kNumbers];
+  own.sum_before_row(behind, true, base);
+
+  // Backwards: the gradient of a token's features is what it and all later tokens send back.
+  Acc dc[W::kRanges][I::Vec][W::Tokens::kCoeffs] = {};
+  POM_UNROLL
+  for (int i = 0; i < kNumbers; ++i) sum[i] = Acc(0);
+  for (int64_t token = own.end - 1; token >= own.begin; --token) {
+    Acc d[kNumbers], du[kNumbers];
+    own.find(tokens, token, raw);
+    own.find_numbers(token, d);
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; ++i) {
+      sum[i] += d[i];
+      d[i] = base[i] + sum[i];
+    }
+    tokens.slope(token, raw, d, du, dc);
+    du_rows.store(token, du);
+  }
+  if constexpr (I::Form::has_coeff) {
+    Acc* const row = args.coeff_rows + (own.b * walk.tiles + tile) * f.degree * f.width;
+    for (int k = 0; k < f.degree; ++k) {
+      Acc of_power[kNumbers];
+      take_power<I>(dc, k, of_power);
+      const double of_column = own.sum_rows(of_power);
+      if (own.column >= 0) row[k * f.width + own.column] = Acc(of_column);
+    }
+  }
 }
 
 template <class Acc>
-struct BackwardPlan : CausalPlan<Acc, CausalBackwardArgs> {
+struct BackwardPlan : WalkPlan<Acc> {
+  Pieces rows;  // one for each tile
+  PieceSums<Acc> before;
+  double* counts = nullptr;  // (batch, tiles), of weighted tokens
   HeadParts heads;
-  WalkBackward args;
+  Acc *parts = nullptr, *coeff_rows = nullptr;
 
   BackwardPlan(const CausalBackwardArgs& given, void* workspace)
-      : CausalPlan<Acc, CausalBackwardArgs>(given, {given.grad_y, given.grad_total, given.grad_u, given.grad_gate},
-                                            workspace),
+      : WalkPlan<Acc>(given.features, given.gates, given.prior,
+                      Alignment(given.features.dtype)
+                          .pointers({given.grad_y, given.grad_u, given.grad_gate})
+                          .sizes({given.grad_y_batch_stride, given.grad_y_token_stride}),
+                      workspace),
+        rows(Pieces::rows(this->walk.tiles)),
+        before(given.features, Pieces(given.features.tokens, this->shift, 1, nullptr), false, false, this->arena),
         heads(given.gates, this->walk.slabs) {
     const Features& f = given.features;
-    const Gates& g = given.gates;
     Arena& arena = this->arena;
-    const Alignment strides = Alignment(f.dtype).sizes({given.grad_y_batch_stride, given.grad_y_token_stride});
-    if (!strides && this->aligned) {  // then no access may be wide
-      this->aligned = false;
-      this->walk.slabs = slabs_of(f, f.rotary, false);
-      heads = HeadParts(g, this->walk.slabs);
-    }
-    args.walk = this->walk;
-    args.grad_y = given.grad_y;
-    args.grad_y_batch_stride = given.grad_y_batch_stride;
-    args.grad_y_token_stride = given.grad_y_token_stride;
-    args.grad_total = given.grad_total;
-    args.grad_gate = given.grad_gate;
-    args.parts = g.heads > 1 ? arena.take<Acc>(f.batch * f.tokens * heads.count) : nullptr;
-    args.parts_shift = heads.shift;
-    args.parts_of_token = heads.count;
-    args.later = arena.take<Acc>(f.batch * this->walk.chunks * f.channels());
-    args.grad_u = given.grad_u;
-    args.stride = least(ceil_div(f.batch * this->walk.chunks, kWalkThreads / kWarp),
-                        most(1, kCoeffBlocks / this->walk.slabs.count));
-    args.coeff_rows = f.form == Form::power ? arena.take<Acc>(args.stride * f.degree * f.width) : nullptr;
+    if (f.weight) this->walk.counts = counts = arena.take<double>(f.batch * this->walk.tiles);
+    if (given.gates.heads > 1) parts = arena.take<Acc>(f.batch * f.tokens * heads.count);
+    if (f.form == Form::power) coeff_rows = arena.take<Acc>(f.batch * this->walk.tiles * f.degree * f.width);
+  }
+
+  Status prefix_sums(void* stream) const {
+    const Features& f = this->walk.features;
+    if (const Status s = before.launch(stream); s != Status::ok) return s;
+    Join<Acc> joined = {rows, f.batch, f.channels(), before.rows, before.weight_rows, this->walk.prior};
+    joined.out = {before.rows, nullptr, counts};
+    return scan(joined, false, stream);
   }
 };
 
 template <class Acc>
 Status run(const CausalBackwardArgs& given, void* workspace, void* stream) {
   const BackwardPlan<Acc> plan(given, workspace);
-  const WalkBackward& args = plan.args;
   const Features& f = given.features;
   if (f.batch > 0) {
-    if (const Status s = plan.prefix_sums({}, stream); s != Status::ok) return s;
+    if (const Status s = plan.prefix_sums(stream); s != Status::ok) return s;
+    if (const Status s = plan.sums.start(stream); s != Status::ok) return s;
+    WalkBackward<Acc> args = {plan.walk, plan.sums, plan.before.rows};
+    args.grad_y = given.grad_y;
+    args.grad_y_batch_stride = given.grad_y_batch_stride;
+    args.grad_y_token_stride = given.grad_y_token_stride;
+    args.grad_total = static_cast<const Acc*>(given.grad_total);
+    args.grad_u = given.grad_u;
+    args.grad_gate = given.grad_gate;
+    args.grad_prior = static_cast<Acc*>(given.grad_prior);
+    args.parts = plan.parts;
+    args.parts_shift = plan.heads.shift;
+    args.parts_of_token = plan.heads.count;
+    args.coeff_rows = plan.coeff_rows;
     Status status = plan.with_walker([&](auto instance) {
-      return launch(causal_gate_slopes<decltype(instance)>, plan.walk_blocks(), kWalkThreads, 0, stream, args);
+      using I = decltype(instance);
+      return launch(causal_slopes<I>, plan.sums.blocks(), kWalkThreads, Walker<I>::bytes(true), stream, args);
     });
-    if (status == Status::ok && given.gates.heads > 1)
-      status = finish_heads(given.gates, plan.heads, static_cast<const Acc*>(args.parts), given.grad_gate, stream);
+    if (status == Status::ok && plan.parts)
+      status = finish_heads(given.gates, plan.heads, plan.parts, given.grad_gate, stream);
     if (status != Status::ok) return status;
-    Join<Acc> suffix = {plan.rows, f.batch, f.channels(), static_cast<const Acc*>(args.later)};
-    suffix.prior.total = given.grad_total;
-    suffix.out.total = args.later;
-    suffix.last.total = given.grad_prior;
-    if (const Status s = scan(suffix, true, stream); s != Status::ok) return s;
   }
-  const Status status = plan.with_walker([&](auto instance) {
-    using I = decltype(instance);
-    return launch(causal_slopes<I>, args.stride * args.walk.slabs.count, kWalkThreads,
-                  kCoeffBytes<I, kWalkThreads>, stream, args);
-  });
-  if (status != Status::ok || f.form != Form::power) return status;
-  return join_coeff(static_cast<const Acc*>(args.coeff_rows), args.stride, f.degree, f.width,
-                    static_cast<Acc*>(given.grad_coeff), stream);
+  if (f.form != Form::power) return Status::ok;
+  return join_coeff(plan.coeff_rows, f.batch * plan.walk.tiles, f.degree, f.width, static_cast<Acc*>(given.grad_coeff),
+                    stream);
 }
 
 }  // namespace

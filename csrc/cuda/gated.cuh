@@ -228,7 +228,7 @@ struct HeadParts {
         shift(slabs.vec == 8   ? 3
               : slabs.vec == 4 ? 2
                                : 0) {
-    const int64_t whole_row = int64_t(kLanes) * slabs.vec;
+    const int64_t whole_row = int64_t(slabs.lanes) * slabs.vec;
     auto fits = [&](int64_t n) {
       return n <= whole_row && per_head % n == 0 && slabs.width % n == 0 && (!slabs.axis_slabs || slabs.half % n == 0);
     };
@@ -237,15 +237,15 @@ struct HeadParts {
   }
 };
 
-// parts[channel >> shift] = Σ dvalue over runs of 2^shift channels
+// parts[channel >> shift] = Σ dvalue over runs of 2^shift channels, for the `lanes` of a warp that share a row.
 template <int Vec, int ranges, class Acc>
-__device__ void write_head_parts(const Acc* dvalue, const Place& place, int shift, Acc* parts) {
+__device__ void write_head_parts(const Acc* dvalue, const Place& place, int shift, unsigned lanes, Acc* parts) {
   POM_UNROLL
   for (int r = 0; r < ranges; ++r) {
     Acc sum = Acc(0);
     POM_UNROLL
     for (int i = 0; i < Vec; ++i) sum += dvalue[r * Vec + i];
-    for (int apart = (1 << shift) / Vec / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
+    for (int apart = (1 << shift) / Vec / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(lanes, sum, apart);
     const int64_t channel = place.channel + r * place.stride;
     if (r < place.ranges && (channel & ((1 << shift) - 1)) == 0) parts[channel >> shift] = sum;
   }

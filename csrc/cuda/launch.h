@@ -16,6 +16,7 @@
 namespace pom::cuda {
 
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;  // of a grid's first dimension
+constexpr size_t kUnaskedShared = 48 << 10;  // bytes of shared memory that a block may have unless its kernel asks
 
 // Keeps CUDA's own words, or clearer ones, for `error()`.
 Status checked(cudaError_t code);
@@ -33,6 +34,10 @@ Status launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t
               typename given<Parameters>::type... arguments) {
   if (blocks == 0) return Status::ok;
   if (blocks > kMaxBlocks) return Status::bad_size;
+  if (shared_bytes > kUnaskedShared) {
+    const cudaFuncAttribute room = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (const Status s = checked(cudaFuncSetAttribute(kernel, room, int(shared_bytes))); s != Status::ok) return s;
+  }
 #ifdef __CUDACC__
   void* pointers[] = {&arguments...};
   return checked(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(threads),

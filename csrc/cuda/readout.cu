@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, kGateSlopeBlocks<I>) gate_slopes(Rea
         }
         if (g.heads > 1) {
           write_head_parts<I::Vec, I::ranges>(
-              value, place, args.parts_shift,
+              value, place, args.parts_shift, 0xffffffffu,
               static_cast<Acc*>(args.parts) + (b * g.tokens + token) * args.parts_of_token);
         } else {
           gates.slope(token, raw[j], value);

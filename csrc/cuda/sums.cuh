@@ -30,6 +30,23 @@ inline Slabs slabs_of(const Features& f, const Rotary& rotary, bool aligned, int
   return {f.width, f.form == Form::product ? f.degree : 1, rotary, vec, lanes};
 }
 
+// The gradients of one power's coefficients, without a run-time index into registers.
+template <class I>
+__device__ void take_power(
+    const typename I::Acc (&dc)[FeatureTokens<I>::kRanges][I::Vec][FeatureTokens<I>::kCoeffs], int power,
+    typename I::Acc (&of_power)[FeatureTokens<I>::kNumbers]) {
+  POM_UNROLL
+  for (int r = 0; r < FeatureTokens<I>::kRanges; ++r) {
+    POM_UNROLL
+    for (int i = 0; i < I::Vec; ++i) {
+      of_power[r * I::Vec + i] = typename I::Acc(0);
+      POM_UNROLL
+      for (int j = 0; j < FeatureTokens<I>::kCoeffs; ++j)
+        if (j == power) of_power[r * I::Vec + i] = dc[r][i][j];
+    }
+  }
+}
+
 // Adds the rows of the block together, and writes them as (degree, width).
 template <class I, int threads>
 __device__ void write_coeff_row(
@@ -41,16 +58,7 @@ __device__ void write_coeff_row(
   const SlabRow<Acc, Vec, kRanges, threads> row(slabs, slab);
   for (int k = 0; k < f.degree; ++k) {
     Acc of_power[kRanges * Vec];
-    POM_UNROLL
-    for (int r = 0; r < kRanges; ++r) {
-      POM_UNROLL
-      for (int i = 0; i < Vec; ++i) {
-        of_power[r * Vec + i] = Acc(0);
-        POM_UNROLL
-        for (int j = 0; j < FeatureTokens<I>::kCoeffs; ++j)
-          if (j == k) of_power[r * Vec + i] = dc[r][i][j];  // no run-time index into registers
-      }
-    }
+    take_power<I>(dc, k, of_power);
     row.sum(of_power, reinterpret_cast<Acc*>(memory), out + k * f.width);
   }
 }

@@ -1,71 +1,25 @@
-// Walks of one warp through a chunk of tokens that carry a running sum: what the token-causal forward and backward
-// share.
+// What the token-causal forward and backward share: tiles of tokens that carry a running sum. The threads of a block are
+// rows of a few lanes; each row takes some of the tile's tokens, one after the other, and keeps them in shared memory
+// until it knows the sum of all tokens before its own.
 #pragma once
 
 #include "cuda/gated.cuh"
-#include "cuda/rows.cuh"
+#include "cuda/lookback.cuh"
 #include "cuda/sums.cuh"
 
 namespace pom::cuda {
 
-constexpr int kChunkShift = 5;
-constexpr int64_t kChunk = 1 << kChunkShift;  // tokens of a chunk, as many as lanes: each minds the count of one
-constexpr int kWalkThreads = 128;             // four chunks to a block
-constexpr unsigned kAll = 0xffffffffu;
+constexpr int kWalkThreads = 128;
 
-// What all walks know of the tokens before a chunk.
+// What all walks know of the tokens before a tile.
 struct Walk {
   Features features;
   Gates gates;
   Slabs slabs;
-  int64_t chunks = 0;
+  int64_t tiles = 1;
   StateView prior;
-  const void* sums = nullptr;      // acc (batch, chunks, C): φ summed up to the end of each chunk, the prior included
-  const double* counts = nullptr;  // (batch, chunks), likewise
+  const double* counts = nullptr;  // (batch, tiles): weights up to the end of each tile and the prior's; null if all are 1
 };
-
-// One chunk of one sample.
-struct Chunk {
-  int64_t b, number, begin, end;
-  __device__ Chunk(const Walk& walk, unsigned index)
-      : b(index / unsigned(walk.chunks)),
-        number(index - unsigned(b) * unsigned(walk.chunks)),
-        begin(number * kChunk),
-        end(least(walk.features.tokens, begin + kChunk)) {}
-};
-
-// 1 / count behind token begin + lane, in that lane.
-template <class Acc>
-__device__ Acc inverse_counts(const Walk& walk, const Chunk& chunk, int lane) {
-  const int64_t token = chunk.begin + lane;
-  double count = 0;
-  if (token < chunk.end)
-    count = walk.features.weight
-                ? double(static_cast<const Acc*>(walk.features.weight)[chunk.b * walk.features.tokens + token])
-                : 1.0;
-  for (int apart = 1; apart < kWarp; apart *= 2) {
-    const double earlier = __shfl_up_sync(kAll, count, apart);
-    if (lane >= apart) count += earlier;
-  }
-  if (chunk.number)
-    count += walk.counts[chunk.b * walk.chunks + chunk.number - 1];
-  else if (walk.prior.count)
-    count += walk.prior.count[chunk.b];
-  return Acc(inverse(count));
-}
-
-// φ summed over all tokens before the chunk, at the thread's channels.
-template <int Vec, int ranges, class Acc>
-__device__ void load_base(const Walk& walk, const Chunk& chunk, const Place& place, Acc* base) {
-  const int64_t channels = walk.features.channels();
-  POM_UNROLL
-  for (int i = 0; i < ranges * Vec; ++i) base[i] = Acc(0);
-  if (chunk.number)
-    load_row<Vec, ranges>(static_cast<const Acc*>(walk.sums) + (chunk.b * walk.chunks + chunk.number - 1) * channels,
-                          place, base);
-  else if (walk.prior.total)
-    load_state<Vec, ranges>(walk.prior, chunk.b, channels, 1.0, place, base);
-}
 
 // Blocks of a multiprocessor at the least: fewer where a thread holds more numbers than a third of the registers.
 template <class I>
@@ -74,49 +28,198 @@ constexpr int kWalkBlocks = FeatureTokens<I>::kNumbers > 16 || FeatureTokens<I>:
                                 ? 2
                                 : 3;
 
+// A sum and, if there is one, what the prior state has at element `at`.
+template <class Acc>
+__device__ double with_prior(const StateView& prior, int64_t at, double sum) {
+  const double rest = add_prior<Acc>(prior, at, sum);
+  return sum + rest;
+}
+
+constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
+
+// A block's tile of one slab, as one of its threads sees it.
 template <class I>
-struct Walker {
+class Walker {
+ public:
+  using T = typename I::T;
   using Acc = typename I::Acc;
   using Tokens = FeatureTokens<I>;
+  using Raw = typename Tokens::Raw;
   static constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers;
-  using Gates = GateTokens<typename GateOf<typename I::Form>::type, typename I::T, I::Vec, kRanges>;
+  using Gates = GateTokens<typename GateOf<typename I::Form>::type, T, I::Vec, kRanges>;
   using Rows = typename Tokens::Rows;
+
+  // 64 bytes of a token side by side: so few that a block has room for many tokens.
+  static constexpr int kLanes = I::Vec > 1 ? 64 / (I::Vec * int(sizeof(T))) : kWarp / power_of_two_from(kRanges);
+  static constexpr int kRows = kWalkThreads / kLanes, kColumns = kLanes * kNumbers;
+  static_assert(kColumns <= kWalkThreads, "a thread owns one column at most");
+
+ private:
+  using Run = Packed<T, I::Vec>;  // of channels, as they are kept
+  static constexpr int kRuns = Tokens::along ? 2 * kRanges : kRanges;
+  static constexpr int kStep = sizeof(Acc) == 4 && kNumbers % 4 == 0 ? 4 : 1;
+  using Numbers = Packed<Acc, kStep>;
+  static constexpr int kStride = kColumns + kLanes;  // keeps rows off each other's banks
+  static constexpr size_t kRowBytes = sizeof(Acc) * kRows * kStride, kHead = 16;
+  static constexpr size_t kTokenBytes = sizeof(Acc) + kLanes * (kRuns * sizeof(Run) + kNumbers * sizeof(Acc));
+  static constexpr size_t kMostBytes = 56 << 10;  // of shared memory: four blocks then share an H100's
+
+  static constexpr int tokens_of(int most) {
+    return most <= kRows || kHead + kRowBytes + most * kTokenBytes <= kMostBytes ? most : tokens_of(most / 2);
+  }
+  static constexpr int shift_of(int tokens) { return tokens == 1 ? 0 : 1 + shift_of(tokens / 2); }
+
+ public:
+  static constexpr int kTile = tokens_of(256);  // tokens
+  static_assert(kTile % kWarp == 0, "a warp finds the counts");
+  static constexpr int kShift = shift_of(kTile), kOfRow = kTile / kRows;
+  // With numbers kept, too, of every token, or without.
+  static constexpr size_t bytes(bool numbers) {
+    return kHead + kRowBytes + kTile * (kTokenBytes - (numbers ? 0 : kLanes * kNumbers * sizeof(Acc)));
+  }
+
+  const int64_t b, tile_begin;
+  const int64_t begin, end;  // tokens of the thread's row
+  const Place place;
+  int64_t column = -1;  // the one whose sums the thread adds up, or -1
+
+  __device__ Walker(const Walk& walk, const Turn& turn, int64_t tile)
+      : b(turn.b),
+        tile_begin(tile * kTile),
+        begin(tile_begin + row() * kOfRow),
+        end(least(walk.features.tokens, begin + kOfRow)),
+        place(walk.slabs.place(turn.slab, lane())) {
+    const int number = int(threadIdx.x) / kLanes, range = number / I::Vec;
+    const Place owned = walk.slabs.place(turn.slab, int(threadIdx.x) % kLanes);
+    if (number < kNumbers && range < owned.ranges) column = owned.channel + range * owned.stride + number % I::Vec;
+  }
+
+  static __device__ int row() { return int(threadIdx.x) / kLanes; }
+  static __device__ int lane() { return int(threadIdx.x) % kLanes; }
+  // Of the warp, those in the thread's row.
+  static __device__ unsigned lanes_of_row() {
+    return (0xffffffffu >> (kWarp - kLanes)) << (int(threadIdx.x) % kWarp - lane());
+  }
+
+  // Σ x over the rows, of the thread's column; x are the thread's numbers.
+  __device__ double sum_rows(const Acc (&x)[kNumbers]) const {
+    __syncthreads();  // until what was there has been read
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; ++i) of_rows()[row() * kStride + i * kLanes + lane()] = x[i];
+    __syncthreads();
+    double sum = 0;
+    if (column >= 0)
+      for (int r = 0; r < kRows; ++r) sum += double(of_rows()[r * kStride + threadIdx.x]);
+    return sum;
+  }
+  // After sum_rows: `before`, of the thread's column, and what was summed in rows before the thread's own, or behind it
+  // if `backwards`, at the thread's channels.
+  __device__ void sum_before_row(double before, bool backwards, Acc (&x)[kNumbers]) const {
+    if (column >= 0)
+      for (int i = 0; i < kRows; ++i) {
+        Acc& at = of_rows()[(backwards ? kRows - 1 - i : i) * kStride + threadIdx.x];
+        const double own = at;
+        at = Acc(before);
+        before += own;
+      }
+    __syncthreads();
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; ++i) x[i] = of_rows()[row() * kStride + i * kLanes + lane()];
+  }
+
+  // Writes 1 / count behind every token of the tile. Before a sum over the rows, which lets others read them.
+  __device__ void find_inverses(const Walk& walk) const {
+    const int64_t tile = tile_begin / kTile;
+    const double prior = walk.prior.count ? walk.prior.count[b] : 0;
+    if (!walk.counts) {
+      for (int i = int(threadIdx.x); i < kTile; i += kWalkThreads)
+        inverses()[i] = Acc(pom::inverse(prior + double(tile_begin + i + 1)));
+      return;
+    }
+    if (threadIdx.x >= kWarp) return;
+    constexpr int kEach = kTile / kWarp;
+    const int64_t first = tile_begin + int64_t(threadIdx.x) * kEach;
+    const Acc* const weight = static_cast<const Acc*>(walk.features.weight) + b * walk.features.tokens;
+    double sum = 0;
+    for (int i = 0; i < kEach; ++i)
+      if (first + i < walk.features.tokens) sum += double(weight[first + i]);
+    double count = sum;
+    for (int apart = 1; apart < kWarp; apart *= 2) {
+      const double earlier = __shfl_up_sync(0xffffffffu, count, apart);
+      if (int(threadIdx.x) >= apart) count += earlier;
+    }
+    count += (tile > 0 ? walk.counts[b * walk.tiles + tile - 1] : prior) - sum;
+    for (int i = 0; i < kEach; ++i) {
+      if (first + i < walk.features.tokens) count += double(weight[first + i]);
+      inverses()[threadIdx.x * kEach + i] = Acc(pom::inverse(count));
+    }
+  }
+  __device__ Acc inverse(int64_t token) const { return inverses()[token - tile_begin]; }
+
+  // What the thread's row has loaded of one of its tokens, and numbers of it.
+  __device__ void keep(int64_t token, const Raw& raw) const {
+    POM_UNROLL
+    for (int r = 0; r < kRanges; ++r) {
+      run(token, r) = raw.at[r];
+      if constexpr (Tokens::along) run(token, kRanges + r) = raw.along[r];
+    }
+  }
+  __device__ void find(const Tokens& tokens, int64_t token, Raw& raw) const {
+    POM_UNROLL
+    for (int r = 0; r < kRanges; ++r) {
+      raw.at[r] = run(token, r);
+      if constexpr (Tokens::along) raw.along[r] = run(token, kRanges + r);
+    }
+    raw.weight = tokens.weight(token);
+  }
+  __device__ void keep_numbers(int64_t token, const Acc (&x)[kNumbers]) const {
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; i += kStep) numbers(token, i / kStep).pack(x + i);
+  }
+  __device__ void find_numbers(int64_t token, Acc (&x)[kNumbers]) const {
+    POM_UNROLL
+    for (int i = 0; i < kNumbers; i += kStep) numbers(token, i / kStep).unpack(x + i);
+  }
+
+ private:
+  static __device__ char* memory() {
+    POM_SHARED(memory);
+    return memory + kHead;  // behind what take_turn needs
+  }
+  static __device__ Acc* of_rows() { return reinterpret_cast<Acc*>(memory()); }
+  static __device__ Acc* inverses() { return reinterpret_cast<Acc*>(memory() + kRowBytes); }
+  __device__ Run& run(int64_t token, int number) const {
+    char* const runs = memory() + kRowBytes + kTile * sizeof(Acc);
+    return reinterpret_cast<Run*>(runs)[(int(token - begin) * kRuns + number) * kWalkThreads + threadIdx.x];
+  }
+  __device__ Numbers& numbers(int64_t token, int number) const {
+    char* const all = memory() + kRowBytes + kTile * (sizeof(Acc) + kLanes * kRuns * sizeof(Run));
+    constexpr int kCount = kNumbers / kStep;
+    return reinterpret_cast<Numbers*>(all)[(int(token - begin) * kCount + number) * kWalkThreads + threadIdx.x];
+  }
 };
 
-// Sums in front of every chunk, which forward and backward share.
-template <class Acc, class Args>
-struct CausalPlan {
+// How a call is cut into tiles.
+template <class Acc>
+struct WalkPlan {
   Arena arena;
-  Pieces rows;  // one for each chunk
-  PieceSums<Acc> sums;
-  Acc* totals;
-  double* counts;
   bool aligned;
+  int shift = 0;  // a tile has 2^shift tokens
   Walk walk;
+  Lookback<Acc> sums;
 
-  CausalPlan(const Args& args, std::initializer_list<const void*> pointers, void* workspace)
-      : arena(workspace),
-        rows(Pieces::rows(Pieces(args.features.tokens, kChunkShift, 1, nullptr).chunks)),
-        sums(args.features, Pieces(args.features.tokens, kChunkShift, 1, nullptr), true, false, arena),
-        totals(arena.take<Acc>(args.features.batch * rows.groups * args.features.channels())),
-        counts(arena.take<double>(args.features.batch * rows.groups)),
-        aligned(!args.gates.tangent && is_aligned(args.features) &&
-                is_aligned(args.gates, args.prior).pointers(pointers)) {
-    const Features& f = args.features;
-    walk = {f, args.gates, slabs_of(f, f.rotary, aligned), rows.groups, args.prior, totals, counts};
-  }
-
-  Status prefix_sums(const StateOut& last, void* stream) const {
-    const Features& f = walk.features;
-    if (const Status s = sums.launch(stream); s != Status::ok) return s;
-    Join<Acc> joined = {rows, f.batch, f.channels(), sums.rows, sums.weight_rows, walk.prior};
-    joined.out = {totals, nullptr, counts};
-    joined.last = last;
-    return scan(joined, false, stream);
-  }
-
-  int64_t walk_blocks() const {
-    return ceil_div(walk.features.batch * walk.chunks, kWalkThreads / kWarp) * walk.slabs.count;
+  // `others`: of what else the call reads and writes.
+  WalkPlan(const Features& f, const Gates& g, const StateView& prior, const Alignment& others, void* workspace)
+      : arena(workspace), aligned(!g.tangent && is_aligned(f) && is_aligned(g, prior) && others) {
+    walk = {f, g, {}, 1, prior};
+    with_walker([&](auto instance) {
+      using W = Walker<decltype(instance)>;
+      shift = W::kShift;
+      walk.slabs = slabs_of(f, f.rotary, aligned, W::kLanes);
+      return Status::ok;
+    });
+    walk.tiles = most(1, ceil_div(f.tokens, int64_t(1) << shift));
+    sums = Lookback<Acc>(f.batch, walk.tiles, walk.slabs.count, f.channels(), arena);
   }
 
   template <class Body>

@@ -137,6 +137,7 @@ class Device {
 void wait(const Wait& wait) { running->wait(wait); }
 void poll(const Wait& wait) { running->poll(wait); }
 void note_progress() { running->note_progress(); }
+void doze() { running->doze(); }
 void make_room() { running->make_room(); }
 void meet(int number, int threads, const char* file, int line) { running->meet(number, threads, file, line); }
 void fail_here(const char* message) { running->fail_here(message); }

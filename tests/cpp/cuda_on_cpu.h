@@ -71,6 +71,10 @@ void wait_until(const char* operation, const char* file, int line, Condition con
   note_progress();
 }
 
+// Waits for a block that another thread of the operating system runs: no other can have what it waits for. Ends the
+// program when that takes too long.
+void doze();
+
 // The barrier of that number, for so many threads of the block.
 void meet(int number, int threads, const char* file, int line);
 
@@ -198,6 +202,8 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = cuda_on_cpu::kWa
                                source > cuda_on_cpu::Segment(width).last ? cuda_on_cpu::lane() : source);
 }
 
+// What a thread does between two looks at memory that another block is to write.
+inline void __nanosleep(unsigned) { cuda_on_cpu::doze(); }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 template <class T>
 T __ldg(const T* p) {

@@ -3,11 +3,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
 #include <numeric>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cuda_on_cpu.h"
@@ -94,6 +96,11 @@ class Multiprocessor {
   }
   void poll(const Wait& wait) { stop(wait, Thread::polling); }
   void note_progress() { progress_ = true; }
+  void doze() {
+    constexpr int kMost = 1000000;  // a minute and more
+    if (++dozes_ > kMost) fail_in(here.index(), "waits for another block for ever");
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
   void make_room() {
     made_room_ = true;
     threads_[here.index()].fiber.switch_to(scheduler_);
@@ -174,6 +181,7 @@ class Multiprocessor {
       threads_[i].state = late > 0 && i / grid_->threads == late ? Thread::held : Thread::ready;
     }
     for (Meeting& meeting : meetings_) meeting = {};
+    dozes_ = 0;
     if (counter) counter->start_block();
     do {
       all_warps();
@@ -341,6 +349,7 @@ class Multiprocessor {
   std::vector<Thread> threads_;
   Fiber scheduler_;
   std::vector<int> warps_, lanes_;
+  int dozes_ = 0;  // of this cluster
   bool progress_ = false, made_room_ = false;
   std::vector<Meeting> meetings_;  // of every block, and the last one of the cluster
   Random random_{0};
