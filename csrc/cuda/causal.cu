@@ -15,10 +15,10 @@ struct WalkForward {
 };
 
 template <class I>
-__global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_means(WalkForward<typename I::Acc> args) {
-  using W = Walker<I>;
+__global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>()) causal_means(WalkForward<typename I::Acc> args) {
+  using W = Walker<I, false>;
   using Acc = typename I::Acc;
-  constexpr int kNumbers = W::kNumbers, kLoads = kNumbers > 8 ? 4 : 8, kGates = kNumbers > 8 ? 2 : 4;
+  constexpr int kNumbers = W::kNumbers, kLoads = kNumbers > 8 || W::Tokens::along ? 4 : 8, kGates = kNumbers > 8 ? 2 : 4;
   const Walk& walk = args.walk;
   const Turn turn = take_turn(args.sums);
   const W own(walk, turn, turn.step);
@@ -84,12 +84,12 @@ __global__ void __launch_bounds__(kWalkThreads)
 }
 
 template <class Acc>
-struct ForwardPlan : WalkPlan<Acc> {
+struct ForwardPlan : WalkPlan<Acc, false> {
   double *weights = nullptr, *counts = nullptr;  // (batch, tiles): of each tile, and up to its end
 
   ForwardPlan(const CausalArgs& args, void* workspace)
-      : WalkPlan<Acc>(args.features, args.gates, args.prior, Alignment(args.features.dtype).pointers({args.y}),
-                      workspace) {
+      : WalkPlan<Acc, false>(args.features, args.gates, args.prior, Alignment(args.features.dtype).pointers({args.y}),
+                             workspace) {
     const Features& f = args.features;
     if (!f.weight) return;
     weights = this->arena.template take<double>(f.batch * this->walk.tiles);
@@ -120,7 +120,7 @@ Status run(const CausalArgs& args, void* workspace, void* stream) {
   if (const Status s = plan.sums.start(stream); s != Status::ok) return s;
   return plan.with_walker([&](auto instance) {
     using I = decltype(instance);
-    return launch(causal_means<I>, plan.sums.blocks(), kWalkThreads, Walker<I>::bytes(false), stream,
+    return launch(causal_means<I>, plan.sums.blocks(), kWalkThreads, Walker<I, false>::kBytes, stream,
                   {plan.walk, plan.sums, args.y, args.out});
   });
 }

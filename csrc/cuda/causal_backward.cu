@@ -25,10 +25,10 @@ struct WalkBackward {
 };
 
 template <class I>
-__global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_slopes(WalkBackward<typename I::Acc> args) {
-  using W = Walker<I>;
+__global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>()) causal_slopes(WalkBackward<typename I::Acc> args) {
+  using W = Walker<I, true>;
   using Acc = typename I::Acc;
-  constexpr int kNumbers = W::kNumbers, kLoads = kNumbers > 8 ? 4 : 8, kUnroll = kNumbers > 8 ? 1 : 2;
+  constexpr int kNumbers = W::kNumbers, kLoads = kNumbers > 8 || W::Tokens::along ? 4 : 8, kUnroll = kNumbers > 8 ? 1 : 2;
   const Walk& walk = args.walk;
   const Features& f = walk.features;
   const Turn turn = take_turn(args.sums);
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_slopes(Wa
 }
 
 template <class Acc>
-struct BackwardPlan : WalkPlan<Acc> {
+struct BackwardPlan : WalkPlan<Acc, true> {
   Pieces rows;  // one for each tile
   PieceSums<Acc> before;
   double* counts = nullptr;  // (batch, tiles), of weighted tokens
@@ -142,11 +142,11 @@ struct BackwardPlan : WalkPlan<Acc> {
   Acc *parts = nullptr, *coeff_rows = nullptr;
 
   BackwardPlan(const CausalBackwardArgs& given, void* workspace)
-      : WalkPlan<Acc>(given.features, given.gates, given.prior,
-                      Alignment(given.features.dtype)
-                          .pointers({given.grad_y, given.grad_u, given.grad_gate})
-                          .sizes({given.grad_y_batch_stride, given.grad_y_token_stride}),
-                      workspace),
+      : WalkPlan<Acc, true>(given.features, given.gates, given.prior,
+                            Alignment(given.features.dtype)
+                                .pointers({given.grad_y, given.grad_u, given.grad_gate})
+                                .sizes({given.grad_y_batch_stride, given.grad_y_token_stride}),
+                            workspace),
         rows(Pieces::rows(this->walk.tiles)),
         before(given.features, Pieces(given.features.tokens, this->shift, 1, nullptr), false, false, this->arena),
         heads(given.gates, this->walk.slabs) {
@@ -187,7 +187,7 @@ Status run(const CausalBackwardArgs& given, void* workspace, void* stream) {
     args.coeff_rows = plan.coeff_rows;
     Status status = plan.with_walker([&](auto instance) {
       using I = decltype(instance);
-      return launch(causal_slopes<I>, plan.sums.blocks(), kWalkThreads, Walker<I>::bytes(true), stream, args);
+      return launch(causal_slopes<I>, plan.sums.blocks(), kWalkThreads, Walker<I, true>::kBytes, stream, args);
     });
     if (status == Status::ok && plan.parts)
       status = finish_heads(given.gates, plan.heads, plan.parts, given.grad_gate, stream);

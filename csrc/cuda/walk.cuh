@@ -21,12 +21,15 @@ struct Walk {
   const double* counts = nullptr;  // (batch, tiles): weights up to the end of each tile and the prior's; null if all are 1
 };
 
-// Blocks of a multiprocessor at the least: fewer where a thread holds more numbers than a third of the registers.
+// Blocks of a multiprocessor at the least: as many as leave a thread registers for its numbers.
 template <class I>
-constexpr int kWalkBlocks = FeatureTokens<I>::kNumbers > 16 || FeatureTokens<I>::kRanges > 3 ||
-                                    (I::turned && sizeof(typename I::T) >= 4) || is_along<typename I::Form>
-                                ? 2
-                                : 3;
+constexpr int walk_blocks() {
+  using Tokens = FeatureTokens<I>;
+  constexpr bool wide = sizeof(typename I::T) >= 4;
+  if (Tokens::kNumbers > 16 || Tokens::kRanges > 3 || (I::turned && wide) || Tokens::along) return 2;
+  const bool has_many = Tokens::kNumbers * (1 + Tokens::kCoeffs) > 32 || (wide && !I::Form::has_coeff);
+  return I::turned || has_many ? 3 : 4;
+}
 
 // A sum and, if there is one, what the prior state has at element `at`.
 template <class Acc>
@@ -37,8 +40,8 @@ __device__ double with_prior(const StateView& prior, int64_t at, double sum) {
 
 constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
 
-// A block's tile of one slab, as one of its threads sees it.
-template <class I>
+// A block's tile of one slab, as one of its threads sees it. With `numbers` it keeps some of every token, too.
+template <class I, bool numbers>
 class Walker {
  public:
   using T = typename I::T;
@@ -49,10 +52,12 @@ class Walker {
   using Gates = GateTokens<typename GateOf<typename I::Form>::type, T, I::Vec, kRanges>;
   using Rows = typename Tokens::Rows;
 
-  // 64 bytes of a token side by side: so few that a block has room for many tokens.
-  static constexpr int kLanes = I::Vec > 1 ? 64 / (I::Vec * int(sizeof(T))) : kWarp / power_of_two_from(kRanges);
+  // Few bytes of a token side by side, so that a block has room for many tokens; a thread owns one column at most.
+  static constexpr int kBytesAtOnce = numbers || kRanges > 2 ? 64 : 128;
+  static constexpr int kLanes =
+      I::Vec > 1 ? kBytesAtOnce / (I::Vec * int(sizeof(T))) : kWarp / power_of_two_from(kRanges);
   static constexpr int kRows = kWalkThreads / kLanes, kColumns = kLanes * kNumbers;
-  static_assert(kColumns <= kWalkThreads, "a thread owns one column at most");
+  static_assert(kColumns <= kWalkThreads);
 
  private:
   using Run = Packed<T, I::Vec>;  // of channels, as they are kept
@@ -61,11 +66,13 @@ class Walker {
   using Numbers = Packed<Acc, kStep>;
   static constexpr int kStride = kColumns + kLanes;  // keeps rows off each other's banks
   static constexpr size_t kRowBytes = sizeof(Acc) * kRows * kStride, kHead = 16;
-  static constexpr size_t kTokenBytes = sizeof(Acc) + kLanes * (kRuns * sizeof(Run) + kNumbers * sizeof(Acc));
-  static constexpr size_t kMostBytes = 56 << 10;  // of shared memory: four blocks then share an H100's
+  static constexpr size_t kTokenBytes =
+      sizeof(Acc) + kLanes * (kRuns * sizeof(Run) + (numbers ? kNumbers * sizeof(Acc) : 0));
+  static constexpr size_t kMostBytes = 60 << 10;  // of shared memory: three blocks then share an H100's
 
+  static constexpr size_t bytes_of(int tokens) { return kHead + kRowBytes + tokens * kTokenBytes; }
   static constexpr int tokens_of(int most) {
-    return most <= kRows || kHead + kRowBytes + most * kTokenBytes <= kMostBytes ? most : tokens_of(most / 2);
+    return most <= kRows || bytes_of(most) <= kMostBytes ? most : tokens_of(most / 2);
   }
   static constexpr int shift_of(int tokens) { return tokens == 1 ? 0 : 1 + shift_of(tokens / 2); }
 
@@ -73,10 +80,7 @@ class Walker {
   static constexpr int kTile = tokens_of(256);  // tokens
   static_assert(kTile % kWarp == 0, "a warp finds the counts");
   static constexpr int kShift = shift_of(kTile), kOfRow = kTile / kRows;
-  // With numbers kept, too, of every token, or without.
-  static constexpr size_t bytes(bool numbers) {
-    return kHead + kRowBytes + kTile * (kTokenBytes - (numbers ? 0 : kLanes * kNumbers * sizeof(Acc)));
-  }
+  static constexpr size_t kBytes = bytes_of(kTile);  // of shared memory
 
   const int64_t b, tile_begin;
   const int64_t begin, end;  // tokens of the thread's row
@@ -174,11 +178,11 @@ class Walker {
   }
   __device__ void keep_numbers(int64_t token, const Acc (&x)[kNumbers]) const {
     POM_UNROLL
-    for (int i = 0; i < kNumbers; i += kStep) numbers(token, i / kStep).pack(x + i);
+    for (int i = 0; i < kNumbers; i += kStep) kept(token, i / kStep).pack(x + i);
   }
   __device__ void find_numbers(int64_t token, Acc (&x)[kNumbers]) const {
     POM_UNROLL
-    for (int i = 0; i < kNumbers; i += kStep) numbers(token, i / kStep).unpack(x + i);
+    for (int i = 0; i < kNumbers; i += kStep) kept(token, i / kStep).unpack(x + i);
   }
 
  private:
@@ -192,7 +196,7 @@ class Walker {
     char* const runs = memory() + kRowBytes + kTile * sizeof(Acc);
     return reinterpret_cast<Run*>(runs)[(int(token - begin) * kRuns + number) * kWalkThreads + threadIdx.x];
   }
-  __device__ Numbers& numbers(int64_t token, int number) const {
+  __device__ Numbers& kept(int64_t token, int number) const {
     char* const all = memory() + kRowBytes + kTile * (sizeof(Acc) + kLanes * kRuns * sizeof(Run));
     constexpr int kCount = kNumbers / kStep;
     return reinterpret_cast<Numbers*>(all)[(int(token - begin) * kCount + number) * kWalkThreads + threadIdx.x];
@@ -200,7 +204,7 @@ class Walker {
 };
 
 // How a call is cut into tiles.
-template <class Acc>
+template <class Acc, bool numbers>
 struct WalkPlan {
   Arena arena;
   bool aligned;
@@ -213,7 +217,7 @@ struct WalkPlan {
       : arena(workspace), aligned(!g.tangent && is_aligned(f) && is_aligned(g, prior) && others) {
     walk = {f, g, {}, 1, prior};
     with_walker([&](auto instance) {
-      using W = Walker<decltype(instance)>;
+      using W = Walker<decltype(instance), numbers>;
       shift = W::kShift;
       walk.slabs = slabs_of(f, f.rotary, aligned, W::kLanes);
       return Status::ok;
