@@ -30,6 +30,8 @@ def long_calls(case):
     for op in ("state", "readout", "mix", "update"):
         yield f"{op} forward product", case(op, **FRAMES)
     yield "state backward product", case("state", passes="backward", **FRAMES)
+    for passes in ("forward", "backward"):
+        yield f"causal_mix {passes} product", case("causal_mix", passes=passes, **PRODUCT, tokens=8192)
     yield "update forward power", case("update", batch=64, **POWER, tokens=256)
     for op in ("readout", "mix"):
         yield f"{op} forward power by heads", case(op, heads=16, **LONG)

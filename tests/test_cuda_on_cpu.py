@@ -29,8 +29,8 @@ PLAIN = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-pthread"]
 # The longest first.
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"), key=lambda file: -file.stat().st_size)
 PROGRAMS = (
-    *("test_api", "test_mix", "test_project", "test_folded", "test_deal", "test_offsets", "test_status", "test_engine"),
-    "test_engine_refusals",
+    *("test_api", "test_mix", "test_project", "test_folded", "test_deal", "test_lookback", "test_offsets"),
+    *("test_status", "test_engine", "test_engine_refusals"),
 )
 # The engine serves both devices; its tests here use the one that this is about.
 OTHERS = [source for folder in (".", "cpu", "engine") for source in (ROOT / "csrc" / folder).glob("*.cpp")]

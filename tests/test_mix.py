@@ -29,6 +29,10 @@ LARGE = [
     Case("product", 2, "whole", F32, batch=2, tokens=1031, width=100),
     Case("product", 4, "causal", torch.bfloat16, batch=2, tokens=1031, width=100, heads=10),
     Case("power", 3, "causal+weight", torch.float16, batch=2, tokens=1031, width=100, heads=4, axes=2),
+    # Of more tiles than a block adds up by itself.
+    Case("power", 3, "causal", torch.bfloat16, batch=1, tokens=2500, width=96, heads=4, prior=True),
+    Case("product", 2, "causal+weight", F32, batch=1, tokens=2500, width=12),
+    Case("power", 2, "causal", F64, batch=2, tokens=1100, width=5, axes=1),
     Case("power", 16, "frames_unequal", F32, batch=2, tokens=1031, width=100),
     Case("power", 3, "whole", F32, batch=1, tokens=20_000, width=33, queries=5),
     Case("product", 2, "weight", torch.bfloat16, batch=1, tokens=20_000, width=9, queries=5),

@@ -71,8 +71,8 @@ void wait_until(const char* operation, const char* file, int line, Condition con
   note_progress();
 }
 
-// Waits for a block that another thread of the operating system runs: no other can have what it waits for. Ends the
-// program when that takes too long.
+// Leaves time to the blocks that other threads of the operating system run. If there are none, what this one looks for
+// between its dozes will never be there, which ends the program.
 void doze();
 
 // The barrier of that number, for so many threads of the block.

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -62,6 +61,7 @@ struct Grid {
   uint64_t seed = 0;
   std::vector<unsigned> order = {};  // of the clusters, if it is not the ascending one
   std::atomic<unsigned> next{0};
+  std::atomic<int> running{0};  // clusters
 };
 
 struct Thread {
@@ -96,10 +96,12 @@ class Multiprocessor {
   }
   void poll(const Wait& wait) { stop(wait, Thread::polling); }
   void note_progress() { progress_ = true; }
+  // Whoever is waited for runs beside this cluster, or has ended since the thread last looked: then it dozes once more.
   void doze() {
-    constexpr int kMost = 1000000;  // a minute and more
-    if (++dozes_ > kMost) fail_in(here.index(), "waits for another block for ever");
-    std::this_thread::sleep_for(std::chrono::microseconds(50));
+    constexpr int kMost = 1000;  // many more than there are waits in a kernel
+    if (grid_->running == 1 && ++dozes_alone_ > kMost)
+      fail_in(here.index(), "waits for ever for a block that has not started");
+    std::this_thread::yield();
   }
   void make_room() {
     made_room_ = true;
@@ -181,7 +183,8 @@ class Multiprocessor {
       threads_[i].state = late > 0 && i / grid_->threads == late ? Thread::held : Thread::ready;
     }
     for (Meeting& meeting : meetings_) meeting = {};
-    dozes_ = 0;
+    dozes_alone_ = 0;
+    ++grid_->running;
     if (counter) counter->start_block();
     do {
       all_warps();
@@ -194,6 +197,7 @@ class Multiprocessor {
       }
     } while (release_polling() || release_blocks());
     if (counter) counter->end_block();
+    --grid_->running;
     check_shared_memory();
     if (at_end) at_end();
   }
@@ -349,7 +353,7 @@ class Multiprocessor {
   std::vector<Thread> threads_;
   Fiber scheduler_;
   std::vector<int> warps_, lanes_;
-  int dozes_ = 0;  // of this cluster
+  int dozes_alone_ = 0;  // of this cluster
   bool progress_ = false, made_room_ = false;
   std::vector<Meeting> meetings_;  // of every block, and the last one of the cluster
   Random random_{0};

@@ -304,6 +304,28 @@ void test_bounds() {
     });
 }
 
+// A block can be waited for once it has started; then those of other processors may, too.
+void test_blocks_that_wait() {
+  for (uint64_t seed : kSeeds) {
+    cuda_on_cpu::set_seed(seed);
+    unsigned started = 0;
+    volatile bool done[256] = {};
+    launch(256, 64, 16, [&] {
+      unsigned* const number = reinterpret_cast<unsigned*>(cuda_on_cpu::here.shared);
+      if (threadIdx.x == 0) *number = atomicAdd(&started, 1u);
+      __syncthreads();
+      while (*number > 0 && !done[*number - 1]) __nanosleep(32);
+      __syncthreads();
+      if (threadIdx.x == 0) done[*number] = true;
+    });
+    expect(done[255], "the last block did not come to its end");
+  }
+  expect_fault_of_kernel("waits for ever for a block that has not started", [] {
+    volatile bool done = false;
+    while (!done) __nanosleep(32);
+  });
+}
+
 void test_refused_launches() {
   expect_fault("a GPU refuses 0 blocks", [] { launch(0, 32, 0, [] {}); });
   expect_fault("a GPU refuses 1 blocks of 0 threads", [] { launch(1, 0, 0, [] {}); });
@@ -349,6 +371,8 @@ int main() {
   test_wrong_masks();
   section("bounds");
   test_bounds();
+  section("blocks that wait for others");
+  test_blocks_that_wait();
   section("refused launches");
   test_refused_launches();
   return check::finish();

@@ -1,0 +1,87 @@
+// Sums over the steps before each, by blocks that wait for others.
+
+#include "cuda_on_cpu.h"
+
+#include <chrono>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "cuda/lookback.cuh"
+
+using check::expect;
+using check::section;
+using pom::Arena;
+using namespace pom::cuda;
+
+constexpr int kColumns = 64;
+
+struct Shape {
+  int64_t batch, steps;
+  int slabs;
+};
+
+float number(int64_t at) { return 1.0f / float(3 + at % 1009); }
+
+// (batch, steps, channels) sums before each step, of `number`. The last slab has half the columns.
+template <class Acc>
+std::vector<double> found(const Shape& shape) {
+  const int64_t channels = shape.slabs * kColumns - kColumns / 2;
+  Arena counted;
+  Lookback<Acc>(shape.batch, shape.steps, shape.slabs, channels, counted);
+  std::vector<char> memory(counted.used(), char(0xff));
+  Arena arena(Arena::align(memory.data()));
+  const Lookback<Acc> sums(shape.batch, shape.steps, shape.slabs, channels, arena);
+  std::vector<double> before(shape.batch * shape.steps * channels, -1);
+  for (int round = 0; round < 2; ++round) {  // in memory that has been used
+    expect(sums.start(nullptr) == pom::Status::ok, "not started");
+    cuda_on_cpu::launch(unsigned(sums.blocks()), kColumns, 16, [&] {
+      const Turn turn = take_turn(sums);
+      // Some are late, when their neighbours run on other processors.
+      if (sums.blocks() < 1000 && turn.step % 3 == 0 && threadIdx.x == 0)
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
+      const int64_t own = int64_t(turn.slab) * kColumns + threadIdx.x, column = own < channels ? own : -1;
+      const int64_t at = (int64_t(turn.b) * sums.steps + turn.step) * channels + column;
+      const double sum = sum_before(sums, turn, column, column < 0 ? 0 : double(number(at)));
+      if (column >= 0) before[at] = sum;
+    });
+  }
+  return before;
+}
+
+template <class Acc>
+void test(const Shape& shape) {
+  const int64_t channels = shape.slabs * kColumns - kColumns / 2;
+  std::vector<double> first;
+  for (uint64_t seed : {0, 1, 2, 3}) {
+    cuda_on_cpu::set_seed(seed);
+    const std::vector<double> sums = found<Acc>(shape);
+    if (first.empty()) first = sums;
+    expect(sums == first, "%d steps: other bits with seed %d", int(shape.steps), int(seed));
+  }
+  for (int64_t b = 0; b < shape.batch; ++b)
+    for (int64_t column = 0; column < channels; ++column) {
+      double sum = 0;
+      for (int64_t step = 0; step < shape.steps; ++step) {
+        const int64_t at = (b * shape.steps + step) * channels + column;
+        check::expect(std::fabs(first[at] - sum) <= 1e-14 * sum, "%d steps, sample %d, step %d, column %d: %.9g, not %.9g",
+                      int(shape.steps), int(b), int(step), int(column), first[at], sum);
+        sum += double(number(at));
+      }
+    }
+}
+
+int main() {
+  section("sums of the steps before");
+  for (int64_t steps : {1, 2, 7, 8, 9, 16, 17, 100})
+    for (const Shape& shape : {Shape{1, steps, 1}, Shape{3, steps, 2}, Shape{2, steps, 30}}) {
+      test<float>(shape);
+      test<double>(shape);
+    }
+  test<float>({1, 300, 1});
+  section("a launch for all of them");
+  Arena arena;
+  expect(Lookback<float>(2, 1, 3, 96, arena).blocks() == 6 && !Lookback<float>(2, 1, 3, 96, arena).flags,
+         "one step needs no memory to wait in");
+  return check::finish();
+}
