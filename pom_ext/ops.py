@@ -181,7 +181,7 @@ def polynomial_mix(
     are the context tokens themselves (M = N); with `mask` query m reads group m. `causal` keeps a running sum and
     stores no state for every token. Under autocast u and gate may differ in dtype: the wider one is taken, and sums are
     kept in float32 whatever it is. Memory beyond inputs and outputs is that of the state, whatever N (on a GPU that of
-    a state for every 64 to 512 tokens, and for every 32 with `causal`). A context of up to 1,024 tokens that all
+    a state for every 32 to 512 tokens). A context of up to 1,024 tokens that all
     queries read is one launch on a GPU.
 
     Returns:

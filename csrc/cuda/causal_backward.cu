@@ -159,6 +159,7 @@ struct BackwardPlan : WalkPlan<Acc, true> {
 
   Status prefix_sums(void* stream) const {
     const Features& f = this->walk.features;
+    if (this->walk.tiles == 1) return Status::ok;  // before which there is nothing
     if (const Status s = before.launch(stream); s != Status::ok) return s;
     Join<Acc> joined = {rows, f.batch, f.channels(), before.rows, before.weight_rows, this->walk.prior};
     joined.out = {before.rows, nullptr, counts};
