@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks<I>) causal_means(Wal
 
 template <class Acc>
 struct ForwardPlan : CausalPlan<Acc, CausalArgs> {
-  ForwardPlan(const CausalArgs& args, void* workspace) : CausalPlan<Acc, CausalArgs>(args, {args.y}, workspace) {}
+  ForwardPlan(const CausalArgs& args, void* workspace)
+      : CausalPlan<Acc, CausalArgs>(args, Alignment(args.features.dtype).pointers({args.y}), workspace) {}
 };
 
 template <class Acc>

@@ -137,18 +137,16 @@ struct BackwardPlan : CausalPlan<Acc, CausalBackwardArgs> {
   WalkBackward args;
 
   BackwardPlan(const CausalBackwardArgs& given, void* workspace)
-      : CausalPlan<Acc, CausalBackwardArgs>(given, {given.grad_y, given.grad_total, given.grad_u, given.grad_gate},
+      : CausalPlan<Acc, CausalBackwardArgs>(given,
+                                            Alignment(given.features.dtype)
+                                                .pointers({given.grad_y, given.grad_u, given.grad_gate})
+                                                .numbers({given.grad_total})
+                                                .sizes({given.grad_y_batch_stride, given.grad_y_token_stride}),
                                             workspace),
         heads(given.gates, this->walk.slabs) {
     const Features& f = given.features;
     const Gates& g = given.gates;
     Arena& arena = this->arena;
-    const Alignment strides = Alignment(f.dtype).sizes({given.grad_y_batch_stride, given.grad_y_token_stride});
-    if (!strides && this->aligned) {  // then no access may be wide
-      this->aligned = false;
-      this->walk.slabs = slabs_of(f, f.rotary, false);
-      heads = HeadParts(g, this->walk.slabs);
-    }
     args.walk = this->walk;
     args.grad_y = given.grad_y;
     args.grad_y_batch_stride = given.grad_y_batch_stride;

@@ -91,19 +91,19 @@ struct CausalPlan {
   PieceSums<Acc> sums;
   Acc* totals;
   double* counts;
-  bool aligned;
   Walk walk;
 
-  CausalPlan(const Args& args, std::initializer_list<const void*> pointers, void* workspace)
+  // `others`: of what features, gates and the prior leave out.
+  CausalPlan(const Args& args, const Alignment& others, void* workspace)
       : arena(workspace),
         rows(Pieces::rows(Pieces(args.features.tokens, kChunkShift, 1, nullptr).chunks)),
         sums(args.features, Pieces(args.features.tokens, kChunkShift, 1, nullptr), true, false, arena),
         totals(arena.take<Acc>(args.features.batch * rows.groups * args.features.channels())),
-        counts(arena.take<double>(args.features.batch * rows.groups)),
-        aligned(!args.gates.tangent && is_aligned(args.features) &&
-                is_aligned(args.gates, args.prior).pointers(pointers)) {
+        counts(arena.take<double>(args.features.batch * rows.groups)) {
     const Features& f = args.features;
-    walk = {f, args.gates, slabs_of(f, f.rotary, aligned), rows.groups, args.prior, totals, counts};
+    const Alignment alignment = alignment_of(f).with(alignment_of(args.gates, args.prior)).with(others);
+    const int vec = args.gates.tangent ? 1 : alignment.vec();
+    walk = {f, args.gates, slabs_of(f, f.rotary, vec), rows.groups, args.prior, totals, counts};
   }
 
   Status prefix_sums(const StateOut& last, void* stream) const {
@@ -121,7 +121,7 @@ struct CausalPlan {
 
   template <class Body>
   Status with_walker(Body body) const {
-    return with_instance(walk.features, walk.features.rotary.axes > 0, aligned, [&](auto instance) {
+    return with_instance(walk.features, walk.features.rotary.axes > 0, walk.slabs.vec, [&](auto instance) {
       using I = decltype(instance);
       if constexpr (std::is_same_v<typename I::Acc, Acc>) {
         if (!walk.gates.tangent) return body(instance);
