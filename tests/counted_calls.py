@@ -51,6 +51,17 @@ def short_calls(case):
     yield "state forward weighted", case("state", weighted=True, tokens=1000, **POWER)
 
 
+def vector_calls(case):
+    """Of widths that eight divides, and four, and two."""
+    for width in (16, 12, 10):
+        for name, shape in (("power", POWER), ("product", PRODUCT)):
+            small = shape | {"width": width, "degree": 3, "tokens": 40}
+            for op in ("state", "readout", "causal_mix"):
+                for passes in ("forward", "backward"):
+                    yield f"{op} {passes} {name} E{width}", case(op, passes=passes, **small)
+            yield f"mix forward {name} E{width}", case("mix", **small)
+
+
 def main():
     meter = launches.Meter()
 
@@ -58,7 +69,7 @@ def main():
     from benchmarks.ops import OpCase
     from pom_ext import State, polynomial_state
 
-    calls = {**dict(long_calls(OpCase)), **dict(short_calls(OpCase))}
+    calls = {**dict(long_calls(OpCase)), **dict(short_calls(OpCase)), **dict(vector_calls(OpCase))}
     rows = {name: meter.of_case(case) for name, case in calls.items()}
     # A block of projected tokens holds 4,096 of them.
     for form, degree in (("power", 3), ("product", 2)):

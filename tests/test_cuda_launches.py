@@ -5,6 +5,7 @@ read once, every output written once.
 """
 
 import json
+import re
 import subprocess
 import sys
 
@@ -66,6 +67,13 @@ def most_launches(name):
 def test_launches(name, rows):
     row = rows[name]
     assert 1 <= row["launches"] <= most_launches(name), launches.line(name, row)
+
+
+@pytest.mark.parametrize("name", names(counted_calls.vector_calls))
+def test_elements_at_a_time(name, rows):
+    instances = [re.search(r"\bbf16, (\d), false>$", kernel["kernel"]) for kernel in rows[name]["kernels"]]
+    wanted = {"E16": "8", "E12": "4", "E10": "1"}[name.split()[-1]]
+    assert {instance[1] for instance in instances if instance} == {wanted}, rows[name]["kernels"]
 
 
 @pytest.mark.parametrize("form", ("power", "product"))

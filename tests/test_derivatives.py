@@ -45,12 +45,13 @@ def draw_directions(leaves):
     return {name: (torch.randn(leaf.shape) / 8).to(leaf) for name, leaf in leaves.items()}
 
 
-# Widths that a GPU reads 16 bytes at a time.
+# Widths that a GPU reads four elements at a time.
 ALIGNED = [
-    Case(form, degree, mode, dtype, 2, 70, 64, None, heads, axes)
+    Case(form, degree, mode, dtype, 2, 70, width, None, heads, axes)
     for mode in ("whole", "causal", "frames")
-    for form, degree, heads, axes in (
-        ("product", 2, 1, 0), ("product", 3, 8, 0), ("power", 2, 1, 0), ("power", 3, 8, 0), ("power", 3, 1, 2),
+    for form, degree, width, heads, axes in (
+        ("product", 2, 64, 1, 0), ("product", 3, 64, 8, 0), ("power", 2, 64, 1, 0), ("power", 3, 64, 8, 0),
+        ("power", 3, 64, 1, 2), ("product", 2, 36, 1, 0), ("power", 3, 36, 3, 0),
     )
     for dtype in (torch.float32, torch.bfloat16)
 ]  # fmt: skip

@@ -24,8 +24,8 @@ PART = 1_000  # calls of one test: hypothesis remembers all of them
 FEW = 16  # numbers among which one that happens to cancel weighs too much: sums of so few are of positive numbers
 PIECES = ("merged", "continued", "update")  # entries that cut the tokens in two
 STRIDED = [name for name in LAYOUTS if not name.startswith("one ")]
-WITH_NAN = ("sliced", "every other")
-ONE_DIMENSION = ("sliced", "every other", "unaligned")
+WITH_NAN = ("sliced", "every other", "sliced by four")
+ONE_DIMENSION = (*WITH_NAN, "unaligned", "aligned to four")
 COEFFICIENTS = (None, torch.float32, *HALF)
 WEIGHTS = (None, torch.bool, torch.uint8, torch.int64, *HALF)
 

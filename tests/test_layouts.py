@@ -8,16 +8,16 @@ import torch
 from cases import Case, check, draw_inputs
 
 
-def inside_nan(tensor, step=1):
+def inside_nan(tensor, step=1, before=3, after=1):
     """The same values in the middle of a larger buffer of NaN, `step` apart: whoever reads beside them shows it."""
-    buffer = tensor.new_full([4 + step * size for size in tensor.shape], float("nan"))
-    view = buffer[tuple(slice(3, 3 + step * size, step) for size in tensor.shape)]
+    buffer = tensor.new_full([before + step * size + after for size in tensor.shape], float("nan"))
+    view = buffer[tuple(slice(before, before + step * size, step) for size in tensor.shape)]
     return view.copy_(tensor)
 
 
-def one_element_off(tensor):
-    """Contiguous, at an address that is aligned to one element alone."""
-    return tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+def elements_off(tensor, count):
+    """Contiguous, at an address that is aligned to so many elements alone."""
+    return tensor.new_empty(tensor.numel() + count)[count:].view(tensor.shape).copy_(tensor)
 
 
 LAYOUTS = {
@@ -26,7 +26,9 @@ LAYOUTS = {
     "tokens first": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
     "sliced": inside_nan,
     "every other": lambda t: inside_nan(t, step=2),
-    "unaligned": one_element_off,
+    "sliced by four": lambda t: inside_nan(t, before=4, after=4),
+    "unaligned": lambda t: elements_off(t, 1),
+    "aligned to four": lambda t: elements_off(t, 4),
     "one sample": lambda t: t[:1].expand_as(t),
     "one row": lambda t: t[..., :1, :].expand_as(t),
     "one channel": lambda t: t[..., :1].expand_as(t),
@@ -51,10 +53,12 @@ def with_layout(inputs, argument, layout):
     return replace(inputs, leaves=inputs.leaves | {argument: layout(inputs.leaves[argument])})
 
 
+@pytest.mark.parametrize("dtype, width", [(torch.float32, 20), (torch.bfloat16, 24)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("argument, form, mode", CALLS)
-def test_one_tensor_laid_out_differently(argument, form, mode, layout, device):
-    inputs = draw_inputs(Case(form, 2, mode, batch=3, tokens=11, width=20, prior=argument == "prior"))
+def test_one_tensor_laid_out_differently(argument, form, mode, layout, dtype, width, device):
+    """All others can be read 16 bytes at a time."""
+    inputs = draw_inputs(Case(form, 2, mode, dtype, batch=3, tokens=11, width=width, prior=argument == "prior"))
     check(with_layout(inputs, argument, LAYOUTS[layout]), device)
 
 

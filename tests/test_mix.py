@@ -37,9 +37,20 @@ LARGE = [
     Case("power", 3, "whole", F32, batch=1, tokens=20_000, width=33, queries=5),
     Case("product", 2, "weight", torch.bfloat16, batch=1, tokens=20_000, width=9, queries=5),
 ]
+# Sizes that four divides and eight does not: of a row of channels, of a head, and of the pairs that turn.
+FOURS = [
+    Case(form, degree, mode, dtype, batch=2, tokens=35, width=width, heads=heads, axes=axes)
+    for form, width, heads, axes in (
+        *((form, *sizes, 0) for form in FORMS for sizes in ((4, 1), (36, 3), (100, 1), (260, 1))),
+        ("power", 40, 1, 1),
+    )
+    for degree in (2, 3, 4)
+    for mode in ("whole", "mask", "causal")
+    for dtype in HALF
+]
 
 
-@pytest.mark.parametrize("case", grid() + LARGE, ids=str)
+@pytest.mark.parametrize("case", grid() + LARGE + FOURS, ids=str)
 def test_equals_the_definition(case, device):
     check(draw_inputs(case), device)
 

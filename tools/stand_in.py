@@ -4,8 +4,9 @@
 
 builds it there, if it is not up to date, and prints its path. A process uses it in place of the installed library if it
 calls `load` before it imports pom_ext; tests and `python -m benchmarks.gpu_report` do so for a path in the environment
-variable POM_EXT_TEST_LIBRARY. The counted one tells which kernels ran and how many bytes of memory they moved, by the
-model in tests/cpp/count_on_cpu.cpp; it is several times slower.
+variable POM_EXT_TEST_LIBRARY. A vector access at an address that a GPU would refuse ends the process. The counted one
+tells which kernels ran and how many bytes of memory they moved, by the model in tests/cpp/count_on_cpu.cpp, and checks
+no addresses; it is several times slower.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from build_objects import Job, compile_stale
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIABLE = "POM_EXT_TEST_LIBRARY"
+CHECKED = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 # Linked without its library.
 COUNTED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-Wno-tsan"]
 TRANSFERS = {0: "cudaMemsetAsync", 1: "cudaMemcpyAsync"}  # in place of a kernel's address: kClear, kCopy
@@ -38,7 +40,7 @@ def jobs(folder, counted):
     headers += cpp.glob("*.h")
     common = ["-fPIC", "-fvisibility=hidden", *(f"-I{ROOT / name}" for name in ("csrc", "csrc/include", "tests/cpp"))]
     optimised = ["-std=c++17", "-O2", *common]
-    kernels = ["-x", "c++", *(["-std=c++17", "-O1", *common, *COUNTED] if counted else optimised)]
+    kernels = ["-x", "c++", *(["-std=c++17", "-O1", *common, *COUNTED] if counted else [*optimised, *CHECKED])]
     target = re.search(r'^TORCH_TARGET = "(\w+)"', (ROOT / "setup.py").read_text(), re.MULTILINE)[1]
     torch = ["-std=c++20", "-O1", *common, "-DPOM_CUDA_ON_CPU", f"-DTORCH_TARGET_VERSION={target}"]
     torch += ["-DPy_LIMITED_API=0x030A0000", "-isystem", sysconfig.get_paths()["include"]]

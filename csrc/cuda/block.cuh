@@ -1,4 +1,4 @@
-// What kernels are made of: elements in memory as one 16-byte access, and sums over the threads of a block.
+// What kernels are made of: elements in memory as one access, and sums over the threads of a block.
 #pragma once
 
 #include <type_traits>

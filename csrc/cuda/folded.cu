@@ -330,7 +330,8 @@ Status check(const FoldedReadoutArgs& args) {
   if (!args.offsets && args.queries % args.groups) return Status::bad_size;
   const bool aligned = Alignment(args.dtype)
                            .pointers({args.x, args.gate_weight, args.out_weight, args.out_bias, args.y})
-                           .sizes({args.dim, args.out_dim, args.x_batch_stride, args.x_token_stride});
+                           .sizes({args.dim, args.out_dim, args.x_batch_stride, args.x_token_stride})
+                           .vec() == 8;
   const FoldedPlan plan(args, nullptr);
   bool fits = true;  // in 32 bits
   for (const int64_t n : {args.queries, args.dim, args.out_dim, plan.slots, plan.fold.rows * args.out_dim})

@@ -206,14 +206,15 @@ struct GateOf<GatesAlong<Form>> {
 // Channels that turn with the gates: with a gate per head they turn among themselves and no thread needs pairs.
 inline bool turns_channels(const Gates& g) { return g.rotary.axes && g.heads == 1; }
 
-inline Alignment is_aligned(const Gates& g, const StateView& state) {
-  Alignment aligned(g.dtype);
-  aligned.pointers({state.total, state.residual}).sizes({g.channels, g.channels / g.heads});
+inline Alignment alignment_of(const Gates& g, const StateView& state) {
+  Alignment alignment(g.dtype);
+  alignment.numbers({state.total, state.residual}).sizes({g.channels, g.channels / g.heads});
   if (g.heads == 1)
-    aligned.pointers({g.gate, g.tangent, g.rotary.cos, g.rotary.sin})
+    alignment.pointers({g.gate, g.tangent})
+        .numbers({g.rotary.cos, g.rotary.sin})
         .sizes({g.gate_batch_stride, g.gate_token_stride, g.rotary.half})
         .sizes({g.tangent_batch_stride, g.tangent_token_stride});
-  return aligned;
+  return alignment;
 }
 
 // The gradient of a head's gate is a sum over its channels. A row of threads sums runs of 2^shift channels: as long as

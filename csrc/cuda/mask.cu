@@ -182,8 +182,9 @@ template <class Acc>
 Status MaskProduct<Acc>::launch(void* stream) const {
   MaskProduct args = *this;
   args.aligned = Alignment(sizeof(Acc) == 4 ? Dtype::f32 : Dtype::f64)
-                     .pointers({mask, x, out.total, out.residual})
-                     .sizes({transposed ? rows : depth, channels});
+                     .numbers({mask, x, out.total, out.residual})
+                     .sizes({transposed ? rows : depth, channels})
+                     .vec() > 1;
   const int64_t blocks = batch * row_tiles * channel_tiles * cuts;
   const size_t shared = sizeof(Acc) * 4 * kDepth * kStride;
   const Status s = transposed ? cuda::launch(multiply_tiles<Acc, true>, blocks, kThreads, shared, stream, args)
@@ -198,10 +199,10 @@ Status masked_state(const StateArgs& args, void* workspace, void* stream) {
   const Features& f = args.features;
   if (f.batch * args.groups.count == 0) return Status::ok;
   const MaskedStatePlan<Acc> plan(args, workspace);
-  const bool aligned = is_aligned(f);
-  const EveryToken<Acc> tokens = {f, slabs_of(f, f.rotary, aligned), Pieces(f.tokens, 6, 1, nullptr), plan.phi};
+  const Slabs slabs = slabs_of(f, f.rotary, alignment_of(f).vec());
+  const EveryToken<Acc> tokens = {f, slabs, Pieces(f.tokens, 6, 1, nullptr), plan.phi};
   if (f.tokens) {
-    const Status s = with_instance(f, f.rotary.axes > 0, aligned, [&](auto instance) {
+    const Status s = with_instance(f, f.rotary.axes > 0, slabs.vec, [&](auto instance) {
       using I = decltype(instance);
       if constexpr (std::is_same_v<typename I::Acc, Acc>)
         return launch(features_of_tokens<I>, tokens.slabs.count * f.batch * tokens.pieces.slots(), kThreads, 0, stream,

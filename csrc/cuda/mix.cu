@@ -129,10 +129,11 @@ template <class Acc>
 Status run_in_one_launch(const Mix& given, void* stream) {
   const Features& f = given.features;
   const bool turned = f.rotary.axes || turns_channels(given.gates);
-  const bool aligned = is_aligned(f) && is_aligned(given.gates, {}).pointers({given.y});
+  const Alignment alignment = alignment_of(f).with(alignment_of(given.gates, {})).pointers({given.y});
+  const Rotary rotary = f.rotary.axes ? f.rotary : turned ? given.gates.rotary : Rotary{};
   Mix args = given;
-  args.slabs = slabs_of(f, f.rotary.axes ? f.rotary : turned ? given.gates.rotary : Rotary{}, aligned, kMixLanes);
-  return with_instance<false>(f, turned, aligned, [&](auto instance) {
+  args.slabs = slabs_of(f, rotary, alignment.vec(), kMixLanes);
+  return with_instance<false>(f, turned, args.slabs.vec, [&](auto instance) {
     using I = decltype(instance);
     if constexpr (std::is_same_v<typename I::Acc, Acc>) {
       constexpr int kNumbers = FeatureTokens<I>::kNumbers;

@@ -135,23 +135,45 @@ struct Slabs {
   }
 };
 
-// Whether all accesses may be of 16 bytes: every pointer, stride and width of a call must agree.
+// Elements of the widest access, of 16 bytes at most. Turned channels come in pairs, with coefficients for both, and
+// tangents double everything: half as many keep to the registers.
+constexpr int widest_vec(size_t size, bool paired = false) { return size == 8 ? 1 : size == 4 || paired ? 4 : 8; }
+
+// How many elements every access of a call may be of, 8, 4 or 1: all its pointers, strides and widths must be multiples
+// of so many.
 class Alignment {
  public:
-  explicit Alignment(Dtype dtype) : elements_(dtype == Dtype::f32 ? 4 : 8), ok_(dtype != Dtype::f64) {}
+  explicit Alignment(Dtype dtype)
+      : size_(dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2), vec_(widest_vec(size_)) {}
+
+  // To elements.
   Alignment& pointers(std::initializer_list<const void*> pointers) {
-    for (const void* p : pointers) ok_ = ok_ && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+    for (const void* p : pointers) narrow(int64_t(reinterpret_cast<uintptr_t>(p)), size_);
+    return *this;
+  }
+  // To numbers of the accumulator's type, of which a vector is loaded in 16 bytes, or several times 16.
+  Alignment& numbers(std::initializer_list<const void*> pointers) {
+    for (const void* p : pointers)
+      if (reinterpret_cast<uintptr_t>(p) % 16) vec_ = 1;
     return *this;
   }
   Alignment& sizes(std::initializer_list<int64_t> sizes) {
-    for (int64_t n : sizes) ok_ = ok_ && n % elements_ == 0;
+    for (int64_t n : sizes) narrow(n, 1);
     return *this;
   }
-  operator bool() const { return ok_; }
+  Alignment& with(const Alignment& other) {
+    vec_ = int(least(vec_, other.vec_));
+    return *this;
+  }
+  int vec() const { return vec_; }
 
  private:
-  int64_t elements_;
-  bool ok_;
+  void narrow(int64_t n, int64_t unit) {
+    while (vec_ > 1 && n % (vec_ * unit)) vec_ = vec_ == 8 ? 4 : 1;
+  }
+
+  int64_t size_;
+  int vec_;
 };
 
 // A form whose features are derivatives along a tangent, or gates that are.
@@ -169,8 +191,8 @@ constexpr bool is_along = false;
 template <class Value>
 constexpr bool is_along<Along<Value>> = true;
 
-// One instance of a kernel. Instances are few: 16-byte accesses for degrees 2, 3 and 4 (with tangents, four elements at
-// once for 2 and 3), and one for all else.
+// One instance of a kernel. Instances are few: eight or four elements at once for degrees 2, 3 and 4 (with tangents,
+// four for 2 and 3), and one for all else.
 template <class Form_, class T_, int Vec_, bool turned_>
 struct Instance {
   using Form = Form_;
@@ -180,31 +202,40 @@ struct Instance {
   static constexpr bool turned = turned_;
 };
 
-// Turned channels come in pairs, with coefficients for both, and tangents double everything: half as many keep to the
-// registers.
-template <class T, bool paired>
-constexpr int vec_of = sizeof(T) == 4 || paired ? 4 : 8;
-
-template <template <int> class Form, bool turned, class T, class Body>
-Status with_degree(int degree, bool aligned, Body body) {
-  if constexpr (!std::is_same_v<T, double>) {
-    if (aligned && degree == 2) return body(Instance<Form<2>, T, vec_of<T, turned>, turned>{});
-    if (aligned && degree == 3) return body(Instance<Form<3>, T, vec_of<T, turned>, turned>{});
-    if (aligned && degree == 4) return body(Instance<Form<4>, T, vec_of<T, turned>, turned>{});
-  }
-  return body(Instance<Form<0>, T, 1, turned>{});
+// body(std::integral_constant<int, vec>{}), for one of 8, 4 and 1 that is not above `widest`.
+template <int widest, class Body>
+Status with_vec(int vec, Body body) {
+  if constexpr (widest == 8)
+    if (vec == 8) return body(std::integral_constant<int, 8>{});
+  if constexpr (widest >= 4)
+    if (vec == 4) return body(std::integral_constant<int, 4>{});
+  return body(std::integral_constant<int, 1>{});
 }
 
-// With tangents 16-byte accesses are for what models are trained in.
+template <template <int> class Form, bool turned, class T, class Body>
+Status with_degree(int degree, int vec, Body body) {
+  return with_vec<widest_vec(sizeof(T), turned)>(vec, [&](auto elements) {
+    constexpr int Vec = decltype(elements)::value;
+    if constexpr (Vec == 1) {
+      return body(Instance<Form<0>, T, 1, turned>{});
+    } else {
+      if (degree == 2) return body(Instance<Form<2>, T, Vec, turned>{});
+      if (degree == 3) return body(Instance<Form<3>, T, Vec, turned>{});
+      return body(Instance<Form<4>, T, Vec, turned>{});
+    }
+  });
+}
+
+// With tangents vectors are for what models are trained in.
 constexpr bool is_general_along(Dtype dtype, int degree) {
   return (dtype != Dtype::f32 && dtype != Dtype::bf16) || degree < 2 || degree > 3;
 }
 
 template <template <int> class Form, bool turned, class T, class Body>
-Status with_degree_along(int degree, bool aligned, Body body) {
+Status with_degree_along(int degree, int vec, Body body) {
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, bf16>) {
-    if (aligned && degree == 2) return body(Instance<Along<Form<2>>, T, 4, turned>{});
-    if (aligned && degree == 3) return body(Instance<Along<Form<3>>, T, 4, turned>{});
+    if (vec == 4 && degree == 2) return body(Instance<Along<Form<2>>, T, 4, turned>{});
+    if (vec == 4 && degree == 3) return body(Instance<Along<Form<3>>, T, 4, turned>{});
   }
   return body(Instance<Along<Form<0>>, T, 1, turned>{});
 }
@@ -223,25 +254,25 @@ Status with_dtype(Dtype dtype, Body body) {
   }
 }
 
-// body(Instance{}) for these features; `turned` where a thread must hold pairs of channels. An operation that takes no
-// tangents says so.
+// body(Instance{}) for these features; `turned` where a thread must hold pairs of channels, `vec` as the slabs have it.
+// An operation that takes no tangents says so.
 template <bool tangents = true, class Body>
-Status with_instance(const Features& f, bool turned, bool aligned, Body body) {
+Status with_instance(const Features& f, bool turned, int vec, Body body) {
   return with_dtype(f.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (tangents) {
-      if (f.u_tangent && f.form == Form::product) return with_degree_along<Product, false, T>(f.degree, aligned, body);
-      if (f.u_tangent && turned) return with_degree_along<Power, true, T>(f.degree, aligned, body);
-      if (f.u_tangent) return with_degree_along<Power, false, T>(f.degree, aligned, body);
+      if (f.u_tangent && f.form == Form::product) return with_degree_along<Product, false, T>(f.degree, vec, body);
+      if (f.u_tangent && turned) return with_degree_along<Power, true, T>(f.degree, vec, body);
+      if (f.u_tangent) return with_degree_along<Power, false, T>(f.degree, vec, body);
     }
     if (f.form == Form::product) {
       if constexpr (sizeof(T) == 2)
-        return with_degree<CoarseProduct, false, T>(f.degree, aligned, body);
+        return with_degree<CoarseProduct, false, T>(f.degree, vec, body);
       else
-        return with_degree<Product, false, T>(f.degree, aligned, body);
+        return with_degree<Product, false, T>(f.degree, vec, body);
     }
-    if (turned) return with_degree<Power, true, T>(f.degree, aligned, body);
-    return with_degree<Power, false, T>(f.degree, aligned, body);
+    if (turned) return with_degree<Power, true, T>(f.degree, vec, body);
+    return with_degree<Power, false, T>(f.degree, vec, body);
   });
 }
 

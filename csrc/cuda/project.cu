@@ -245,8 +245,10 @@ Status check(const ProjectStateArgs& args) {
   if (f.form != Form::power || f.rotary.axes || f.u_tangent || args.groups.mask || f.tokens < 1 || args.dim < 1)
     return Status::bad_size;
   const bool aligned = Alignment(f.dtype)
-                           .pointers({args.x, args.weight, args.bias, f.coeff})
-                           .sizes({f.width, args.dim, args.x_batch_stride, args.x_token_stride});
+                           .pointers({args.x, args.weight, args.bias})
+                           .numbers({f.coeff})
+                           .sizes({f.width, args.dim, args.x_batch_stride, args.x_token_stride})
+                           .vec() == 8;
   const ProjectPlan plan(args, nullptr);
   bool fits = true;  // in 32 bits, steps of all rounds too
   for (const int64_t n : {f.tokens, f.batch, f.width, args.dim, plan.slots, plan.rounds * plan.sums.steps})

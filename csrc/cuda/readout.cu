@@ -17,7 +17,7 @@ struct Readout {
   StateView tangent;  // of the state, beside one of the gates
 };
 
-// The gates of an instance: 16-byte accesses or one element, pairs of channels or single ones.
+// The gates of an instance: eight, four or one at once, pairs of channels or single ones.
 template <class Gate_, class T_, int Vec_, bool turned>
 struct GateInstance {
   using Gate = Gate_;
@@ -167,33 +167,33 @@ __global__ void __launch_bounds__(kThreads, kGateSlopeBlocks<I>) gate_slopes(Rea
     join_samples(join_of<Acc>(args), forward.deal, block, forward.slabs.count, out, args.tickets);
 }
 
-template <class S, class H, class Body>
-Status with_gates_of(const Gates& g, bool aligned, Body body) {
-  return with_dtype(g.dtype, [&](auto type) {
-    using T = decltype(type);
-    const bool turned = turns_channels(g);
-    if constexpr (!std::is_same_v<T, double>) {
-      constexpr int kVec = vec_of<T, is_along<S>>;
-      if (aligned && g.form == Form::product) return body(GateInstance<S, T, kVec, false>{});
-      if (aligned && turned) return body(GateInstance<H, T, vec_of<T, true>, true>{});
-      if (aligned) return body(GateInstance<H, T, kVec, false>{});
-    }
-    if (g.form == Form::product) return body(GateInstance<S, T, 1, false>{});
-    if (turned) return body(GateInstance<H, T, 1, true>{});
-    return body(GateInstance<H, T, 1, false>{});
+template <class S, class H, class T, class Body>
+Status with_gates_of(const Gates& g, int vec, Body body) {
+  return with_vec<widest_vec(sizeof(T), is_along<S>)>(vec, [&](auto elements) {
+    constexpr int Vec = decltype(elements)::value;
+    if (g.form == Form::product) return body(GateInstance<S, T, Vec, false>{});
+    if constexpr (Vec <= widest_vec(sizeof(T), true))
+      if (turns_channels(g)) return body(GateInstance<H, T, Vec, true>{});
+    return body(GateInstance<H, T, Vec, false>{});
   });
 }
 
 template <class Body>
-Status with_gates(const Gates& g, bool aligned, Body body) {
-  return g.tangent ? with_gates_of<Along<Sigmoid>, Along<HardSigmoid>>(g, aligned, body)
-                   : with_gates_of<Sigmoid, HardSigmoid>(g, aligned, body);
+Status with_gates(const Readout& args, Body body) {
+  const Gates& g = args.gates;
+  return with_dtype(g.dtype, [&](auto type) {
+    using T = decltype(type);
+    return g.tangent ? with_gates_of<Along<Sigmoid>, Along<HardSigmoid>, T>(g, args.slabs.vec, body)
+                     : with_gates_of<Sigmoid, HardSigmoid, T>(g, args.slabs.vec, body);
+  });
 }
 
-Readout readout_of(const Gates& g, int64_t groups, const int64_t* offsets, const StateView& state, bool aligned) {
-  const int vec = !aligned ? 1 : g.dtype == Dtype::f32 || turns_channels(g) || g.tangent ? 4 : 8;
+Readout readout_of(const Gates& g, int64_t groups, const int64_t* offsets, const StateView& state,
+                   const Alignment& alignment) {
+  const bool turned = turns_channels(g);
+  const int vec = int(least(alignment.vec(), turned || g.tangent ? 4 : 8));
   return {g,
-          {g.channels, 1, turns_channels(g) ? g.rotary : Rotary{}, vec, kLanes},
+          {g.channels, 1, turned ? g.rotary : Rotary{}, vec, kLanes},
           {g.tokens, chunk_shift(g.tokens), groups, offsets},
           {},
           state};
@@ -201,13 +201,15 @@ Readout readout_of(const Gates& g, int64_t groups, const int64_t* offsets, const
 
 Status run(const ReadoutArgs& given, void* stream) {
   const Gates& g = given.gates;
-  const bool aligned = is_aligned(g, given.state).pointers({given.y, given.tangent.total, given.tangent.residual});
-  Readout args = readout_of(g, given.groups, given.offsets, given.state, aligned);
+  const Alignment alignment = alignment_of(g, given.state)
+                                  .pointers({given.y})
+                                  .numbers({given.tangent.total, given.tangent.residual});
+  Readout args = readout_of(g, given.groups, given.offsets, given.state, alignment);
   args.y = given.y;
   args.tangent = given.tangent;
   if (g.batch * g.tokens == 0) return Status::ok;
   if (const Status s = check_deal(g.batch, args.pieces); s != Status::ok) return s;
-  return with_gates(g, aligned, [&](auto instance) {
+  return with_gates(args, [&](auto instance) {
     args.deal = deal(unsigned(g.batch * args.pieces.slots()), args.slabs.count, kMeanBlocks);
     return launch(gate_means<decltype(instance)>, int64_t(args.slabs.count) * args.deal.blocks, kThreads, 0, stream,
                   args);
@@ -217,17 +219,16 @@ Status run(const ReadoutArgs& given, void* stream) {
 template <class Acc>
 struct BackwardPlan {
   Arena arena;
-  bool aligned;
   ReadoutBackward args;
   HeadParts heads;
 
   BackwardPlan(const ReadoutBackwardArgs& given, void* workspace)
       : arena(workspace),
-        aligned(is_aligned(given.gates, given.state)
-                    .pointers({given.grad_y, given.grad_gate})
-                    .sizes({given.grad_y_batch_stride, given.grad_y_token_stride})),
-        args{readout_of(given.gates, given.groups, given.offsets, given.state, aligned), given.grad_y,
-             given.grad_y_batch_stride, given.grad_y_token_stride, given.grad_gate},
+        args{readout_of(given.gates, given.groups, given.offsets, given.state,
+                        alignment_of(given.gates, given.state)
+                            .pointers({given.grad_y, given.grad_gate})
+                            .sizes({given.grad_y_batch_stride, given.grad_y_token_stride})),
+             given.grad_y, given.grad_y_batch_stride, given.grad_y_token_stride, given.grad_gate},
         heads(given.gates, args.forward.slabs) {
     const Gates& g = given.gates;
     args.mean_rows = arena.take<Acc>(g.batch * args.forward.pieces.slots() * g.channels);
@@ -245,7 +246,7 @@ Status run(const ReadoutBackwardArgs& given, void* workspace, void* stream) {
   const Gates& g = given.gates;
   if (g.batch * given.groups == 0) return Status::ok;
   if (const Status s = check_deal(g.batch, plan.args.forward.pieces); s != Status::ok) return s;
-  Status status = with_gates(g, plan.aligned, [&](auto instance) {
+  Status status = with_gates(plan.args.forward, [&](auto instance) {
     using I = decltype(instance);
     if constexpr (std::is_same_v<typename I::Acc, Acc>) {
       ReadoutBackward args = plan.args;

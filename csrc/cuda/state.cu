@@ -109,13 +109,13 @@ struct StateBackwardPlan {
   Pieces groups;  // a row each, for their gradients
   Acc* suffix;    // (batch, groups, C): gradient of every group's own tokens, for cumulative groups
   std::optional<MaskProduct<Acc>> masked;  // dL/dφ of the tokens, with a dense mask
-  bool aligned;
 
   StateBackwardPlan(const StateBackwardArgs& given, void* workspace) : arena(workspace) {
     const Features& f = given.features;
-    aligned = is_aligned(f).pointers({given.grad_total, given.grad_u, given.grad_coeff});
+    const Alignment alignment =
+        alignment_of(f).pointers({given.grad_u}).numbers({given.grad_total, given.grad_coeff});
     args.features = f;
-    args.slabs = slabs_of(f, f.rotary, aligned);
+    args.slabs = slabs_of(f, f.rotary, alignment.vec());
     args.pieces = {f.tokens, chunk_shift(f.tokens), given.groups.mask ? 1 : given.groups.count, given.groups.offsets};
     args.channels = f.channels();
     args.deal = coeff_deal(f.batch * args.pieces.slots(), args.slabs);
@@ -147,7 +147,7 @@ Status run(const StateBackwardArgs& given, void* workspace, void* stream) {
   if (plan.masked) {
     if (const Status s = plan.masked->launch(stream); s != Status::ok) return s;
   }
-  const Status launched = with_instance(f, f.rotary.axes > 0, plan.aligned, [&](auto instance) {
+  const Status launched = with_instance(f, f.rotary.axes > 0, plan.args.slabs.vec, [&](auto instance) {
     using I = decltype(instance);
     if constexpr (std::is_same_v<typename I::Acc, Acc>) {
       Backward<Acc> args = plan.args;

@@ -65,10 +65,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<I>) features_of_pieces(SumAr
 }  // namespace
 
 template <class Acc>
-Status sum_pieces(const SumArgs<Acc>& given, bool aligned, void* stream) {
+Status sum_pieces(const SumArgs<Acc>& given, void* stream) {
   const Features& f = given.features;
   if (const Status s = check_deal(f.batch, given.pieces); s != Status::ok) return s;
-  return with_instance(f, f.rotary.axes > 0, aligned, [&](auto instance) {
+  return with_instance(f, f.rotary.axes > 0, given.slabs.vec, [&](auto instance) {
     using I = decltype(instance);
     if constexpr (std::is_same_v<typename I::Acc, Acc>) {
       SumArgs<Acc> args = given;
@@ -81,7 +81,7 @@ Status sum_pieces(const SumArgs<Acc>& given, bool aligned, void* stream) {
   });
 }
 
-template Status sum_pieces(const SumArgs<float>&, bool, void*);
-template Status sum_pieces(const SumArgs<double>&, bool, void*);
+template Status sum_pieces(const SumArgs<float>&, void*);
+template Status sum_pieces(const SumArgs<double>&, void*);
 
 }  // namespace pom::cuda

@@ -16,18 +16,20 @@ inline Deal coeff_deal(int64_t pieces, const Slabs& slabs) {
   return {unsigned(pieces), unsigned(least(pieces, most(1, kCoeffBlocks / slabs.count)))};
 }
 
-inline Alignment is_aligned(const Features& f) {
+inline Alignment alignment_of(const Features& f) {
   return Alignment(f.dtype)
-      .pointers({f.u, f.coeff, f.u_tangent, f.coeff_tangent, f.rotary.cos, f.rotary.sin})
+      .pointers({f.u, f.u_tangent})
+      .numbers({f.coeff, f.coeff_tangent, f.rotary.cos, f.rotary.sin})
       .sizes({f.width, f.u_batch_stride, f.u_token_stride, f.rotary.half})
       .sizes({f.u_tangent_batch_stride, f.u_tangent_token_stride});
 }
 
-// `rotary` says which channels turn: that of the features, or of the gates beside them.
-inline Slabs slabs_of(const Features& f, const Rotary& rotary, bool aligned, int lanes = kLanes) {
-  const bool general = !aligned || (f.u_tangent ? is_general_along(f.dtype, f.degree) : f.degree < 2 || f.degree > 4);
-  const int vec = general ? 1 : f.dtype == Dtype::f32 || rotary.axes || f.u_tangent ? 4 : 8;
-  return {f.width, f.form == Form::product ? f.degree : 1, rotary, vec, lanes};
+// `rotary` says which channels turn: that of the features, or of the gates beside them. `vec` elements are what the
+// alignment allows.
+inline Slabs slabs_of(const Features& f, const Rotary& rotary, int vec, int lanes = kLanes) {
+  const bool general = f.u_tangent ? is_general_along(f.dtype, f.degree) : f.degree < 2 || f.degree > 4;
+  const int widest = general ? 1 : rotary.axes || f.u_tangent ? 4 : 8;
+  return {f.width, f.form == Form::product ? f.degree : 1, rotary, int(least(vec, widest)), lanes};
 }
 
 // The gradients of one power's coefficients, without a run-time index into registers.
@@ -89,7 +91,7 @@ POM_HD Join<Acc> join_of(const SumArgs<Acc>& args) {
 }
 
 template <class Acc>
-Status sum_pieces(const SumArgs<Acc>& args, bool aligned, void* stream);
+Status sum_pieces(const SumArgs<Acc>& args, void* stream);
 
 // φ summed over each piece, into rows taken from the workspace, and where they are `joined`, over each sample.
 template <class Acc>
@@ -101,8 +103,7 @@ class PieceSums {
   PieceSums(const Features& f, const Pieces& pieces, bool counted, bool joined, Arena& arena)
       : rows(arena.take<Acc>(f.batch * pieces.slots() * f.channels())),
         weight_rows(f.weight || counted ? arena.take<double>(f.batch * pieces.slots()) : nullptr),
-        aligned_(is_aligned(f)),
-        args_{f, slabs_of(f, f.rotary, aligned_), pieces, {}, rows, weight_rows} {
+        args_{f, slabs_of(f, f.rotary, alignment_of(f).vec()), pieces, {}, rows, weight_rows} {
     if (joined) args_.tickets = arena.take<Ticket>(f.batch * args_.slabs.count);
   }
 
@@ -110,11 +111,10 @@ class PieceSums {
   Status launch(void* stream, const StateView& prior = {}, const StateOut& out = {}) const {
     SumArgs<Acc> args = args_;
     args.prior = prior, args.out = out;
-    return sum_pieces(args, aligned_, stream);
+    return sum_pieces(args, stream);
   }
 
  private:
-  bool aligned_;
   SumArgs<Acc> args_;
 };
 

@@ -207,19 +207,19 @@ class Walker {
 template <class Acc, bool numbers>
 struct WalkPlan {
   Arena arena;
-  bool aligned;
   int shift = 0;  // a tile has 2^shift tokens
   Walk walk;
   Lookback<Acc> sums;
 
-  // `others`: of what else the call reads and writes.
+  // `others`: of what features, gates and the prior leave out.
   WalkPlan(const Features& f, const Gates& g, const StateView& prior, const Alignment& others, void* workspace)
-      : arena(workspace), aligned(!g.tangent && is_aligned(f) && is_aligned(g, prior) && others) {
-    walk = {f, g, {}, 1, prior};
+      : arena(workspace) {
+    const int vec = g.tangent ? 1 : alignment_of(f).with(alignment_of(g, prior)).with(others).vec();
+    walk = {f, g, slabs_of(f, f.rotary, vec), 1, prior};
     with_walker([&](auto instance) {
       using W = Walker<decltype(instance), numbers>;
       shift = W::kShift;
-      walk.slabs = slabs_of(f, f.rotary, aligned, W::kLanes);
+      walk.slabs = slabs_of(f, f.rotary, vec, W::kLanes);
       return Status::ok;
     });
     walk.tiles = most(1, ceil_div(f.tokens, int64_t(1) << shift));
@@ -228,7 +228,7 @@ struct WalkPlan {
 
   template <class Body>
   Status with_walker(Body body) const {
-    return with_instance(walk.features, walk.features.rotary.axes > 0, aligned, [&](auto instance) {
+    return with_instance(walk.features, walk.features.rotary.axes > 0, walk.slabs.vec, [&](auto instance) {
       using I = decltype(instance);
       if constexpr (std::is_same_v<typename I::Acc, Acc>) {
         if (!walk.gates.tangent) return body(instance);

@@ -32,12 +32,14 @@ inline size_t size_of(pom::Dtype dtype) { return dtype == pom::Dtype::f64 ? 8 : 
 // Numbers of one dtype. The bytes are those of NaNs until something is written.
 class Buffer {
  public:
-  // Whether the next buffers start at a multiple of 16 bytes, or one element behind it.
+  // Whether the next buffers start at a multiple of 16 bytes, or one element behind it; and how many more are made
+  // before one that starts 8 bytes behind it, if that is not negative.
   inline static bool aligned = true;
+  inline static int until_odd = -1;
 
   Buffer() : Buffer(pom::Dtype::f64, 0) {}
   Buffer(pom::Dtype dtype, int64_t size)
-      : dtype_(dtype), size_(size), memory_(bytes(), aligned ? 0 : size_of(dtype), choose(2) == 0) {
+      : dtype_(dtype), size_(size), memory_(bytes(), offset(), choose(2) == 0) {
     forget();
   }
   // Rounds the values to what the dtype holds.
@@ -84,6 +86,10 @@ class Buffer {
   }
 
  private:
+  size_t offset() const {
+    if (size_ && until_odd-- == 0) return 8;
+    return aligned ? 0 : size_of(dtype_);
+  }
   template <class T>
   T& at(int64_t i) const {
     return static_cast<T*>(data())[i];
@@ -95,8 +101,12 @@ class Buffer {
 };
 
 // Rows (batch, tokens, width) at strides of their own.
-enum class Layout { dense, padded, spaced, one_sample, one_row };
+enum class Layout { dense, padded, spaced, one_sample, one_row, by_four, odd_rows, odd_samples };
 struct Rows {
+  // How many more rows are made before some that have this layout, if that is not negative.
+  inline static int until_odd = -1;
+  inline static Layout odd = Layout::odd_rows;
+
   Buffer buffer;
   int64_t batch_stride = 0, token_stride = 0;
 
@@ -104,8 +114,13 @@ struct Rows {
   // The values become what is read at these strides.
   Rows(pom::Dtype dtype, Array& values, int64_t batch, int64_t tokens, int64_t width, Layout layout)
       : batch_stride(tokens * width), token_stride(width) {
+    const int64_t half = 8 / size_of(dtype);  // of 16 bytes
+    if (until_odd-- == 0) layout = odd;
     if (layout == Layout::padded) token_stride = width + 3, batch_stride = tokens * token_stride + 5;
     if (layout == Layout::spaced) token_stride = width + 8, batch_stride = tokens * token_stride + 16;
+    if (layout == Layout::by_four) token_stride = width + 4, batch_stride = tokens * token_stride + 4;
+    if (layout == Layout::odd_rows) token_stride = width + half, batch_stride = tokens * token_stride;
+    if (layout == Layout::odd_samples) batch_stride = tokens * width + half;
     if (layout == Layout::one_sample || layout == Layout::one_row) batch_stride = 0;
     if (layout == Layout::one_row) token_stride = 0;
     const bool empty = batch * tokens == 0;

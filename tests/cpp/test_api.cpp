@@ -184,6 +184,10 @@ int main() {
   test_grid(test_readout, {Context::whole, Context::even, Context::offsets});
   section("causal_mix");
   test_grid(test_causal, {Context::causal});
+  section("one odd array");
+  test_each_odd(test_state, {Context::whole, Context::mask});
+  test_each_odd(test_readout, {Context::offsets});
+  test_each_odd(test_causal, {Context::causal});
   section("large inputs");
   test_large();
   section("masks");

@@ -1,4 +1,5 @@
-// How pieces of work are dealt to blocks, and how the last block of several knows itself in memory nobody has cleared.
+// How wide accesses may be, how pieces of work are dealt to blocks, and how the last block of several knows itself in
+// memory nobody has cleared.
 
 #include "cuda_on_cpu.h"
 
@@ -12,6 +13,22 @@
 using check::expect;
 using check::section;
 using namespace pom::cuda;
+
+// Elements at a time where one pointer or size is a multiple of so many bytes or elements, and all else of more.
+void test_alignment(pom::Dtype dtype, int64_t multiple, int of_pointers, int of_numbers, int of_sizes) {
+  const void* const at = reinterpret_cast<const void*>(uintptr_t(48 + multiple));
+  const Alignment wide = Alignment(dtype).pointers({nullptr}).numbers({nullptr}).sizes({0, -64, 48});
+  auto check = [&](const char* what, Alignment alignment, int wanted) {
+    const int found = alignment.vec(), joined = Alignment(wide).with(alignment).vec();
+    expect(found == wanted && joined == wanted && alignment.with(wide).vec() == wanted,
+           "dtype %d, %s of %d: %d elements, %d with others, not %d", int(dtype), what, int(multiple), found, joined,
+           wanted);
+  };
+  check("pointers", Alignment(wide).pointers({nullptr, at}), of_pointers);
+  check("numbers", Alignment(wide).numbers({at, nullptr}), of_numbers);
+  check("sizes", Alignment(wide).sizes({48 + multiple, 48}), of_sizes);
+  check("sizes below zero", Alignment(wide).sizes({-48 - multiple}), of_sizes);
+}
 
 void test_deal(const Deal& d) {
   expect(d.first(0) == 0 && d.first(d.blocks) == d.pieces, "%u pieces, %u blocks: not all dealt", d.pieces, d.blocks);
@@ -81,6 +98,19 @@ void test_slab_row(int64_t width) {
 }
 
 int main() {
+  section("elements at a time");
+  for (pom::Dtype dtype : {pom::Dtype::bf16, pom::Dtype::f16}) {
+    test_alignment(dtype, 16, 8, 8, 8);
+    test_alignment(dtype, 8, 4, 1, 8);
+    test_alignment(dtype, 4, 1, 1, 4);
+    test_alignment(dtype, 2, 1, 1, 1);
+    test_alignment(dtype, 1, 1, 1, 1);
+  }
+  test_alignment(pom::Dtype::f32, 16, 4, 4, 4);
+  test_alignment(pom::Dtype::f32, 8, 1, 1, 4);
+  test_alignment(pom::Dtype::f32, 4, 1, 1, 4);
+  test_alignment(pom::Dtype::f32, 2, 1, 1, 1);
+  test_alignment(pom::Dtype::f64, 16, 1, 1, 1);
   section("pieces dealt to blocks");
   for (unsigned pieces : {1u, 2u, 7u, 64u, 255u, 256u, 100'003u, 2'147'483'000u})
     for (unsigned blocks : {1u, 2u, 33u, 49u, 264u, 65'535u})

@@ -112,6 +112,7 @@ void test_residual() {
 int main() {
   section("mix");
   test_queries(test_mix);
+  test_each_odd(test_mix, {Context::whole});
   section("update");
   test_queries(test_update);
   section("large inputs");
