@@ -221,6 +221,17 @@ def test_nan_reaches_only_what_sees_it(form, mode, device):
     assert torch.equal(y.isnan(), expected) and y[~expected].isfinite().all()
 
 
+@pytest.mark.parametrize("weight", (float("nan"), float("inf"), 1e30))
+def test_a_weight_changes_no_earlier_token(weight, device):
+    inputs = draw_inputs(Case("power", 2, "causal+weight", batch=1, tokens=300))
+    before = run_op(inputs, device)["y"]
+    for token in (5, 21, 290):
+        weights = inputs.context["weight"].clone()
+        weights[0, token] = weight
+        y = run_op(replace(inputs, context=inputs.context | {"weight": weights}), device)["y"]
+        assert torch.equal(y[:, :token], before[:, :token]) and not torch.equal(y[:, token:], before[:, token:])
+
+
 @pytest.mark.parametrize("heads", (1, 3))
 @pytest.mark.parametrize("form", FORMS)
 def test_nan_gate(form, heads, device):

@@ -60,9 +60,10 @@ __device__ inline void wait_for(const unsigned* flag) {
 }
 // For all threads of a block, when some have written what the flag stands for.
 __device__ inline void raise(unsigned* flag) {
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) *static_cast<volatile unsigned*>(flag) = 1;
+  if (threadIdx.x > 0) return;
+  __threadfence();  // behind the barrier one fence serves what all threads have written
+  *static_cast<volatile unsigned*>(flag) = 1;
 }
 
 // The sum of a column over the steps before the block's. All threads of the block call it, each with a column of its

@@ -81,6 +81,7 @@ class Walker {
   static_assert(kTile % kWarp == 0, "a warp finds the counts");
   static constexpr int kShift = shift_of(kTile), kOfRow = kTile / kRows;
   static constexpr size_t kBytes = bytes_of(kTile);  // of shared memory
+  static_assert(kBytes <= 99 << 10, "more than a block may have on GPUs of compute capability 8.6, 8.9 and 12.0");
 
   const int64_t b, tile_begin;
   const int64_t begin, end;  // tokens of the thread's row
@@ -152,7 +153,9 @@ class Walker {
       const double earlier = __shfl_up_sync(0xffffffffu, count, apart);
       if (int(threadIdx.x) >= apart) count += earlier;
     }
-    count += (tile > 0 ? walk.counts[b * walk.tiles + tile - 1] : prior) - sum;
+    // Of what lies before, and not as a difference: neither a NaN nor a large weight may reach the counts before it.
+    count = __shfl_up_sync(0xffffffffu, count, 1);
+    count = (tile > 0 ? walk.counts[b * walk.tiles + tile - 1] : prior) + (threadIdx.x > 0 ? count : 0);
     for (int i = 0; i < kEach; ++i) {
       if (first + i < walk.features.tokens) count += double(weight[first + i]);
       inverses()[threadIdx.x * kEach + i] = Acc(pom::inverse(count));
