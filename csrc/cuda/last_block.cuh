@@ -12,15 +12,19 @@ constexpr unsigned kMostBlocks = (1u << kTicketBits) - 1;
 // the last block takes it away again.
 constexpr Ticket kInUse = 0x9e3779b97f4aull << kTicketBits;
 
-// Whether all `blocks` that share the ticket have called this. For one thread of each block, when the others of the
-// block have fenced what they wrote and waited for each other.
+// Whether all `blocks` that share the ticket have called this. For one thread of each block, between two barriers: what
+// all threads of the others wrote before theirs is then seen by all threads of the last.
 __device__ inline bool is_last(Ticket* ticket, unsigned blocks) {
+  __threadfence();
   Ticket seen = *static_cast<volatile Ticket*>(ticket);
   for (;;) {
     const Ticket before = seen >> kTicketBits == kInUse >> kTicketBits ? seen & kMostBlocks : 0;
     const bool last = before + 1 == blocks;
     const Ticket found = atomicCAS(ticket, seen, last ? 0 : kInUse | (before + 1));
-    if (found == seen) return last;
+    if (found == seen) {
+      __threadfence();
+      return last;
+    }
     seen = found;
   }
 }

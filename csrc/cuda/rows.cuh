@@ -112,7 +112,6 @@ __device__ void join_samples(const Join<Acc>& args, const Deal& deal, const Bloc
   POM_SHARED(memory);
   int* const told = reinterpret_cast<int*>(memory);
   const unsigned slots = unsigned(args.pieces.slots()), end = deal.first(block.row + 1);
-  __threadfence();
   __syncthreads();
   for (unsigned b = deal.first(block.row) / slots; b * slots < end; ++b) {
     const unsigned sharing = deal.block_of((b + 1) * slots - 1) - deal.block_of(b * slots) + 1;
@@ -122,7 +121,6 @@ __device__ void join_samples(const Join<Acc>& args, const Deal& deal, const Bloc
       const bool last = *told;
       __syncthreads();
       if (!last) continue;
-      __threadfence();
     }
     row.each([&](int64_t channel) { join_channel(args, b, 0, channel); });
     // By a thread that has few channels to join.

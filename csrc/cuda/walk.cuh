@@ -214,10 +214,10 @@ struct WalkPlan {
   Walk walk;
   Lookback<Acc> sums;
 
-  // `others`: of what features, gates and the prior leave out.
+  // `others`: of what features and gates leave out.
   WalkPlan(const Features& f, const Gates& g, const StateView& prior, const Alignment& others, void* workspace)
       : arena(workspace) {
-    const int vec = g.tangent ? 1 : alignment_of(f).with(alignment_of(g, prior)).with(others).vec();
+    const int vec = g.tangent ? 1 : alignment_of(f).with(alignment_of(g, {})).with(others).vec();
     walk = {f, g, slabs_of(f, f.rotary, vec), 1, prior};
     with_walker([&](auto instance) {
       using W = Walker<decltype(instance), numbers>;
