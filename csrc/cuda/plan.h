@@ -17,8 +17,8 @@ constexpr int kWarp = 32;
 constexpr int64_t kMaxTokens = (int64_t(1) << 31) - 1024;  // of a sample, and channels: their numbers fit in 32 bits
 
 POM_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-POM_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-POM_HD int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+POM_HD constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+POM_HD constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Groups of consecutive tokens cut at the borders of chunks of `length` tokens: pieces, each with a partial sum of its
 // own. Piece `slot` is the slot-th step of a walk that passes one border, of a chunk or of a group, at a time; pieces

@@ -54,8 +54,11 @@ class Walker {
 
   // Few bytes of a token side by side, so that a block has room for many tokens; a thread owns one column at most.
   static constexpr int kBytesAtOnce = numbers || kRanges > 2 ? 64 : 128;
+  // One element at a time a sector of 32 bytes, where there are threads for its columns.
+  static constexpr int kRangesAtMost = power_of_two_from(kRanges);
   static constexpr int kLanes =
-      I::Vec > 1 ? kBytesAtOnce / (I::Vec * int(sizeof(T))) : kWarp / power_of_two_from(kRanges);
+      I::Vec > 1 ? kBytesAtOnce / (I::Vec * int(sizeof(T)))
+                 : int(most(kWarp / kRangesAtMost, least(kWalkThreads / kRangesAtMost, 32 / int(sizeof(T)))));
   static constexpr int kRows = kWalkThreads / kLanes, kColumns = kLanes * kNumbers;
   static_assert(kColumns <= kWalkThreads);
 
