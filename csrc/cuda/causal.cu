@@ -41,9 +41,10 @@ __global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>()) causal_means(W
   load_tokens<kGates>(own.begin, own.end, 1, load);  // on their way while the block waits
 
   const double of_tile = own.sum_rows(sum);
-  double before = sum_before(args.sums, turn, own.column, of_tile);
   const bool is_last = turn.step + 1 == args.sums.steps;
+  double before = 0;
   if (own.column >= 0) {
+    before = sum_before(args.sums, turn, own.column, of_tile);
     const int64_t at = own.b * channels + own.column;
     double total = before + of_tile;
     if (is_last) {

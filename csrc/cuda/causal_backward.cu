@@ -98,8 +98,9 @@ __global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>()) causal_slopes(
   });
 
   const double of_tile = own.sum_rows(back);
-  double behind = sum_before(args.sums, turn, own.column, of_tile);
+  double behind = 0;
   if (own.column >= 0) {
+    behind = sum_before(args.sums, turn, own.column, of_tile);
     if (args.grad_total) behind += double(args.grad_total[at]);
     if (tile == 0 && args.grad_prior) args.grad_prior[at] = Acc(behind + of_tile);
   }

@@ -4,6 +4,10 @@
 // added in an order that no block's pace changes, so that results are the same bits from run to run.
 #pragma once
 
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
 #include "arena.h"
 #include "cuda/launch.h"
 #include "cuda/memory.h"
@@ -17,23 +21,27 @@ template <class Acc>
 struct Lookback {
   unsigned batch = 0, steps = 1, slabs = 1;
   int64_t channels = 0;
-  unsigned* flags = nullptr;  // how many blocks have started, then whether each row is there
-  Acc* rows = nullptr;        // (batch, steps, C): sums of a step
-  double* runs = nullptr;     // (batch, runs, C): of all steps up to the end of a run
+  // Blank until they are written. Of one step alone there are none.
+  unsigned* started = nullptr;  // one less than the blocks that have
+  Acc* rows = nullptr;          // (batch, steps, C): sums of a step
+  double* runs = nullptr;       // (batch, runs, C): of all steps up to the end of a run
+  size_t bytes = 0;
 
   Lookback() = default;
   Lookback(int64_t batch, int64_t steps, int slabs, int64_t channels, Arena& arena)
       : batch(unsigned(batch)), steps(unsigned(steps)), slabs(unsigned(slabs)), channels(channels) {
     if (steps == 1) return;
-    flags = arena.take<unsigned>(flag_count());
-    rows = arena.take<Acc>(batch * steps * channels);
-    runs = arena.take<double>(batch * of_runs() * channels);
+    const int64_t of_rows = batch * steps * channels, of_runs = batch * (steps / kRun) * channels;
+    bytes = sizeof(double) * (1 + of_runs) + sizeof(Acc) * of_rows;
+    char* const memory = arena.take<char>(int64_t(bytes));
+    if (!memory) return;
+    started = reinterpret_cast<unsigned*>(memory);
+    runs = reinterpret_cast<double*>(memory) + 1;
+    rows = reinterpret_cast<Acc*>(runs + of_runs);
   }
 
-  POM_HD unsigned of_runs() const { return steps / kRun; }
-  POM_HD int64_t flag_count() const { return 1 + int64_t(batch) * (steps + of_runs()) * slabs; }
   int64_t blocks() const { return int64_t(batch) * steps * slabs; }
-  Status start(void* stream) const { return flags ? clear(flags, flag_count() * sizeof(unsigned), stream) : Status::ok; }
+  Status start(void* stream) const { return fill(started, 0xff, bytes, stream); }
 };
 
 // What a block works on. Later steps have later turns.
@@ -45,8 +53,8 @@ __device__ Turn take_turn(const Lookback<Acc>& sums) {
   POM_SHARED(memory);
   unsigned* const told = reinterpret_cast<unsigned*>(memory);
   unsigned number = blockIdx.x;
-  if (sums.flags) {
-    if (threadIdx.x == 0) *told = atomicAdd(sums.flags, 1u);
+  if (sums.started) {
+    if (threadIdx.x == 0) *told = atomicAdd(sums.started, 1u) + 1;
     __syncthreads();
     number = *told;
   }
@@ -54,53 +62,47 @@ __device__ Turn take_turn(const Lookback<Acc>& sums) {
   return {row % sums.batch, row / sums.batch, number % sums.slabs};
 }
 
-__device__ inline void wait_for(const unsigned* flag) {
-  while (!*static_cast<const volatile unsigned*>(flag)) __nanosleep(32);
-  __threadfence();
+// Whether nothing has been written: all bits are set, which makes a NaN that no arithmetic gives.
+template <class Number>
+POM_HD bool is_blank(Number x) {
+  std::conditional_t<sizeof(Number) == 4, uint32_t, uint64_t> bits;
+  memcpy(&bits, &x, sizeof x);
+  return bits + 1 == 0;
 }
-// For all threads of a block, when some have written what the flag stands for.
-__device__ inline void raise(unsigned* flag) {
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-  __threadfence();  // behind the barrier one fence serves what all threads have written
-  *static_cast<volatile unsigned*>(flag) = 1;
+// A number for another block, or from it. It is there as a whole or not at all, and nothing else goes with it.
+template <class Number>
+__device__ void leave(Number* at, Number x) {
+  *static_cast<volatile Number*>(at) = is_blank(x) ? Number(NAN) : x;
+}
+template <class Number>
+__device__ Number wait_for(const Number* at, Number x) {
+  for (; is_blank(x); x = *static_cast<const volatile Number*>(at)) __nanosleep(20);
+  return x;
+}
+template <class Number>
+__device__ Number look(const Number* at) {
+  return *static_cast<const volatile Number*>(at);
 }
 
-// The sum of a column over the steps before the block's. All threads of the block call it, each with a column of its
-// own and the step's sum of that, or with column -1.
+// The sum of a column over the steps before the block's. `own` is the step's.
 template <class Acc>
 __device__ double sum_before(const Lookback<Acc>& sums, const Turn& turn, int64_t column, double own) {
-  if (!sums.flags) return 0;
-  const unsigned run = turn.step / kRun, in_run = turn.step % kRun, of_runs = sums.of_runs();
-  const bool ends_run = in_run + 1 == kRun, mine = column >= 0;
+  if (!sums.started) return 0;
+  const int run = int(turn.step / kRun), in_run = int(turn.step % kRun);
   Acc* const row = sums.rows + (int64_t(turn.b) * sums.steps + turn.step) * sums.channels + column;
-  double* const run_row = sums.runs + (int64_t(turn.b) * of_runs + run) * sums.channels + column;
-  unsigned* const flag = sums.flags + 1 + (int64_t(turn.b) * sums.steps + turn.step) * sums.slabs + turn.slab;
-  unsigned* const run_flag = sums.flags + 1 + int64_t(sums.batch) * sums.steps * sums.slabs +
-                             (int64_t(turn.b) * of_runs + run) * sums.slabs + turn.slab;
-  if (!ends_run) {
-    if (mine) *row = Acc(own);
-    raise(flag);
-  }
-  if (threadIdx.x > 0 && threadIdx.x <= in_run)
-    wait_for(flag - int64_t(threadIdx.x) * sums.slabs);
-  else if (threadIdx.x == kRun && run > 0)
-    wait_for(run_flag - sums.slabs);
-  __syncthreads();
+  double* const run_row = sums.runs + (int64_t(turn.b) * (sums.steps / kRun) + run) * sums.channels + column;
+  const bool ends_run = in_run + 1 == kRun;
+  if (!ends_run) leave(row, Acc(own));
 
-  double sum = 0;
-  if (mine) {
-    if (run > 0) sum = __ldcg(run_row - sums.channels);
-    Acc x[kRun - 1];
-    POM_UNROLL
-    for (int i = 0; i < kRun - 1; ++i) x[i] = i < int(in_run) ? __ldcg(row - (int(in_run) - i) * sums.channels) : Acc(0);
-    POM_UNROLL
-    for (int i = 0; i < kRun - 1; ++i) sum += double(x[i]);
-  }
-  if (ends_run) {
-    if (mine) *run_row = sum + own;
-    raise(run_flag);
-  }
+  Acc x[kRun - 1];
+  double sum = run > 0 ? look(run_row - sums.channels) : 0;
+  POM_UNROLL
+  for (int i = 0; i < kRun - 1; ++i) x[i] = i < in_run ? look(row - (in_run - i) * sums.channels) : Acc(0);
+  double of_run = 0;
+  POM_UNROLL
+  for (int i = 0; i < kRun - 1; ++i) of_run += double(wait_for(row - (in_run - i) * sums.channels, x[i]));
+  sum = wait_for(run_row - sums.channels, sum) + of_run;
+  if (ends_run) leave(run_row, sum + own);
   return sum;
 }
 

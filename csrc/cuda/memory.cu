@@ -4,8 +4,8 @@
 
 namespace pom::cuda {
 
-Status clear(void* to, size_t bytes, void* stream) {
-  return bytes ? checked(cudaMemsetAsync(to, 0, bytes, static_cast<cudaStream_t>(stream))) : Status::ok;
+Status fill(void* to, uint8_t byte, size_t bytes, void* stream) {
+  return bytes ? checked(cudaMemsetAsync(to, byte, bytes, static_cast<cudaStream_t>(stream))) : Status::ok;
 }
 
 Status copy(void* to, const void* from, size_t bytes, void* stream) {

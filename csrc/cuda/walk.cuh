@@ -27,8 +27,7 @@ constexpr int walk_blocks() {
   using Tokens = FeatureTokens<I>;
   constexpr bool wide = sizeof(typename I::T) >= 4;
   if (Tokens::kNumbers > 16 || Tokens::kRanges > 3 || (I::turned && wide) || Tokens::along) return 2;
-  const bool has_many = Tokens::kNumbers * (1 + Tokens::kCoeffs) > 32 || (wide && !I::Form::has_coeff);
-  return I::turned || has_many ? 3 : 4;
+  return Tokens::kRanges > 1 || Tokens::kNumbers * (1 + Tokens::kCoeffs) > 32 ? 3 : 4;
 }
 
 // A sum and, if there is one, what the prior state has at element `at`.
@@ -80,7 +79,7 @@ class Walker {
   static constexpr int shift_of(int tokens) { return tokens == 1 ? 0 : 1 + shift_of(tokens / 2); }
 
  public:
-  static constexpr int kTile = tokens_of(256);  // tokens
+  static constexpr int kTile = tokens_of(int(least(256, 32 * kRows)));  // tokens, and of a row not many
   static_assert(kTile % kWarp == 0, "a warp finds the counts");
   static constexpr int kShift = shift_of(kTile), kOfRow = kTile / kRows;
   static constexpr size_t kBytes = bytes_of(kTile);  // of shared memory

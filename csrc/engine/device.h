@@ -31,7 +31,7 @@ inline Status run(const pom_place& place, const UpdateArgs& args, void* memory, 
                        cpu::update(args, memory, bytes, executor(place)));
 }
 inline Status clear([[maybe_unused]] const pom_place& place, void* to, size_t bytes) {
-  return POM_ON_DEVICE(place, cuda::clear(to, bytes, place.cuda_stream), (std::memset(to, 0, bytes), Status::ok));
+  return POM_ON_DEVICE(place, cuda::fill(to, 0, bytes, place.cuda_stream), (std::memset(to, 0, bytes), Status::ok));
 }
 // Between any two of the device's arrays and the host's.
 inline Status copy([[maybe_unused]] const pom_place& place, void* to, const void* from, size_t bytes) {

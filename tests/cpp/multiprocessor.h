@@ -98,7 +98,7 @@ class Multiprocessor {
   void note_progress() { progress_ = true; }
   // Whoever is waited for runs beside this cluster, or has ended since the thread last looked: then it dozes once more.
   void doze() {
-    constexpr int kMost = 1000;  // many more than there are waits in a kernel
+    constexpr int kMost = 100000;  // many more than there are waits in a block
     if (grid_->running == 1 && ++dozes_alone_ > kMost)
       fail_in(here.index(), "waits for ever for a block that has not started");
     std::this_thread::yield();

@@ -42,8 +42,7 @@ std::vector<double> found(const Shape& shape) {
         std::this_thread::sleep_for(std::chrono::microseconds(20));
       const int64_t own = int64_t(turn.slab) * kColumns + threadIdx.x, column = own < channels ? own : -1;
       const int64_t at = (int64_t(turn.b) * sums.steps + turn.step) * channels + column;
-      const double sum = sum_before(sums, turn, column, column < 0 ? 0 : double(number(at)));
-      if (column >= 0) before[at] = sum;
+      if (column >= 0) before[at] = sum_before(sums, turn, column, double(number(at)));
     });
   }
   return before;
@@ -71,6 +70,36 @@ void test(const Shape& shape) {
     }
 }
 
+// Numbers that are not finite reach all steps behind them, even the one that stands for none.
+void test_special_numbers() {
+  const uint32_t ones = ~0u;
+  float blank;
+  std::memcpy(&blank, &ones, sizeof ones);
+  expect(is_blank(blank) && !is_blank(float(NAN)) && !is_blank(-double(NAN)) && !is_blank(0.0), "what is blank");
+  for (const float special : {blank, float(NAN), float(INFINITY)}) {
+    constexpr int64_t kSteps = 40;
+    Arena counted;
+    Lookback<float>(1, kSteps, 1, kColumns, counted);
+    std::vector<char> memory(counted.used());
+    Arena arena(Arena::align(memory.data()));
+    const Lookback<float> sums(1, kSteps, 1, kColumns, arena);
+    std::vector<double> before(kSteps * kColumns);
+    expect(sums.start(nullptr) == pom::Status::ok, "not started");
+    cuda_on_cpu::launch(unsigned(sums.blocks()), kColumns, 16, [&] {
+      const Turn turn = take_turn(sums);
+      const bool is_special = turn.step == threadIdx.x % kSteps;
+      before[turn.step * kColumns + threadIdx.x] =
+          sum_before(sums, turn, threadIdx.x, is_special ? double(special) : 1.0);
+    });
+    for (int64_t step = 0; step < kSteps; ++step)
+      for (int column = 0; column < kColumns; ++column) {
+        const double sum = before[step * kColumns + column];
+        const bool spoilt = step > column % kSteps;
+        expect(spoilt ? !std::isfinite(sum) : sum == double(step), "step %d, column %d: %g", int(step), column, sum);
+      }
+  }
+}
+
 int main() {
   section("sums of the steps before");
   for (int64_t steps : {1, 2, 7, 8, 9, 16, 17, 100})
@@ -79,9 +108,11 @@ int main() {
       test<double>(shape);
     }
   test<float>({1, 300, 1});
+  section("numbers that are not finite");
+  test_special_numbers();
   section("a launch for all of them");
   Arena arena;
-  expect(Lookback<float>(2, 1, 3, 96, arena).blocks() == 6 && !Lookback<float>(2, 1, 3, 96, arena).flags,
+  expect(Lookback<float>(2, 1, 3, 96, arena).blocks() == 6 && !Lookback<float>(2, 1, 3, 96, arena).started,
          "one step needs no memory to wait in");
   return check::finish();
 }
