@@ -15,7 +15,8 @@ struct WalkForward {
 };
 
 template <class I>
-__global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>()) causal_means(WalkForward<typename I::Acc> args) {
+__global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>())
+    causal_means(WalkForward<typename I::Acc> args) {
   using W = Walker<I, false>;
   using Acc = typename I::Acc;
   constexpr int kNumbers = W::kNumbers, kLoads = kNumbers > 8 || W::Tokens::along ? 4 : 8, kGates = kNumbers > 8 ? 2 : 4;
@@ -79,7 +80,8 @@ __global__ void __launch_bounds__(kWalkThreads)
   if (index >= batch * tiles) return;
   const int64_t b = index / tiles, begin = (index - b * tiles) << shift, end = least(tokens, begin + (1 << shift));
   double sum = 0;
-  for (int64_t token = begin + threadIdx.x % kWarp; token < end; token += kWarp) sum += double(weight[b * tokens + token]);
+  for (int64_t token = begin + threadIdx.x % kWarp; token < end; token += kWarp)
+    sum += double(weight[b * tokens + token]);
   for (int apart = kWarp / 2; apart > 0; apart /= 2) sum += __shfl_down_sync(0xffffffffu, sum, apart);
   if (threadIdx.x % kWarp == 0) sums[index] = sum;
 }

@@ -25,7 +25,8 @@ struct WalkBackward {
 };
 
 template <class I>
-__global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>()) causal_slopes(WalkBackward<typename I::Acc> args) {
+__global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>())
+    causal_slopes(WalkBackward<typename I::Acc> args) {
   using W = Walker<I, true>;
   using Acc = typename I::Acc;
   constexpr int kNumbers = W::kNumbers, kLoads = kNumbers > 8 || W::Tokens::along ? 4 : 8, kUnroll = kNumbers > 8 ? 1 : 2;

@@ -1,6 +1,6 @@
-// What the token-causal forward and backward share: tiles of tokens that carry a running sum. The threads of a block are
-// rows of a few lanes; each row takes some of the tile's tokens, one after the other, and keeps them in shared memory
-// until it knows the sum of all tokens before its own.
+// What the token-causal forward and backward share: tiles of tokens that carry a running sum. The threads of a block
+// are rows of a few lanes; each row takes some of the tile's tokens, one after the other, and keeps them in shared
+// memory until it knows the sum of all tokens before its own.
 #pragma once
 
 #include "cuda/gated.cuh"
@@ -18,7 +18,7 @@ struct Walk {
   Slabs slabs;
   int64_t tiles = 1;
   StateView prior;
-  const double* counts = nullptr;  // (batch, tiles): weights up to the end of each tile and the prior's; null if all are 1
+  const double* counts = nullptr;  // (batch, tiles): prior and weights up to the end of each; null if all weights are 1
 };
 
 // Blocks of a multiprocessor at the least: as many as leave a thread registers for its numbers.

@@ -63,8 +63,8 @@ void test(const Shape& shape) {
       double sum = 0;
       for (int64_t step = 0; step < shape.steps; ++step) {
         const int64_t at = (b * shape.steps + step) * channels + column;
-        check::expect(std::fabs(first[at] - sum) <= 1e-14 * sum, "%d steps, sample %d, step %d, column %d: %.9g, not %.9g",
-                      int(shape.steps), int(b), int(step), int(column), first[at], sum);
+        expect(std::fabs(first[at] - sum) <= 1e-14 * sum, "%d steps, sample %d, step %d, column %d: %.9g, not %.9g",
+               int(shape.steps), int(b), int(step), int(column), first[at], sum);
         sum += double(number(at));
       }
     }
