@@ -75,13 +75,13 @@ __device__ void leave(Number* at, Number x) {
   *static_cast<volatile Number*>(at) = is_blank(x) ? Number(NAN) : x;
 }
 template <class Number>
-__device__ Number wait_for(const Number* at, Number x) {
-  for (; is_blank(x); x = *static_cast<const volatile Number*>(at)) __nanosleep(20);
-  return x;
-}
-template <class Number>
 __device__ Number look(const Number* at) {
   return *static_cast<const volatile Number*>(at);
+}
+template <class Number>
+__device__ Number wait_for(const Number* at, Number seen) {
+  for (; is_blank(seen); seen = look(at)) __nanosleep(20);
+  return seen;
 }
 
 // The sum of a column over the steps before the block's. `own` is the step's.
