@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>())
     causal_means(WalkForward<typename I::Acc> args) {
   using W = Walker<I, false>;
   using Acc = typename I::Acc;
-  constexpr int kNumbers = W::kNumbers, kLoads = kNumbers > 8 || W::Tokens::along ? 4 : 8, kGates = kNumbers > 8 ? 2 : 4;
+  constexpr int kNumbers = W::kNumbers, kGates = kNumbers > 8 ? 2 : 4;
   const Walk& walk = args.walk;
   const Turn turn = take_turn(args.sums);
   const W own(walk, turn, turn.step);
@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>())
 
   own.find_inverses(walk);
   Acc sum[kNumbers] = {}, base[kNumbers];
-  typename W::Raw raw[kLoads];
-  for_tokens<kLoads>(
+  typename W::Raw raw[W::kLoads];
+  for_tokens<W::kLoads>(
       own.begin, own.end, 1, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
       [&](int j, int64_t token) {
         own.keep(token, raw[j]);

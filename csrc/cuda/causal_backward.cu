@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>())
     causal_slopes(WalkBackward<typename I::Acc> args) {
   using W = Walker<I, true>;
   using Acc = typename I::Acc;
-  constexpr int kNumbers = W::kNumbers, kLoads = kNumbers > 8 || W::Tokens::along ? 4 : 8, kUnroll = kNumbers > 8 ? 1 : 2;
+  constexpr int kNumbers = W::kNumbers, kUnroll = kNumbers > 8 ? 1 : 2;
   const Walk& walk = args.walk;
   const Features& f = walk.features;
   const Turn turn = take_turn(args.sums);
@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>())
   own.find_inverses(walk);
   Acc sum[kNumbers] = {};
   {
-    typename W::Raw raw[kLoads];
-    for_tokens<kLoads>(
+    typename W::Raw raw[W::kLoads];
+    for_tokens<W::kLoads>(
         own.begin, own.end, 1, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
         [&](int j, int64_t token) {
           own.keep(token, raw[j]);

@@ -60,6 +60,8 @@ class Walker {
                  : int(most(kWarp / kRangesAtMost, least(kWalkThreads / kRangesAtMost, 32 / int(sizeof(T)))));
   static constexpr int kRows = kWalkThreads / kLanes, kColumns = kLanes * kNumbers;
   static_assert(kColumns <= kWalkThreads);
+  // Tokens that a thread loads before it uses the first.
+  static constexpr int kLoads = 8 >> (int(kNumbers > 8) + int(Tokens::along) + int(sizeof(Acc) == 8));
 
  private:
   using Run = Packed<T, I::Vec>;  // of channels, as they are kept
