@@ -30,13 +30,7 @@ __global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>())
 
   own.find_inverses(walk);
   Acc sum[kNumbers] = {}, base[kNumbers];
-  typename W::Raw raw[W::kLoads];
-  for_tokens<W::kLoads>(
-      own.begin, own.end, 1, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
-      [&](int j, int64_t token) {
-        own.keep(token, raw[j]);
-        tokens.add(token, raw[j], sum);
-      });
+  own.load(tokens, sum);
   typename W::Gates::Raw raw_gate[kGates];
   auto load = [&](int j, int64_t token) { gates.load(token, raw_gate[j]); };
   load_tokens<kGates>(own.begin, own.end, 1, load);  // on their way while the block waits
@@ -60,10 +54,11 @@ __global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>())
 
   POM_UNROLL
   for (int i = 0; i < kNumbers; ++i) sum[i] = Acc(0);
+  typename W::Raw raw;
   use_tokens<kGates>(own.begin, own.end, 1, load, [&](int j, int64_t token) {
     Acc mean[kNumbers], value[kNumbers];
-    own.find(tokens, token, raw[0]);
-    tokens.add(token, raw[0], sum);
+    own.find(tokens, token, raw);
+    tokens.add(token, raw, sum);
     const Acc scale = own.inverse(token);
     POM_UNROLL
     for (int i = 0; i < kNumbers; ++i) mean[i] = (base[i] + sum[i]) * scale;

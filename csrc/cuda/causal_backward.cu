@@ -44,15 +44,7 @@ __global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>())
 
   own.find_inverses(walk);
   Acc sum[kNumbers] = {};
-  {
-    typename W::Raw raw[W::kLoads];
-    for_tokens<W::kLoads>(
-        own.begin, own.end, 1, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
-        [&](int j, int64_t token) {
-          own.keep(token, raw[j]);
-          tokens.add(token, raw[j], sum);
-        });
-  }
+  own.load(tokens, sum);
   typename W::Rows::Raw raw_dy[kUnroll];
   typename W::Gates::Raw raw_gate[kUnroll];
   auto load = [&](int j, int64_t token) {

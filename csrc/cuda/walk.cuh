@@ -60,8 +60,6 @@ class Walker {
                  : int(most(kWarp / kRangesAtMost, least(kWalkThreads / kRangesAtMost, 32 / int(sizeof(T)))));
   static constexpr int kRows = kWalkThreads / kLanes, kColumns = kLanes * kNumbers;
   static_assert(kColumns <= kWalkThreads);
-  // Tokens that a thread loads before it uses the first.
-  static constexpr int kLoads = 8 >> (int(kNumbers > 8) + int(Tokens::along) + int(sizeof(Acc) == 8));
 
  private:
   using Run = Packed<T, I::Vec>;  // of channels, as they are kept
@@ -73,6 +71,8 @@ class Walker {
   static constexpr size_t kTokenBytes =
       sizeof(Acc) + kLanes * (kRuns * sizeof(Run) + (numbers ? kNumbers * sizeof(Acc) : 0));
   static constexpr size_t kMostBytes = 60 << 10;  // of shared memory: three blocks then share an H100's
+  // Tokens that a thread loads before it uses the first.
+  static constexpr int kLoads = 8 >> (int(kNumbers > 8) + int(Tokens::along) + int(sizeof(Acc) == 8));
 
   static constexpr size_t bytes_of(int tokens) { return kHead + kRowBytes + tokens * kTokenBytes; }
   static constexpr int tokens_of(int most) {
@@ -167,14 +167,17 @@ class Walker {
   }
   __device__ Acc inverse(int64_t token) const { return inverses()[token - tile_begin]; }
 
-  // What the thread's row has loaded of one of its tokens, and numbers of it.
-  __device__ void keep(int64_t token, const Raw& raw) const {
-    POM_UNROLL
-    for (int r = 0; r < kRanges; ++r) {
-      run(token, r) = raw.at[r];
-      if constexpr (Tokens::along) run(token, kRanges + r) = raw.along[r];
-    }
+  // Loads the tokens of the thread's row, keeps them, and adds up their features.
+  __device__ void load(const Tokens& tokens, Acc (&sum)[kNumbers]) const {
+    Raw raw[kLoads];
+    for_tokens<kLoads>(
+        begin, end, 1, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
+        [&](int j, int64_t token) {
+          keep(token, raw[j]);
+          tokens.add(token, raw[j], sum);
+        });
   }
+  // What is kept of a token, and numbers of it.
   __device__ void find(const Tokens& tokens, int64_t token, Raw& raw) const {
     POM_UNROLL
     for (int r = 0; r < kRanges; ++r) {
@@ -193,6 +196,13 @@ class Walker {
   }
 
  private:
+  __device__ void keep(int64_t token, const Raw& raw) const {
+    POM_UNROLL
+    for (int r = 0; r < kRanges; ++r) {
+      run(token, r) = raw.at[r];
+      if constexpr (Tokens::along) run(token, kRanges + r) = raw.along[r];
+    }
+  }
   static __device__ char* memory() {
     POM_SHARED(memory);
     return memory + kHead;  // behind what take_turn needs
