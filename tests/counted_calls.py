@@ -32,6 +32,7 @@ def long_calls(case):
     yield "state backward product", case("state", passes="backward", **FRAMES)
     for passes in ("forward", "backward"):
         yield f"causal_mix {passes} product", case("causal_mix", passes=passes, **PRODUCT, tokens=8192)
+        yield f"causal_mix {passes} power by heads", case("causal_mix", passes=passes, heads=16, **LONG)
     yield "update forward power", case("update", batch=64, **POWER, tokens=256)
     for op in ("readout", "mix"):
         yield f"{op} forward power by heads", case(op, heads=16, **LONG)

@@ -41,9 +41,14 @@ def names(calls):
     return [name for name, _ in calls(lambda *arguments, **options: None)]
 
 
+# A block of the causal mix uses few bytes of each sector of such gates. Backwards, where the bound would be 1.25, it
+# also reads u twice, a third of all.
+BY_HEADS = {"causal_mix forward power by heads": 1.25, "causal_mix backward power by heads": 1.75}
+
+
 @pytest.mark.parametrize("name", names(counted_calls.long_calls))
 def test_bytes(name, rows):
-    bound = 1.25 if "backward" in name else 1.10
+    bound = BY_HEADS.get(name, 1.25 if "backward" in name else 1.10)
     row = rows[name]
     # Every tensor is touched: less than the fewest bytes would be an error of the counts.
     assert 1 <= row["ratio"] <= bound, launches.line(name, row)
