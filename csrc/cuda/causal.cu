@@ -118,7 +118,7 @@ Status run(const CausalArgs& args, void* workspace, void* stream) {
   if (const Status s = plan.sums.start(stream); s != Status::ok) return s;
   return plan.with_walker([&](auto instance) {
     using I = decltype(instance);
-    return launch(causal_means<I>, plan.sums.blocks(), kWalkThreads, Walker<I, false>::kBytes, stream,
+    return launch(causal_means<I>, plan.sums.blocks, kWalkThreads, Walker<I, false>::kBytes, stream,
                   {plan.walk, plan.sums, args.y, args.out});
   });
 }

@@ -182,7 +182,7 @@ Status run(const CausalBackwardArgs& given, void* workspace, void* stream) {
     args.coeff_rows = plan.coeff_rows;
     Status status = plan.with_walker([&](auto instance) {
       using I = decltype(instance);
-      return launch(causal_slopes<I>, plan.sums.blocks(), kWalkThreads, Walker<I, true>::kBytes, stream, args);
+      return launch(causal_slopes<I>, plan.sums.blocks, kWalkThreads, Walker<I, true>::kBytes, stream, args);
     });
     if (status == Status::ok && plan.parts)
       status = finish_heads(given.gates, plan.heads, plan.parts, given.grad_gate, stream);

@@ -20,28 +20,30 @@ constexpr int kRun = 8;  // steps; a block adds up those of its own run, and one
 template <class Acc>
 struct Lookback {
   unsigned batch = 0, steps = 1, slabs = 1;
-  int64_t channels = 0;
+  int64_t channels = 0, blocks = 0;  // more blocks than a grid has if their number does not fit
   // Blank until they are written. Of one step alone there are none.
   unsigned* started = nullptr;  // one less than the blocks that have
   Acc* rows = nullptr;          // (batch, steps, C): sums of a step
   double* runs = nullptr;       // (batch, runs, C): of all steps up to the end of a run
-  size_t bytes = 0;
 
   Lookback() = default;
   Lookback(int64_t batch, int64_t steps, int slabs, int64_t channels, Arena& arena)
-      : batch(unsigned(batch)), steps(unsigned(steps)), slabs(unsigned(slabs)), channels(channels) {
+      : batch(unsigned(batch)),
+        steps(unsigned(steps)),
+        slabs(unsigned(slabs)),
+        channels(channels),
+        blocks(batch <= kMaxBlocks / steps / most(1, slabs) ? batch * steps * slabs : kMaxBlocks + 1) {
     if (steps == 1) return;
-    const int64_t of_rows = batch * steps * channels, of_runs = batch * (steps / kRun) * channels;
-    bytes = sizeof(double) * (1 + of_runs) + sizeof(Acc) * of_rows;
-    char* const memory = arena.take<char>(int64_t(bytes));
-    if (!memory) return;
-    started = reinterpret_cast<unsigned*>(memory);
-    runs = reinterpret_cast<double*>(memory) + 1;
-    rows = reinterpret_cast<Acc*>(runs + of_runs);
+    started = arena.take<unsigned>(1);
+    runs = arena.take<double>(batch * (steps / kRun) * channels);
+    rows = arena.take<Acc>(batch * steps * channels);
   }
 
-  int64_t blocks() const { return int64_t(batch) * steps * slabs; }
-  Status start(void* stream) const { return fill(started, 0xff, bytes, stream); }
+  Status start(void* stream) const {
+    if (!started) return Status::ok;
+    const Acc* const end = rows + int64_t(batch) * steps * channels;
+    return fill(started, 0xff, size_t(reinterpret_cast<const char*>(end) - reinterpret_cast<char*>(started)), stream);
+  }
 };
 
 // What a block works on. Later steps have later turns.
@@ -62,7 +64,7 @@ __device__ Turn take_turn(const Lookback<Acc>& sums) {
   return {row % sums.batch, row / sums.batch, number % sums.slabs};
 }
 
-// Whether nothing has been written: all bits are set, which makes a NaN that no arithmetic gives.
+// Whether nothing has been written: all bits are set. That is a NaN which arithmetic at the most passes on.
 template <class Number>
 POM_HD bool is_blank(Number x) {
   std::conditional_t<sizeof(Number) == 4, uint32_t, uint64_t> bits;

@@ -35,10 +35,10 @@ std::vector<double> found(const Shape& shape) {
   std::vector<double> before(shape.batch * shape.steps * channels, -1);
   for (int round = 0; round < 2; ++round) {  // in memory that has been used
     expect(sums.start(nullptr) == pom::Status::ok, "not started");
-    cuda_on_cpu::launch(unsigned(sums.blocks()), kColumns, 16, [&] {
+    cuda_on_cpu::launch(unsigned(sums.blocks), kColumns, 16, [&] {
       const Turn turn = take_turn(sums);
       // Some are late, when their neighbours run on other processors.
-      if (sums.blocks() < 1000 && turn.step % 3 == 0 && threadIdx.x == 0)
+      if (sums.blocks < 1000 && turn.step % 3 == 0 && threadIdx.x == 0)
         std::this_thread::sleep_for(std::chrono::microseconds(20));
       const int64_t own = int64_t(turn.slab) * kColumns + threadIdx.x, column = own < channels ? own : -1;
       const int64_t at = (int64_t(turn.b) * sums.steps + turn.step) * channels + column;
@@ -70,26 +70,29 @@ void test(const Shape& shape) {
     }
 }
 
-// Numbers that are not finite reach all steps behind them, even the one that stands for none.
+// Numbers that are not finite reach all steps behind them, even those that stand for none.
+template <class Acc>
 void test_special_numbers() {
-  const uint32_t ones = ~0u;
-  float blank;
-  std::memcpy(&blank, &ones, sizeof ones);
-  expect(is_blank(blank) && !is_blank(float(NAN)) && !is_blank(-double(NAN)) && !is_blank(0.0), "what is blank");
-  for (const float special : {blank, float(NAN), float(INFINITY)}) {
+  const uint64_t ones = ~uint64_t(0);
+  Acc blank;
+  double wide_blank;
+  std::memcpy(&blank, &ones, sizeof blank);
+  std::memcpy(&wide_blank, &ones, sizeof wide_blank);
+  expect(is_blank(blank) && !is_blank(Acc(NAN)) && !is_blank(Acc(-NAN)) && !is_blank(Acc(0)), "what is blank");
+  for (const double special : {double(blank), wide_blank, double(NAN), double(INFINITY), -double(INFINITY)}) {
     constexpr int64_t kSteps = 40;
     Arena counted;
-    Lookback<float>(1, kSteps, 1, kColumns, counted);
+    Lookback<Acc>(1, kSteps, 1, kColumns, counted);
     std::vector<char> memory(counted.used());
     Arena arena(Arena::align(memory.data()));
-    const Lookback<float> sums(1, kSteps, 1, kColumns, arena);
+    const Lookback<Acc> sums(1, kSteps, 1, kColumns, arena);
     std::vector<double> before(kSteps * kColumns);
     expect(sums.start(nullptr) == pom::Status::ok, "not started");
-    cuda_on_cpu::launch(unsigned(sums.blocks()), kColumns, 16, [&] {
+    cuda_on_cpu::launch(unsigned(sums.blocks), kColumns, 16, [&] {
       const Turn turn = take_turn(sums);
       const bool is_special = turn.step == threadIdx.x % kSteps;
       before[turn.step * kColumns + threadIdx.x] =
-          sum_before(sums, turn, threadIdx.x, is_special ? double(special) : 1.0);
+          sum_before(sums, turn, threadIdx.x, is_special ? special : 1.0);
     });
     for (int64_t step = 0; step < kSteps; ++step)
       for (int column = 0; column < kColumns; ++column) {
@@ -109,10 +112,13 @@ int main() {
     }
   test<float>({1, 300, 1});
   section("numbers that are not finite");
-  test_special_numbers();
+  test_special_numbers<float>();
+  test_special_numbers<double>();
   section("a launch for all of them");
   Arena arena;
-  expect(Lookback<float>(2, 1, 3, 96, arena).blocks() == 6 && !Lookback<float>(2, 1, 3, 96, arena).started,
+  expect(Lookback<float>(2, 1, 3, 96, arena).blocks == 6 && !Lookback<float>(2, 1, 3, 96, arena).started,
          "one step needs no memory to wait in");
+  for (const int64_t batch : {int64_t(1) << 31, (int64_t(1) << 32) + 1, int64_t(1) << 62})
+    expect(Lookback<float>(batch, 1, 1, 1, arena).blocks > kMaxBlocks, "too many samples for a grid");
   return check::finish();
 }

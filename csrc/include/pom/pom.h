@@ -1,9 +1,10 @@
 // The torch-free API: polynomial state, readout and causal mix on plain arrays.
 //
-// Every function fills outputs the caller owns, with a workspace the caller brings: ask `workspace` for its size
-// first. Arrays are row-major; where strides are given they count elements, may be zero, and the channel stride is 1.
-// `acc` below means float, and double where the inputs are double. Arrays of one call share one device and must not
-// overlap unless said. The functions check sizes, never values, and touch no output unless they return Status::ok.
+// Every function fills outputs the caller owns, with a workspace the caller brings, of one call at a time: ask
+// `workspace` for its size first. Arrays are row-major; where strides are given they count elements, may be zero, and
+// the channel stride is 1. `acc` below means float, and double where the inputs are double. Arrays of one call share
+// one device and must not overlap unless said. The functions check sizes, never values, and touch no output unless they
+// return Status::ok.
 #pragma once
 
 #include <cstddef>
