@@ -181,8 +181,7 @@ def polynomial_mix(
     are the context tokens themselves (M = N); with `mask` query m reads group m. `causal` keeps a running sum and
     stores no state for every token. Under autocast u and gate may differ in dtype: the wider one is taken, and sums are
     kept in float32 whatever it is. Memory beyond inputs and outputs is that of the state, whatever N (on a GPU that of
-    a state for every 32 to 512 tokens). A context of up to 1,024 tokens that all
-    queries read is one launch on a GPU.
+    a state for every 32 to 512 tokens). A context of up to 1,024 tokens that all queries read is one launch on a GPU.
 
     Returns:
         y (B, M, C) in the dtype of the gates; with `return_state` also the State (B, 1, C) after the last token.

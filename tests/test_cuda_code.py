@@ -78,6 +78,9 @@ def test_vectorised_kernels_load_whole_vectors(arch, kernels):
     vectorised = [kernel for kernel in vectorised if kernel.vector_bits]
     assert {kernel.vector_bits for kernel in vectorised} == {64, 128}
     names = {kernel.name for kernel in vectorised}
+    assert {kernel.name for kernel in vectorised if kernel.vector_bits == 64} == {
+        name for name in names if "f16, 4, " in name
+    }
     for eight in (name for name in names if "f16, 8, " in name):
         assert eight.endswith("f16, 8, false>") and eight.replace("f16, 8, ", "f16, 4, ") in names
     for four in (name for name in names if "f16, 4, " in name):

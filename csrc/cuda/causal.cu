@@ -11,7 +11,7 @@ struct WalkForward {
   Walk walk;
   Lookback<Acc> sums;
   void* y = nullptr;
-  StateOut out;  // its count is written here unless the tokens are weighted
+  StateOut out;
 };
 
 template <class I>
@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>())
     }
     before = with_prior<Acc>(walk.prior, at, before);
   }
-  if (is_last && args.out.count && !walk.counts && turn.slab == 0 && threadIdx.x == 0)
-    args.out.count[own.b] = double(walk.features.tokens) + (walk.prior.count ? walk.prior.count[own.b] : 0.0);
+  if (is_last && args.out.count && turn.slab == 0 && threadIdx.x == 0)
+    args.out.count[own.b] = walk.count_before(own.b, walk.tiles, walk.features.tokens);
   own.sum_before_row(before, false, base);
 
   POM_UNROLL
@@ -94,7 +94,7 @@ struct ForwardPlan : WalkPlan<Acc, false> {
     this->walk.counts = counts = this->arena.template take<double>(f.batch * this->walk.tiles);
   }
 
-  Status count(double* last, void* stream) const {
+  Status count(void* stream) const {
     const Features& f = this->walk.features;
     const int64_t tiles = this->walk.tiles;
     const Status s = launch(weights_of_tiles<Acc>, ceil_div(f.batch * tiles, kWalkThreads / kWarp), kWalkThreads, 0,
@@ -103,7 +103,6 @@ struct ForwardPlan : WalkPlan<Acc, false> {
     counted.weights = weights;
     counted.prior.count = this->walk.prior.count;
     counted.out.count = counts;
-    counted.last.count = last;
     return s == Status::ok ? scan(counted, false, stream) : s;
   }
 };
@@ -113,7 +112,7 @@ Status run(const CausalArgs& args, void* workspace, void* stream) {
   const ForwardPlan<Acc> plan(args, workspace);
   if (args.features.batch == 0) return Status::ok;
   if (plan.counts) {
-    if (const Status s = plan.count(args.out.count, stream); s != Status::ok) return s;
+    if (const Status s = plan.count(stream); s != Status::ok) return s;
   }
   if (const Status s = plan.sums.start(stream); s != Status::ok) return s;
   return plan.with_walker([&](auto instance) {

@@ -142,7 +142,7 @@ struct BackwardPlan : WalkPlan<Acc, true> {
                                 .sizes({given.grad_y_batch_stride, given.grad_y_token_stride}),
                             workspace),
         rows(Pieces::rows(this->walk.tiles)),
-        before(given.features, Pieces(given.features.tokens, this->shift, 1, nullptr), false, false, this->arena),
+        before(given.features, Pieces(given.features.tokens, this->shift, 1, nullptr), false, this->arena),
         heads(given.gates, this->walk.slabs) {
     const Features& f = given.features;
     Arena& arena = this->arena;

@@ -160,7 +160,7 @@ struct LongPlan {
   LongPlan(const Features& f, const Gates& g, void* workspace)
       : arena(workspace),
         pieces(f.tokens, chunk_shift(f.tokens), 1, nullptr),
-        sums(f, pieces, false, true, arena),
+        sums(f, pieces, true, arena),
         state{arena.take<Acc>(f.batch * f.channels()), arena.take<Acc>(f.batch * f.channels()),
               arena.take<double>(f.batch)},
         readout_bytes(cuda::workspace(ReadoutArgs{g, 1, nullptr, state.view()})) {

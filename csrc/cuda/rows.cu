@@ -71,7 +71,6 @@ __device__ void walk_rows(const Join<Acc>& args, int64_t b, int64_t channel, int
       write_state<Acc>(args.out, at + j * step, sum, rest);
     }
   }
-  if (begin < end && end == groups) write_state<Acc>(args.last, b * args.channels + channel, sum, rest);
 }
 
 // Every warp sums a run of groups, learns what lies before it, and walks through its run again.
@@ -115,11 +114,6 @@ __global__ void __launch_bounds__(kScanWarps* kWarp) scan_groups(Join<Acc> args,
       args.out.count[b * groups + group] = sum;
     else
       write_state<Acc>(args.out, (b * groups + group) * args.channels + channel, sum, rest);
-    if (i + 1 < groups) continue;
-    if (!counts)
-      write_state<Acc>(args.last, b * args.channels + channel, sum, rest);
-    else if (args.last.count)
-      args.last.count[b] = sum;
   }
 }
 

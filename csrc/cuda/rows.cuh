@@ -18,7 +18,6 @@ struct Join {
   StateView prior;                  // added to every group; any pointer may be null
   const double* divisor = nullptr;  // (batch, groups) counts to divide by; 0 gives 0
   StateOut out;                     // (batch, groups, channels); any pointer may be null
-  StateOut last;                    // (batch, 1, channels), of a scan: where it ends; any pointer may be null
 };
 
 // A sum for each group.

@@ -7,18 +7,18 @@
 
 namespace pom::cuda {
 
-template <class Acc, int Vec, int ranges, int threads = kThreads>
+template <class Acc, int Vec, int ranges>
 class SlabRow {
  public:
-  static constexpr int kRows = threads / kLanes, kNumbers = ranges * Vec, kAll = kNumbers * kLanes;
-  static constexpr int kOwn = (kAll + threads - 1) / threads;                // columns of a thread
+  static constexpr int kRows = kThreads / kLanes, kNumbers = ranges * Vec, kAll = kNumbers * kLanes;
+  static constexpr int kOwn = (kAll + kThreads - 1) / kThreads;              // columns of a thread
   static constexpr int kStride = kLanes + (Vec > 1 ? kLanes / Vec : 0);      // keeps both ways off each other's banks
   static constexpr size_t kBytes = sizeof(Acc) * kRows * kNumbers * kStride;  // of shared memory
 
   __device__ SlabRow(const Slabs& slabs, unsigned slab) {
     POM_UNROLL
     for (int i = 0; i < kOwn; ++i) {
-      const int number = int(threadIdx.x) + i * threads, range = number / (kLanes * Vec), run = number % (kLanes * Vec);
+      const int number = int(threadIdx.x) + i * kThreads, range = number / (kLanes * Vec), run = number % (kLanes * Vec);
       const Place place = slabs.place(slab, run / Vec);
       const bool there = number < kAll && range < place.ranges;
       column_[i] = there ? int(place.channel + range * place.stride) + run % Vec : -1;
@@ -43,7 +43,7 @@ class SlabRow {
     POM_UNROLL
     for (int i = 0; i < kOwn; ++i) {
       if (column_[i] < 0) continue;
-      const int number = int(threadIdx.x) + i * threads, range = number / (kLanes * Vec), run = number % (kLanes * Vec);
+      const int number = int(threadIdx.x) + i * kThreads, range = number / (kLanes * Vec), run = number % (kLanes * Vec);
       const Acc* const of_row = shared + (range * Vec + run % Vec) * kStride + run / Vec;
       Acc sums[kRows];
       POM_UNROLL

@@ -21,7 +21,7 @@ struct StatePlan {
   StatePlan(const StateArgs& args, void* workspace)
       : arena(workspace),
         pieces(args.features.tokens, chunk_shift(args.features.tokens), args.groups.count, args.groups.offsets),
-        sums(args.features, pieces, false, is_one_group(args.groups), arena) {}
+        sums(args.features, pieces, is_one_group(args.groups), arena) {}
 };
 
 template <class Acc>
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, kSlopeBlocks<I>) slopes(Backward<typ
     }
   }
   if constexpr (I::Form::has_coeff)
-    write_coeff_row<I, kThreads>(dc, f, args.slabs, block.slab, args.coeff_rows + block.row * f.degree * f.width);
+    write_coeff_row<I>(dc, f, args.slabs, block.slab, args.coeff_rows + block.row * f.degree * f.width);
 }
 
 template <class Acc>
@@ -152,7 +152,7 @@ Status run(const StateBackwardArgs& given, void* workspace, void* stream) {
     if constexpr (std::is_same_v<typename I::Acc, Acc>) {
       Backward<Acc> args = plan.args;
       if (!I::Form::has_coeff) args.deal = deal(args.deal.pieces, args.slabs.count, kSlopeBlocks<I>);
-      return launch(slopes<I>, int64_t(args.slabs.count) * args.deal.blocks, kThreads, kCoeffBytes<I, kThreads>, stream,
+      return launch(slopes<I>, int64_t(args.slabs.count) * args.deal.blocks, kThreads, kCoeffBytes<I>, stream,
                     args);
     }
     return Status::bad_dtype;

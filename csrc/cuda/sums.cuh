@@ -50,24 +50,23 @@ __device__ void take_power(
 }
 
 // Adds the rows of the block together, and writes them as (degree, width).
-template <class I, int threads>
+template <class I>
 __device__ void write_coeff_row(
     const typename I::Acc (&dc)[FeatureTokens<I>::kRanges][I::Vec][FeatureTokens<I>::kCoeffs], const Features& f,
     const Slabs& slabs, unsigned slab, typename I::Acc* out) {
   using Acc = typename I::Acc;
   constexpr int kRanges = FeatureTokens<I>::kRanges, Vec = I::Vec;
   POM_SHARED(memory);
-  const SlabRow<Acc, Vec, kRanges, threads> row(slabs, slab);
+  const SlabRow<Acc, Vec, kRanges> row(slabs, slab);
   for (int k = 0; k < f.degree; ++k) {
     Acc of_power[kRanges * Vec];
     take_power<I>(dc, k, of_power);
     row.sum(of_power, reinterpret_cast<Acc*>(memory), out + k * f.width);
   }
 }
-template <class I, int threads>
-constexpr size_t kCoeffBytes = I::Form::has_coeff
-                                   ? SlabRow<typename I::Acc, I::Vec, FeatureTokens<I>::kRanges, threads>::kBytes
-                                   : 0;
+template <class I>
+constexpr size_t kCoeffBytes =
+    I::Form::has_coeff ? SlabRow<typename I::Acc, I::Vec, FeatureTokens<I>::kRanges>::kBytes : 0;
 
 // What a kernel needs to sum φ over pieces, and to join the pieces of samples that are one group.
 template <class Acc>
@@ -98,11 +97,11 @@ template <class Acc>
 class PieceSums {
  public:
   Acc* rows;            // (batch, slots, C)
-  double* weight_rows;  // (batch, slots), null unless there are weights or they are `counted` anyway
+  double* weight_rows;  // (batch, slots), null without weights
 
-  PieceSums(const Features& f, const Pieces& pieces, bool counted, bool joined, Arena& arena)
+  PieceSums(const Features& f, const Pieces& pieces, bool joined, Arena& arena)
       : rows(arena.take<Acc>(f.batch * pieces.slots() * f.channels())),
-        weight_rows(f.weight || counted ? arena.take<double>(f.batch * pieces.slots()) : nullptr),
+        weight_rows(f.weight ? arena.take<double>(f.batch * pieces.slots()) : nullptr),
         args_{f, slabs_of(f, f.rotary, alignment_of(f).vec()), pieces, {}, rows, weight_rows} {
     if (joined) args_.tickets = arena.take<Ticket>(f.batch * args_.slabs.count);
   }

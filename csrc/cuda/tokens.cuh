@@ -281,24 +281,16 @@ struct FeatureTokens {
   }
 };
 
-// total + residual of one row of a state, at the thread's channels, times a scale.
-template <int Vec, int ranges, class Acc>
-POM_HD void load_state(const StateView& state, int64_t row, int64_t channels, double scale, const Place& place,
-                       Acc* x) {
-  Acc residual[ranges * Vec];
-  load_row<Vec, ranges>(static_cast<const Acc*>(state.total) + row * channels, place, x);
-  load_row<Vec, ranges>(static_cast<const Acc*>(state.residual) + row * channels, place, residual);
-  POM_UNROLL
-  for (int i = 0; i < ranges * Vec; ++i) x[i] = Acc((double(x[i]) + double(residual[i])) * scale);
-}
-
 // H = (total + residual) / count of one row of a state; 0 where the count is 0.
 template <int Vec, int ranges, class Acc>
 POM_HD void load_mean(const StateView& state, int64_t row, int64_t channels, const Place& place, Acc* mean) {
   const double scale = inverse(state.count[row]);
-  load_state<Vec, ranges>(state, row, channels, scale, place, mean);
+  Acc residual[ranges * Vec];
+  load_row<Vec, ranges>(static_cast<const Acc*>(state.total) + row * channels, place, mean);
+  load_row<Vec, ranges>(static_cast<const Acc*>(state.residual) + row * channels, place, residual);
   POM_UNROLL
-  for (int i = 0; i < ranges * Vec; ++i) mean[i] = scale != 0 ? mean[i] : Acc(0);  // of infinite sums too
+  for (int i = 0; i < ranges * Vec; ++i)  // of infinite sums too
+    mean[i] = scale != 0 ? Acc((double(mean[i]) + double(residual[i])) * scale) : Acc(0);
 }
 
 }  // namespace pom::cuda

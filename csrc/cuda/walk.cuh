@@ -19,6 +19,12 @@ struct Walk {
   int64_t tiles = 1;
   StateView prior;
   const double* counts = nullptr;  // (batch, tiles): prior and weights up to the end of each; null if all weights are 1
+
+  // Of the prior and the tokens before a tile, as many as `tokens`.
+  __device__ double count_before(int64_t b, int64_t tile, int64_t tokens) const {
+    if (counts && tile > 0) return counts[b * tiles + tile - 1];
+    return double(tokens) + (prior.count ? prior.count[b] : 0.0);
+  }
 };
 
 // Blocks of a multiprocessor at the least: as many as leave a thread registers for its numbers.
@@ -138,11 +144,10 @@ class Walker {
 
   // Writes 1 / count behind every token of the tile. Before a sum over the rows, which lets others read them.
   __device__ void find_inverses(const Walk& walk) const {
-    const int64_t tile = tile_begin / kTile;
-    const double prior = walk.prior.count ? walk.prior.count[b] : 0;
+    const double before = walk.count_before(b, tile_begin / kTile, tile_begin);
     if (!walk.counts) {
       for (int i = int(threadIdx.x); i < kTile; i += kWalkThreads)
-        inverses()[i] = Acc(pom::inverse(prior + double(tile_begin + i + 1)));
+        inverses()[i] = Acc(pom::inverse(before + double(i + 1)));
       return;
     }
     if (threadIdx.x >= kWarp) return;
@@ -159,7 +164,7 @@ class Walker {
     }
     // Of what lies before, and not as a difference: neither a NaN nor a large weight may reach the counts before it.
     count = __shfl_up_sync(0xffffffffu, count, 1);
-    count = (tile > 0 ? walk.counts[b * walk.tiles + tile - 1] : prior) + (threadIdx.x > 0 ? count : 0);
+    count = before + (threadIdx.x > 0 ? count : 0);
     for (int i = 0; i < kEach; ++i) {
       if (first + i < walk.features.tokens) count += double(weight[first + i]);
       inverses()[threadIdx.x * kEach + i] = Acc(pom::inverse(count));
