@@ -111,13 +111,11 @@ def frame_offsets(frames, tokens, like):
     return offsets if offsets.shape[0] > 1 else offsets.repeat(2)
 
 
-def check_gate(gate, channels, n_sel_heads, form):
-    check_form(form)
+def check_heads(n_sel_heads, channels):
     if not is_integer(n_sel_heads) or n_sel_heads < 1 or channels % n_sel_heads or n_sel_heads > MAX_HEADS:
         raise ValueError(
             f"n_sel_heads: expected a divisor of the state width {channels}, at most {MAX_HEADS}, got {n_sel_heads!r}"
         )
-    check_tensor("gate", gate, ("B", "M", n_sel_heads if n_sel_heads > 1 else channels))
 
 
 def check_rotary(name, rotary, tokens, channels, form, like):
@@ -137,12 +135,12 @@ def check_rotary(name, rotary, tokens, channels, form, like):
         )
 
 
-def check_state(name, state, batch, channels, dtype, like, groups=1):
+def check_state(name, state, shape, dtype, like):
+    """TypeError or ValueError unless this is a State (B, G, C) for tokens of that dtype, on the device of `like`."""
     from .state import State
 
     if not isinstance(state, State):
         raise TypeError(f"{name}: expected a State, got {type(state).__name__}")
-    expected = (batch, groups, channels)
     for field in ("total", "residual"):
-        check_tensor(f"{name}.{field}", getattr(state, field), expected, (accumulator(dtype),), like)
-    check_tensor(f"{name}.count", state.count, expected[:2], (torch.float64,), like)
+        check_tensor(f"{name}.{field}", getattr(state, field), shape, (accumulator(dtype),), like)
+    check_tensor(f"{name}.count", state.count, shape[:2], (torch.float64,), like)

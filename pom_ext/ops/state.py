@@ -30,16 +30,18 @@ class State:
     total: torch.Tensor
     residual: torch.Tensor
     count: torch.Tensor
-    _ticket: torch.Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    _arrival_counter: torch.Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
-    def ticket(self):
-        """(B,) int32 zeros, by which the blocks of a GPU kernel that updates this state in place know the last of them.
-        Made when first asked for, shared with no other state, and zero again after every update."""
-        if self._ticket is None:
-            tickets = torch.zeros(self.total.shape[0], dtype=torch.int32, device=self.total.device)
-            object.__setattr__(self, "_ticket", tickets)
-        return self._ticket
+    def arrival_counter(self):
+        """(B,) int32 zeros, with which a GPU kernel that updates this state in place finds the last of its blocks.
+
+        Made at the first use, shared with no other state, and zero again after every update.
+        """
+        if self._arrival_counter is None:
+            counter = torch.zeros(self.total.shape[0], dtype=torch.int32, device=self.total.device)
+            object.__setattr__(self, "_arrival_counter", counter)
+        return self._arrival_counter
 
     @classmethod
     def empty(cls, batch, width, groups=1, *, dtype=torch.float32, device=None):
@@ -106,8 +108,11 @@ class State:
         """States side by side: dim 0 along the batch, 1 along the groups."""
         return cls(*(torch.cat([getattr(state, name) for state in states], dim) for name in FIELDS))
 
-    def state_dict(self):
-        return {name: getattr(self, name) for name in FIELDS}
+    def to_kernel(self):
+        """The arguments of an operation that takes this state."""
+        return {"total": self.total, "residual": self.residual, "count": self.count}
+
+    state_dict = to_kernel
 
     @classmethod
     def from_state_dict(cls, tensors):
