@@ -108,7 +108,7 @@ class Meter:
         return Counted(self._counts.launches(), operators.found)
 
     def of_case(self, case):
-        """The row of an OpCase or a Projected: of its second call, for the first update makes its State a ticket."""
+        """The row of an OpCase or a Projected: of its second call, for the first update makes its State a arrival_counter."""
         torch.manual_seed(0)
         with torch.inference_mode(not case.differentiates):
             contender = case.contender(case.ours, [case.tensors()])

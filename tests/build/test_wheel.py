@@ -194,7 +194,10 @@ def test_doctor_tells_of_a_build_that_does_not_fit():
 
 
 def test_a_library_that_lacks_an_operation_is_named(tmp_path):
-    older = "import torch; from pom_ext import _registration as r; r.register = lambda: torch.ops.pom_ext.newer; "
+    older = (
+        "import sys, types, torch; register = types.ModuleType('pom_ext.ops._register'); "
+        "register.register = lambda: torch.ops.pom_ext.newer; sys.modules[register.__name__] = register; "
+    )
     done = run_python(older + "import pom_ext; pom_ext.PoM(8)(torch.ones(1, 3, 8))", ROOT, tmp_path)
     said = done.stderr.splitlines()[-1]
     assert re.search("ImportError: .* built before this source .*'newer'.* Build it again: pip install", said), said

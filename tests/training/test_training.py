@@ -19,8 +19,6 @@ from pom_ext.training import TrainConfig, train
 from pom_ext.training.trainer import ShuffledBatches, average_of, learning_rate
 
 
-
-
 class Interrupted(Exception):
     pass
 
