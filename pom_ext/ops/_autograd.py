@@ -32,8 +32,8 @@ def differentiable(library, name, vjp, jvp=None, *, saved_results=0, decompositi
         unread: arguments that no derivative reads. They are not saved: args holds True in place of a tensor.
         with_count: with_count(args) -> results of other operations, if the argument "count" has a derivative.
     """
-    operation, arguments = OPERATIONS[name]
-    names = [argument for argument, _ in arguments]
+    operation, defaults = OPERATIONS[name]
+    names = list(defaults)
     results = [result.name for result in operation._schema.returns]
 
     def forward(keyset, *values):
@@ -101,11 +101,11 @@ def differentiable(library, name, vjp, jvp=None, *, saved_results=0, decompositi
 
 def register_decomposition(library, name, decomposition):
     """Replace an operation by decomposition(args) -> results, of other operations, if a derivative of it is needed."""
-    operation, arguments = OPERATIONS[name]
+    operation, names = OPERATIONS[name]
 
     def kernel(keyset, *values):
         if needs_gradient(values) or has_tangent(values):
-            return decomposition({argument: value for (argument, _), value in zip(arguments, values, strict=True)})
+            return decomposition(dict(zip(names, values, strict=True)))
         with torch._C._AutoDispatchBelowAutograd():
             return operation.redispatch(keyset & torch._C._after_autograd_keyset, *values)
 

@@ -68,7 +68,7 @@ FAKES = {
 
 def by_name(operation, function):
     """function(args), of the arguments by name, as the function of positions that torch calls."""
-    names = [name for name, _ in OPERATIONS[operation].arguments]
+    names = list(OPERATIONS[operation].defaults)
     return lambda *values: function(dict(zip(names, values, strict=True)))
 
 
@@ -77,8 +77,8 @@ def _batched(name, repeated=()):
 
     repeated: small arguments of samples, which are repeated if all samples share them.
     """
-    operation, arguments = OPERATIONS[name]
-    names = [argument for argument, _ in arguments]
+    operation, defaults = OPERATIONS[name]
+    names = list(defaults)
     sums_samples = any(result.name == "grad_coeff" for result in operation._schema.returns)
 
     def rule(info, dims, *values):

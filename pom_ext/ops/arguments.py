@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .checks import (
+    FLOATS,
     FORMS,
     accumulator,
     check_features,
-    check_form,
     check_heads,
     check_rotary,
     check_tensor,
@@ -26,10 +26,10 @@ Frames = int | list | tuple | Tensor
 
 
 class Operation(NamedTuple):
-    """A registered operation and, in the order of its schema, the name and the default of every argument."""
+    """A registered operation and, in the order of its schema, the default of every argument by name."""
 
     function: Any
-    arguments: tuple[tuple[str, Any], ...]
+    defaults: dict[str, Any]
 
 
 OPERATIONS: dict[str, Operation] = {}  # by name, filled by `describe`
@@ -38,9 +38,9 @@ OPERATIONS: dict[str, Operation] = {}  # by name, filled by `describe`
 def describe(name: str) -> Operation:
     """Look up torch.ops.pom_ext.<name> and keep the order of its arguments for `call`."""
     function = getattr(torch.ops.pom_ext, name).default
-    defaults = {"bool": False, "int": 0}
-    arguments = tuple((argument.name, defaults.get(str(argument.type))) for argument in function._schema.arguments)
-    OPERATIONS[name] = Operation(function, arguments)
+    of_type = {"bool": False, "int": 0}
+    defaults = {argument.name: of_type.get(str(argument.type)) for argument in function._schema.arguments}
+    OPERATIONS[name] = Operation(function, defaults)
     return OPERATIONS[name]
 
 
@@ -53,12 +53,12 @@ def call(operation: str, *groups: Mapping[str, Any], **arguments: Any):
             operation does not have are ignored.
         arguments: more of them, which replace those of the groups. An argument that nobody gives is None, 0 or False.
     """
-    named: dict[str, Any] = {}
+    function, defaults = OPERATIONS[operation]
+    named = defaults.copy()  # in the order of the schema; names that it does not have come behind
     for group in groups:
         named.update(group)
     named.update(arguments)
-    function, names = OPERATIONS[operation]
-    return function(*[named.get(name, default) for name, default in names])
+    return function(*list(named.values())[: len(defaults)])
 
 
 def check_mutually_exclusive(**modes: Any) -> None:
@@ -85,7 +85,8 @@ class Polynomial(NamedTuple):
     def check(self, u: Tensor) -> None:
         """ValueError or TypeError unless u (B, N, C) are tokens of this polynomial."""
         check_features(u, self.coeff, self.form, self.degree)
-        check_rotary("rotary", self.rotary, u.shape[1], u.shape[2], self.form, u)
+        if self.rotary is not None:
+            check_rotary("rotary", self.rotary, *u.shape[1:], self.form, u)
 
     def to_kernel(self, dtype: torch.dtype) -> dict[str, Any]:
         """The arguments of an operation on tokens of this dtype."""
@@ -159,15 +160,15 @@ class Gate(NamedTuple):
     n_heads: int = 1
     rotary: Rotary | None = None
 
-    def check(self, channels: int, form: str) -> None:
-        """ValueError or TypeError unless these are gates of a state of that width."""
-        check_form(form)
+    def check(self, shape: tuple, dtypes: tuple = FLOATS, like: Tensor | None = None) -> None:
+        """ValueError or TypeError unless these are gates (B, M) of a state of C channels; shape: (B, M, C)."""
+        batch, queries, channels = shape
         check_heads(self.n_heads, channels)
-        check_tensor("gate", self.values, ("B", "M", self.n_heads if self.n_heads > 1 else channels))
+        check_tensor("gate", self.values, (batch, queries, self.n_heads if self.n_heads > 1 else channels), dtypes, like)
 
     def check_rotary(self, name: str, form: str) -> None:
-        tokens, width = self.values.shape[1:]
-        check_rotary(name, self.rotary, tokens, width, form, self.values)
+        if self.rotary is not None:
+            check_rotary(name, self.rotary, *self.values.shape[1:], form, self.values)
 
     def to_kernel(self) -> dict[str, Any]:
         arguments = {"gate": self.values, "heads": self.n_heads}

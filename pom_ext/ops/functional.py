@@ -8,7 +8,7 @@ from torch.autograd.graph import increment_version
 
 from . import _library
 from .arguments import Frames, Gate, Polynomial, Visibility, call, check_mutually_exclusive, query_offsets
-from .checks import FORMS, check_state, check_tensor, under_autocast
+from .checks import FLOATS, FORMS, check_form, check_state, under_autocast
 from .rotary import Rotary
 from .state import State
 
@@ -26,10 +26,11 @@ if _library.ERROR is None:
 def _require(tensor: Tensor, name: str) -> None:
     """ImportError or ValueError unless there is a compiled library with kernels for the device of the tensor."""
     _library.load()
-    if isinstance(tensor, torch.Tensor) and tensor.device.type not in (*_library.DEVICES, "meta"):
+    device = tensor.device.type if isinstance(tensor, torch.Tensor) else "cpu"
+    if device != "cpu" and device not in (*_library.DEVICES, "meta"):
         served = " and ".join(_library.DEVICES)
         remedy = "move it there"
-        if tensor.device.type == "cuda":
+        if device == "cuda":
             remedy += f", or build for this GPU, in the source folder and with nvcc on the path: {_library.BUILD_CUDA}"
         raise ValueError(
             f"{name}: this library has kernels for tensors on {served} only, got one on {tensor.device}; {remedy}"
@@ -38,7 +39,7 @@ def _require(tensor: Tensor, name: str) -> None:
 
 def _promote_under_autocast(u: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Under autocast both in the wider dtype of the two, as torch does it for its operations of several tensors."""
-    if u.dtype == gate.dtype or not under_autocast(u):
+    if u.dtype == gate.dtype or gate.dtype not in FLOATS or not under_autocast(u):
         return u, gate
     dtype = torch.promote_types(u.dtype, gate.dtype)
     return u.to(dtype), gate.to(dtype)
@@ -130,7 +131,8 @@ def polynomial_readout(
         raise TypeError(f"state: expected a State, got {type(state).__name__}")
     groups, channels = state.total.shape[1:]
     reading = Gate(gate, n_sel_heads, rotary)
-    reading.check(channels, form)
+    check_form(form)
+    reading.check(("B", "M", channels))
     check_state("state", state, (gate.shape[0], groups, channels), gate.dtype, gate)
     reading.check_rotary("rotary", form)
     offsets = query_offsets(gate, groups, frames, cu_seqlens)
@@ -196,11 +198,11 @@ def _check_mix(u: Tensor, reading: Gate, polynomial: Polynomial, queries: int | 
     """The tokens and gates of a mix, checked and of one dtype. queries: how many; None is one for every token."""
     _require(u, "u")
     polynomial.check(u)
-    reading.check(u.shape[2], polynomial.form)
-    u, gate = _promote_under_autocast(u, reading.values)
-    queries = u.shape[1] if queries is None else queries
-    check_tensor("gate", gate, (u.shape[0], queries, gate.shape[2]), (u.dtype,), u)
-    reading = reading._replace(values=gate)
+    if isinstance(reading.values, torch.Tensor):
+        u, gate = _promote_under_autocast(u, reading.values)
+        reading = Gate(gate, reading.n_heads, reading.rotary)
+    batch, tokens, channels = u.shape
+    reading.check((batch, tokens if queries is None else queries, channels), (u.dtype,), u)
     reading.check_rotary("gate_rotary", polynomial.form)
     return u, reading
 

@@ -56,7 +56,7 @@ def test_state(context, dtype, bias, prior, hopper):
 def test_other_states_take_the_old_way(context, change, hopper, monkeypatch):
     """What the layer calls: by this kernel where it can be, and the same to rounding."""
     call = draw_state_call(context, **{"dtype": torch.bfloat16, "bias": True} | change)
-    args = dict(OPERATIONS["project_state"].arguments) | arguments(call, hopper) | {"form": FORMS.index("power")}
+    args = OPERATIONS["project_state"].defaults | arguments(call, hopper) | {"form": FORMS.index("power")}
     fused = change in ({}, {"prior": True})
     assert call_operation("supports_fused_project_state", args) == fused
     states = []
@@ -88,7 +88,7 @@ def test_folded_readout(context, dtype, form, heads, bias, tensor_cores):
 @pytest.mark.parametrize("context", ["whole", "even", "offsets"])
 def test_other_readouts_take_the_old_way(context, change, tensor_cores):
     call = draw_readout_call(context, **{"dtype": torch.bfloat16, "bias": True} | change)
-    args = dict(OPERATIONS["folded_readout"].arguments) | arguments(call, tensor_cores)
+    args = OPERATIONS["folded_readout"].defaults | arguments(call, tensor_cores)
     assert call_operation("supports_fused_folded_readout", args) == (not change)
     y, _ = IMPLEMENTATIONS["folded_readout"](args)
     other, _ = projected.folded_readout_decomposition(args)

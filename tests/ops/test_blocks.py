@@ -24,7 +24,7 @@ def small_blocks(monkeypatch):
 
 def as_on_a_gpu(name, *groups, **arguments):
     """`call`, by the products and kernels that a GPU takes in turn, on any device."""
-    args = dict(OPERATIONS[name].arguments)
+    args = dict(OPERATIONS[name].defaults)
     for group in (*groups, arguments):
         args |= group
     return projected_cuda.IMPLEMENTATIONS[name](args)

@@ -156,11 +156,11 @@ def test_to(device):
 def test_a_ticket_is_no_part_of_a_state(device):
     """What a GPU's update needs beside the state: made once, zero, neither copied nor saved with it."""
     state = draw_state(device=device)
-    arrival_counter = state.arrival_counter
-    assert arrival_counter.dtype == torch.int32 and arrival_counter.tolist() == [0, 0] and arrival_counter.device == state.total.device
-    assert state.arrival_counter is arrival_counter
+    counter = state.arrival_counter
+    assert counter.dtype == torch.int32 and counter.tolist() == [0, 0] and counter.device == state.total.device
+    assert state.arrival_counter is counter
     made = (state.clone(), state.detach(), state.to("cpu"), state.to(torch.float64), state.last(), state + state)
-    assert all(each.arrival_counter is not arrival_counter for each in made)
+    assert all(each.arrival_counter is not counter for each in made)
     assert set(state.state_dict()) == set(FIELDS) and "arrival_counter" not in repr(state)
 
 

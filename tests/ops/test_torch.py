@@ -57,7 +57,7 @@ def recorded_projections(form, context):
                     **before,
                 }
                 call("project_state", given)
-                IMPLEMENTATIONS["project_state"](dict(OPERATIONS["project_state"].arguments) | given)
+                IMPLEMENTATIONS["project_state"](OPERATIONS["project_state"].defaults | given)
             for heads in (1, 2):
                 layer = PoM(6, 3, form=form, n_sel_heads=heads)
                 layer(x)
