@@ -164,7 +164,9 @@ class Gate(NamedTuple):
         """ValueError or TypeError unless these are gates (B, M) of a state of C channels; shape: (B, M, C)."""
         batch, queries, channels = shape
         check_heads(self.n_heads, channels)
-        check_tensor("gate", self.values, (batch, queries, self.n_heads if self.n_heads > 1 else channels), dtypes, like)
+        check_tensor(
+            "gate", self.values, (batch, queries, self.n_heads if self.n_heads > 1 else channels), dtypes, like
+        )
 
     def check_rotary(self, name: str, form: str) -> None:
         if self.rotary is not None:
