@@ -4,11 +4,16 @@ Every context mode is one thing here, a matrix of weights that says how much of 
 group sees. Nothing in the package calls this module in place of a compiled operation.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def features(u, coeff=None, *, form, degree):
+def features(u: Tensor, coeff: Tensor | None = None, *, form: str, degree: int) -> Tensor:
     """φ(u): polynomial features of each token.
 
     product (arXiv 2411.12663, davidpicard/HoMM `high_order_aggregation_`): u (..., degree * E) -> (..., degree * E)
@@ -26,12 +31,12 @@ def features(u, coeff=None, *, form, degree):
     return sum(coeff[:, i] * a ** (i + 1) for i in range(degree))
 
 
-def gate_value(gate, *, form):
+def gate_value(gate: Tensor, *, form: str) -> Tensor:
     """γ(g): sigmoid in product form, hardsigmoid in power form."""
     return torch.sigmoid(gate) if form == "product" else F.hardsigmoid(gate)
 
 
-def rotate(x, cos, sin, axes=1):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, axes: int = 1) -> Tensor:
     """Rotate channel pairs of x (B, N, C) by per-token angles cos, sin (N, axes * half).
 
     Axis i owns channels [2 * half * i, 2 * half * (i + 1)); channel p of its first half pairs with channel p of its
