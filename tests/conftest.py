@@ -10,6 +10,7 @@ import pytest
 import tested_library  # noqa: F401 -- before pom_ext
 import torch
 from hypothesis import settings
+from marks import pytest_collection_modifyitems  # noqa: F401 -- a hook
 
 from pom_ext.ops import _library
 
