@@ -1,7 +1,7 @@
 // Token-causal mix, linear in tokens, in one pass: a block sums its tile, learns the sum of the tiles before it, and
 // walks through the tile again, in shared memory, with the gates. The states of the tokens are never stored.
 
-#include "cuda/walk.cuh"
+#include "cuda/causal_scan.cuh"
 
 namespace pom::cuda {
 namespace {

@@ -2,7 +2,7 @@
 // first. A block walks forwards through its tile for the gates, learns what the tiles behind it send back, and walks
 // backwards, in shared memory, for the features.
 
-#include "cuda/walk.cuh"
+#include "cuda/causal_scan.cuh"
 
 namespace pom::cuda {
 namespace {

@@ -9,8 +9,8 @@
 #include <type_traits>
 
 #include "arena.h"
+#include "cuda/allocate.h"
 #include "cuda/launch.h"
-#include "cuda/memory.h"
 #include "cuda/plan.h"
 
 namespace pom::cuda {

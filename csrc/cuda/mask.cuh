@@ -2,8 +2,8 @@
 // total (groups, C) = mask (groups, tokens) φ (tokens, C); on the way back dφ = maskᵀ grad.
 #pragma once
 
-#include "cuda/rows.cuh"
-#include "cuda/sums.cuh"
+#include "cuda/partial_sums.cuh"
+#include "cuda/reduce.cuh"
 
 namespace pom::cuda {
 

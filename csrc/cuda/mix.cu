@@ -1,9 +1,9 @@
 // Whole-context mix, and the update of a running state: for short contexts in one launch, a block per slab of channels
 // that sums its slab over all tokens and then gates it. Longer contexts go through the state and the readout.
 
-#include "cuda/gated.cuh"
-#include "cuda/rows.cuh"
-#include "cuda/sums.cuh"
+#include "cuda/gates.cuh"
+#include "cuda/partial_sums.cuh"
+#include "cuda/reduce.cuh"
 
 namespace pom::cuda {
 namespace {

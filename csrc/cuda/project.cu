@@ -2,7 +2,7 @@
 // polynomial into sums over tokens, and to no memory. For GPUs of compute capability 9.0, 16-bit types.
 
 #include "cuda/project.cuh"
-#include "cuda/rows.cuh"
+#include "cuda/reduce.cuh"
 
 #include <map>
 #include <mutex>

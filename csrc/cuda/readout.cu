@@ -1,8 +1,8 @@
 // Readout forward and backward: every query token gates the mean features of its group.
 
-#include "cuda/gated.cuh"
-#include "cuda/rows.cuh"
-#include "cuda/slab_row.cuh"
+#include "cuda/channel_tile_sum.cuh"
+#include "cuda/gates.cuh"
+#include "cuda/reduce.cuh"
 
 namespace pom::cuda {
 namespace {

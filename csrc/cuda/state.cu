@@ -3,8 +3,8 @@
 #include <optional>
 
 #include "cuda/mask.cuh"
-#include "cuda/rows.cuh"
-#include "cuda/sums.cuh"
+#include "cuda/partial_sums.cuh"
+#include "cuda/reduce.cuh"
 
 namespace pom::cuda {
 namespace {

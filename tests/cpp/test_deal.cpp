@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "check.h"
-#include "cuda/deal.h"
+#include "cuda/channel_tile_sum.cuh"
 #include "cuda/last_block.cuh"
-#include "cuda/slab_row.cuh"
+#include "cuda/work_partition.h"
 
 using check::expect;
 using check::section;

@@ -1,6 +1,6 @@
 // How many blocks a GPU runs at once.
 
-#include "cuda/deal.h"
+#include "cuda/work_partition.h"
 
 #include <atomic>
 

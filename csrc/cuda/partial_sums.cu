@@ -1,6 +1,6 @@
 // φ summed over pieces: the first pass of every operation but the mix of short contexts, and all there is to a state.
 
-#include "cuda/sums.cuh"
+#include "cuda/partial_sums.cuh"
 
 namespace pom::cuda {
 namespace {

@@ -3,9 +3,9 @@
 // memory until it knows the sum of all tokens before its own.
 #pragma once
 
-#include "cuda/gated.cuh"
+#include "cuda/gates.cuh"
 #include "cuda/lookback.cuh"
-#include "cuda/sums.cuh"
+#include "cuda/partial_sums.cuh"
 
 namespace pom::cuda {
 

@@ -1,6 +1,6 @@
 // Second passes over partial sums, in doubles.
 
-#include "cuda/rows.cuh"
+#include "cuda/reduce.cuh"
 
 namespace pom::cuda {
 namespace {

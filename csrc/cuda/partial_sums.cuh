@@ -2,8 +2,8 @@
 // the coefficients' gradient.
 #pragma once
 
-#include "cuda/rows.cuh"
-#include "cuda/slab_row.cuh"
+#include "cuda/channel_tile_sum.cuh"
+#include "cuda/reduce.cuh"
 #include "cuda/tokens.cuh"
 
 namespace pom::cuda {

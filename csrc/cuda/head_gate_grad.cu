@@ -1,6 +1,6 @@
 // Gradients of gates that serve whole heads, from sums over parts of their channels.
 
-#include "cuda/gated.cuh"
+#include "cuda/gates.cuh"
 
 namespace pom::cuda {
 namespace {

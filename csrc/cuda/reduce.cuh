@@ -2,9 +2,9 @@
 #pragma once
 
 #include "cuda/block.cuh"
-#include "cuda/deal.h"
 #include "cuda/last_block.cuh"
 #include "cuda/plan.h"
+#include "cuda/work_partition.h"
 
 namespace pom::cuda {
 
