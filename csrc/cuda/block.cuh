@@ -138,8 +138,8 @@ __device__ void sum_rows(Acc (&x)[V], int lanes, Acc* shared) {
 
 // Blocks are numbered in one dimension: slabs of channels vary fastest, so that neighbours read neighbouring memory.
 struct BlockIndex {
-  unsigned slab, row;  // 32 bits: a division of 64 takes as long as a few tokens
-  __device__ explicit BlockIndex(int slabs) : slab(blockIdx.x % unsigned(slabs)), row(blockIdx.x / unsigned(slabs)) {}
+  unsigned tile, row;  // 32 bits: a division of 64 takes as long as a few tokens
+  __device__ explicit BlockIndex(int tiles) : tile(blockIdx.x % unsigned(tiles)), row(blockIdx.x / unsigned(tiles)) {}
 };
 
 }  // namespace pom::cuda

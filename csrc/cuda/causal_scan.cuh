@@ -9,13 +9,13 @@
 
 namespace pom::cuda {
 
-constexpr int kWalkThreads = 128;
+constexpr int kScanThreads = 128;
 
 // What all walks know of the tokens before a tile.
-struct Walk {
+struct ScanArgs {
   Features features;
   Gates gates;
-  Slabs slabs;
+  ChannelTiles channel_tiles;
   int64_t tiles = 1;
   StateView prior;
   const double* counts = nullptr;  // (batch, tiles): prior and weights up to the end of each; null if all weights are 1
@@ -29,25 +29,25 @@ struct Walk {
 
 // Blocks of a multiprocessor at the least: as many as leave a thread registers for its numbers.
 template <class I>
-constexpr int walk_blocks() {
+constexpr int scan_blocks() {
   using Tokens = FeatureTokens<I>;
   constexpr bool wide = sizeof(typename I::T) >= 4;
-  if (Tokens::kNumbers > 16 || Tokens::kRanges > 3 || (I::turned && wide) || Tokens::along) return 2;
+  if (Tokens::kNumbers > 16 || Tokens::kRanges > 3 || (I::rotated && wide) || Tokens::kDual) return 2;
   return Tokens::kRanges > 1 || Tokens::kNumbers * (1 + Tokens::kCoeffs) > 32 ? 3 : 4;
 }
 
 // A sum and, if there is one, what the prior state has at element `at`.
 template <class Acc>
 __device__ double with_prior(const StateView& prior, int64_t at, double sum) {
-  const double rest = add_prior<Acc>(prior, at, sum);
-  return sum + rest;
+  const double remainder = add_prior<Acc>(prior, at, sum);
+  return sum + remainder;
 }
 
-constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
+constexpr int next_power_of_two(int n) { return n <= 1 ? 1 : 2 * next_power_of_two((n + 1) / 2); }
 
 // A block's tile of one slab, as one of its threads sees it. With `numbers` it keeps some of every token, too.
-template <class I, bool numbers>
-class Walker {
+template <class I, bool saves_numbers>
+class ScanTile {
  public:
   using T = typename I::T;
   using Acc = typename I::Acc;
@@ -58,36 +58,36 @@ class Walker {
   using Rows = typename Tokens::Rows;
 
   // Few bytes of a token side by side, so that a block has room for many tokens; a thread owns one column at most.
-  static constexpr int kBytesAtOnce = numbers || kRanges > 2 ? 64 : 128;
+  static constexpr int kContiguousBytes = saves_numbers || kRanges > 2 ? 64 : 128;
   // One element at a time a sector of 32 bytes, where there are threads for its columns.
-  static constexpr int kRangesAtMost = power_of_two_from(kRanges);
+  static constexpr int kPaddedRanges = next_power_of_two(kRanges);
   static constexpr int kLanes =
-      I::Vec > 1 ? kBytesAtOnce / (I::Vec * int(sizeof(T)))
-                 : int(most(kWarp / kRangesAtMost, least(kWalkThreads / kRangesAtMost, 32 / int(sizeof(T)))));
-  static constexpr int kRows = kWalkThreads / kLanes, kColumns = kLanes * kNumbers;
-  static_assert(kColumns <= kWalkThreads);
+      I::Vec > 1 ? kContiguousBytes / (I::Vec * int(sizeof(T)))
+                 : int(max(kWarp / kPaddedRanges, min(kScanThreads / kPaddedRanges, 32 / int(sizeof(T)))));
+  static constexpr int kRows = kScanThreads / kLanes, kColumns = kLanes * kNumbers;
+  static_assert(kColumns <= kScanThreads);
 
  private:
   using Run = Packed<T, I::Vec>;  // of channels, as they are kept
-  static constexpr int kRuns = Tokens::along ? 2 * kRanges : kRanges;
+  static constexpr int kRuns = Tokens::kDual ? 2 * kRanges : kRanges;
   static constexpr int kStep = sizeof(Acc) == 4 && kNumbers % 4 == 0 ? 4 : 1;
   using Numbers = Packed<Acc, kStep>;
   static constexpr int kStride = kColumns + kLanes;  // keeps rows off each other's banks
   static constexpr size_t kRowBytes = sizeof(Acc) * kRows * kStride, kHead = 16;
   static constexpr size_t kTokenBytes =
-      sizeof(Acc) + kLanes * (kRuns * sizeof(Run) + (numbers ? kNumbers * sizeof(Acc) : 0));
-  static constexpr size_t kMostBytes = 60 << 10;  // of shared memory: three blocks then share an H100's
+      sizeof(Acc) + kLanes * (kRuns * sizeof(Run) + (saves_numbers ? kNumbers * sizeof(Acc) : 0));
+  static constexpr size_t kMaxBytes = 60 << 10;  // of shared memory: three blocks then share an H100's
   // Tokens that a thread loads before it uses the first.
-  static constexpr int kLoads = 8 >> (int(kNumbers > 8) + int(Tokens::along) + int(sizeof(Acc) == 8));
+  static constexpr int kLoads = 8 >> (int(kNumbers > 8) + int(Tokens::kDual) + int(sizeof(Acc) == 8));
 
   static constexpr size_t bytes_of(int tokens) { return kHead + kRowBytes + tokens * kTokenBytes; }
   static constexpr int tokens_of(int most) {
-    return most <= kRows || bytes_of(most) <= kMostBytes ? most : tokens_of(most / 2);
+    return most <= kRows || bytes_of(most) <= kMaxBytes ? most : tokens_of(most / 2);
   }
   static constexpr int shift_of(int tokens) { return tokens == 1 ? 0 : 1 + shift_of(tokens / 2); }
 
  public:
-  static constexpr int kTile = tokens_of(int(least(256, 32 * kRows)));  // tokens, and of a row not many
+  static constexpr int kTile = tokens_of(int(min(256, 32 * kRows)));  // tokens, and of a row not many
   static_assert(kTile % kWarp == 0, "a warp finds the counts");
   static constexpr int kShift = shift_of(kTile), kOfRow = kTile / kRows;
   static constexpr size_t kBytes = bytes_of(kTile);  // of shared memory
@@ -98,14 +98,14 @@ class Walker {
   const Place place;
   int64_t column = -1;  // the one whose sums the thread adds up, or -1
 
-  __device__ Walker(const Walk& walk, const Turn& turn, int64_t tile)
-      : b(turn.b),
+  __device__ ScanTile(const ScanArgs& scan, const ScanStep& step, int64_t tile)
+      : b(step.b),
         tile_begin(tile * kTile),
         begin(tile_begin + row() * kOfRow),
-        end(least(walk.features.tokens, begin + kOfRow)),
-        place(walk.slabs.place(turn.slab, lane())) {
+        end(min(scan.features.tokens, begin + kOfRow)),
+        place(scan.channel_tiles.place(step.channel_tile, lane())) {
     const int number = int(threadIdx.x) / kLanes, range = number / I::Vec;
-    const Place owned = walk.slabs.place(turn.slab, int(threadIdx.x) % kLanes);
+    const Place owned = scan.channel_tiles.place(step.channel_tile, int(threadIdx.x) % kLanes);
     if (number < kNumbers && range < owned.ranges) column = owned.channel + range * owned.stride + number % I::Vec;
   }
 
@@ -120,11 +120,11 @@ class Walker {
   __device__ double sum_rows(const Acc (&x)[kNumbers]) const {
     __syncthreads();  // until what was there has been read
     POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) of_rows()[row() * kStride + i * kLanes + lane()] = x[i];
+    for (int i = 0; i < kNumbers; ++i) row_sums()[row() * kStride + i * kLanes + lane()] = x[i];
     __syncthreads();
     double sum = 0;
     if (column >= 0)
-      for (int r = 0; r < kRows; ++r) sum += double(of_rows()[r * kStride + threadIdx.x]);
+      for (int r = 0; r < kRows; ++r) sum += double(row_sums()[r * kStride + threadIdx.x]);
     return sum;
   }
   // After sum_rows: `before`, of the thread's column, and what was summed in rows before the thread's own, or behind it
@@ -132,31 +132,31 @@ class Walker {
   __device__ void sum_before_row(double before, bool backwards, Acc (&x)[kNumbers]) const {
     if (column >= 0)
       for (int i = 0; i < kRows; ++i) {
-        Acc& at = of_rows()[(backwards ? kRows - 1 - i : i) * kStride + threadIdx.x];
+        Acc& at = row_sums()[(backwards ? kRows - 1 - i : i) * kStride + threadIdx.x];
         const double own = at;
         at = Acc(before);
         before += own;
       }
     __syncthreads();
     POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) x[i] = of_rows()[row() * kStride + i * kLanes + lane()];
+    for (int i = 0; i < kNumbers; ++i) x[i] = row_sums()[row() * kStride + i * kLanes + lane()];
   }
 
   // Writes 1 / count behind every token of the tile. Before a sum over the rows, which lets others read them.
-  __device__ void find_inverses(const Walk& walk) const {
-    const double before = walk.count_before(b, tile_begin / kTile, tile_begin);
-    if (!walk.counts) {
-      for (int i = int(threadIdx.x); i < kTile; i += kWalkThreads)
-        inverses()[i] = Acc(pom::inverse(before + double(i + 1)));
+  __device__ void store_inverse_counts(const ScanArgs& scan) const {
+    const double before = scan.count_before(b, tile_begin / kTile, tile_begin);
+    if (!scan.counts) {
+      for (int i = int(threadIdx.x); i < kTile; i += kScanThreads)
+        inverse_counts()[i] = Acc(pom::inverse(before + double(i + 1)));
       return;
     }
     if (threadIdx.x >= kWarp) return;
     constexpr int kEach = kTile / kWarp;
     const int64_t first = tile_begin + int64_t(threadIdx.x) * kEach;
-    const Acc* const weight = static_cast<const Acc*>(walk.features.weight) + b * walk.features.tokens;
+    const Acc* const weight = static_cast<const Acc*>(scan.features.weight) + b * scan.features.tokens;
     double sum = 0;
     for (int i = 0; i < kEach; ++i)
-      if (first + i < walk.features.tokens) sum += double(weight[first + i]);
+      if (first + i < scan.features.tokens) sum += double(weight[first + i]);
     double count = sum;
     for (int apart = 1; apart < kWarp; apart *= 2) {
       const double earlier = __shfl_up_sync(0xffffffffu, count, apart);
@@ -166,11 +166,11 @@ class Walker {
     count = __shfl_up_sync(0xffffffffu, count, 1);
     count = before + (threadIdx.x > 0 ? count : 0);
     for (int i = 0; i < kEach; ++i) {
-      if (first + i < walk.features.tokens) count += double(weight[first + i]);
-      inverses()[threadIdx.x * kEach + i] = Acc(pom::inverse(count));
+      if (first + i < scan.features.tokens) count += double(weight[first + i]);
+      inverse_counts()[threadIdx.x * kEach + i] = Acc(pom::inverse(count));
     }
   }
-  __device__ Acc inverse(int64_t token) const { return inverses()[token - tile_begin]; }
+  __device__ Acc inverse_count(int64_t token) const { return inverse_counts()[token - tile_begin]; }
 
   // Loads the tokens of the thread's row, keeps them, and adds up their features.
   __device__ void load(const Tokens& tokens, Acc (&sum)[kNumbers]) const {
@@ -178,85 +178,85 @@ class Walker {
     for_tokens<kLoads>(
         begin, end, 1, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
         [&](int j, int64_t token) {
-          keep(token, raw[j]);
+          save(token, raw[j]);
           tokens.add(token, raw[j], sum);
         });
   }
   // What is kept of a token, and numbers of it.
-  __device__ void find(const Tokens& tokens, int64_t token, Raw& raw) const {
+  __device__ void restore(const Tokens& tokens, int64_t token, Raw& raw) const {
     POM_UNROLL
     for (int r = 0; r < kRanges; ++r) {
-      raw.at[r] = run(token, r);
-      if constexpr (Tokens::along) raw.along[r] = run(token, kRanges + r);
+      raw.primal[r] = run(token, r);
+      if constexpr (Tokens::kDual) raw.tangent[r] = run(token, kRanges + r);
     }
     raw.weight = tokens.weight(token);
   }
-  __device__ void keep_numbers(int64_t token, const Acc (&x)[kNumbers]) const {
+  __device__ void save_numbers(int64_t token, const Acc (&x)[kNumbers]) const {
     POM_UNROLL
-    for (int i = 0; i < kNumbers; i += kStep) kept(token, i / kStep).pack(x + i);
+    for (int i = 0; i < kNumbers; i += kStep) saved(token, i / kStep).pack(x + i);
   }
-  __device__ void find_numbers(int64_t token, Acc (&x)[kNumbers]) const {
+  __device__ void restore_numbers(int64_t token, Acc (&x)[kNumbers]) const {
     POM_UNROLL
-    for (int i = 0; i < kNumbers; i += kStep) kept(token, i / kStep).unpack(x + i);
+    for (int i = 0; i < kNumbers; i += kStep) saved(token, i / kStep).unpack(x + i);
   }
 
  private:
-  __device__ void keep(int64_t token, const Raw& raw) const {
+  __device__ void save(int64_t token, const Raw& raw) const {
     POM_UNROLL
     for (int r = 0; r < kRanges; ++r) {
-      run(token, r) = raw.at[r];
-      if constexpr (Tokens::along) run(token, kRanges + r) = raw.along[r];
+      run(token, r) = raw.primal[r];
+      if constexpr (Tokens::kDual) run(token, kRanges + r) = raw.tangent[r];
     }
   }
   static __device__ char* memory() {
     POM_SHARED(memory);
     return memory + kHead;  // behind what take_turn needs
   }
-  static __device__ Acc* of_rows() { return reinterpret_cast<Acc*>(memory()); }
-  static __device__ Acc* inverses() { return reinterpret_cast<Acc*>(memory() + kRowBytes); }
+  static __device__ Acc* row_sums() { return reinterpret_cast<Acc*>(memory()); }
+  static __device__ Acc* inverse_counts() { return reinterpret_cast<Acc*>(memory() + kRowBytes); }
   __device__ Run& run(int64_t token, int number) const {
     char* const runs = memory() + kRowBytes + kTile * sizeof(Acc);
-    return reinterpret_cast<Run*>(runs)[(int(token - begin) * kRuns + number) * kWalkThreads + threadIdx.x];
+    return reinterpret_cast<Run*>(runs)[(int(token - begin) * kRuns + number) * kScanThreads + threadIdx.x];
   }
-  __device__ Numbers& kept(int64_t token, int number) const {
+  __device__ Numbers& saved(int64_t token, int number) const {
     char* const all = memory() + kRowBytes + kTile * (sizeof(Acc) + kLanes * kRuns * sizeof(Run));
     constexpr int kCount = kNumbers / kStep;
-    return reinterpret_cast<Numbers*>(all)[(int(token - begin) * kCount + number) * kWalkThreads + threadIdx.x];
+    return reinterpret_cast<Numbers*>(all)[(int(token - begin) * kCount + number) * kScanThreads + threadIdx.x];
   }
 };
 
 // How a call is cut into tiles.
-template <class Acc, bool numbers>
-struct WalkPlan {
+template <class Acc, bool saves_numbers>
+struct ScanPlan {
   Arena arena;
   int shift = 0;  // a tile has 2^shift tokens
-  Walk walk;
+  ScanArgs scan;
   Lookback<Acc> sums;
 
   // `others`: of what features and gates leave out.
-  WalkPlan(const Features& f, const Gates& g, const StateView& prior, const Alignment& others, void* workspace)
+  ScanPlan(const Features& f, const Gates& g, const StateView& prior, const Alignment& others, void* workspace)
       : arena(workspace) {
     const int vec = g.tangent ? 1 : alignment_of(f).with(alignment_of(g, {})).with(others).vec();
-    walk = {f, g, slabs_of(f, f.rotary, vec), 1, prior};
-    with_walker([&](auto instance) {
-      using W = Walker<decltype(instance), numbers>;
+    scan = {f, g, make_channel_tiles(f, f.rotary, vec), 1, prior};
+    with_scan_instance([&](auto instance) {
+      using W = ScanTile<decltype(instance), saves_numbers>;
       shift = W::kShift;
-      walk.slabs = slabs_of(f, f.rotary, vec, W::kLanes);
+      scan.channel_tiles = make_channel_tiles(f, f.rotary, vec, W::kLanes);
       return Status::ok;
     });
-    walk.tiles = most(1, ceil_div(f.tokens, int64_t(1) << shift));
-    sums = Lookback<Acc>(f.batch, walk.tiles, walk.slabs.count, f.channels(), arena);
+    scan.tiles = max(1, ceil_div(f.tokens, int64_t(1) << shift));
+    sums = Lookback<Acc>(f.batch, scan.tiles, scan.channel_tiles.count, f.channels(), arena);
   }
 
   template <class Body>
-  Status with_walker(Body body) const {
-    return with_instance(walk.features, walk.features.rotary.axes > 0, walk.slabs.vec, [&](auto instance) {
+  Status with_scan_instance(Body body) const {
+    return with_instance(scan.features, scan.features.rotary.axes > 0, scan.channel_tiles.vec, [&](auto instance) {
       using I = decltype(instance);
       if constexpr (std::is_same_v<typename I::Acc, Acc>) {
-        if (!walk.gates.tangent) return body(instance);
+        if (!scan.gates.tangent) return body(instance);
         // These go one element at a time.
-        if constexpr (I::Vec == 1 && !is_along<typename I::Form>)
-          return body(Instance<GatesAlong<typename I::Form>, typename I::T, 1, I::turned>{});
+        if constexpr (I::Vec == 1 && !has_tangent<typename I::Form>)
+          return body(Instance<WithGateTangent<typename I::Form>, typename I::T, 1, I::rotated>{});
       }
       return Status::bad_dtype;
     });

@@ -8,20 +8,20 @@
 namespace pom::cuda {
 
 template <class Acc, int Vec, int ranges>
-class SlabRow {
+class ChannelTileSum {
  public:
   static constexpr int kRows = kThreads / kLanes, kNumbers = ranges * Vec, kAll = kNumbers * kLanes;
   static constexpr int kOwn = (kAll + kThreads - 1) / kThreads;              // columns of a thread
   static constexpr int kStride = kLanes + (Vec > 1 ? kLanes / Vec : 0);      // keeps both ways off each other's banks
   static constexpr size_t kBytes = sizeof(Acc) * kRows * kNumbers * kStride;  // of shared memory
 
-  __device__ SlabRow(const Slabs& slabs, unsigned slab) {
+  __device__ ChannelTileSum(const ChannelTiles& channel_tiles, unsigned channel_tile) {
     POM_UNROLL
     for (int i = 0; i < kOwn; ++i) {
       const int number = int(threadIdx.x) + i * kThreads, range = number / (kLanes * Vec), run = number % (kLanes * Vec);
-      const Place place = slabs.place(slab, run / Vec);
-      const bool there = number < kAll && range < place.ranges;
-      column_[i] = there ? int(place.channel + range * place.stride) + run % Vec : -1;
+      const Place place = channel_tiles.place(channel_tile, run / Vec);
+      const bool valid = number < kAll && range < place.ranges;
+      column_[i] = valid ? int(place.channel + range * place.stride) + run % Vec : -1;
     }
   }
 

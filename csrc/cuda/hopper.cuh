@@ -94,8 +94,8 @@ __device__ __forceinline__ void load_tile(const TileMap& map, void* tile, int el
 
 // The same into all blocks of a cluster, at the same place; the barrier of this place in each counts its bytes.
 template <int blocks>
-__device__ __forceinline__ void load_tile_in_all(const TileMap& map, void* tile, int element, int row, int sample,
-                                                 Barrier& barrier) {
+__device__ __forceinline__ void load_tile_multicast(const TileMap& map, void* tile, int element, int row, int sample,
+                                                    Barrier& barrier) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(tile)),
@@ -111,7 +111,7 @@ __device__ __forceinline__ unsigned cluster_rank() {
 
 // Waits for all threads of the cluster, and sees what they have written. Blocks in a cluster may reach into each other
 // from the first such meeting, and not behind the last one.
-__device__ __forceinline__ void meet_cluster() {
+__device__ __forceinline__ void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
@@ -122,29 +122,25 @@ __device__ __forceinline__ void sync_threads(int number, int threads) {
 
 // Registers of each thread of a warp group from here on, a multiple of 8.
 template <int registers>
-__device__ __forceinline__ void drop_registers() {
+__device__ __forceinline__ void dealloc_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
 }
 template <int registers>
-__device__ __forceinline__ void take_registers() {
+__device__ __forceinline__ void alloc_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
 // Products are queued between open_products() and close_products(), and there are no others than the last n of these
 // when wait_for_products<n>() returns. Until then nobody may touch their sums and tiles.
-__device__ __forceinline__ void open_products() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void close_products() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int n>
 __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory");
 }
 
 // No use of the sums moves from behind this to before it: to the compiler, waiting does not concern them.
-__device__ __forceinline__ void keep_behind(float (&sums)[kProductNumbers]) {
+__device__ __forceinline__ void fence_sums(float (&sums)[kProductNumbers]) {
   POM_UNROLL
   for (int i = 0; i < kProductNumbers; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
@@ -186,9 +182,9 @@ __device__ __forceinline__ void queue_product(float (&sums)[kProductNumbers], ui
 #endif  // __CUDACC__
 
 // How a product finds a tile: its address, eight rows every 1,024 bytes, chunks swapped within 128.
-__device__ inline uint64_t describe_tile(const char* tile) {
-  const uint64_t address = shared_address(tile) & 0x3ffff, eight_rows = 8 * kTileRowBytes, swapped = 1;
-  return address >> 4 | uint64_t(1) << 16 | eight_rows >> 4 << 32 | swapped << 62;
+__device__ inline uint64_t tile_descriptor(const char* tile) {
+  const uint64_t address = shared_address(tile) & 0x3ffff, eight_rows = 8 * kTileRowBytes, swizzled = 1;
+  return address >> 4 | uint64_t(1) << 16 | eight_rows >> 4 << 32 | swizzled << 62;
 }
 
 // sums (+)= tokens weightᵀ over one step, whose first product replaces the sums unless they are to be added to.
@@ -197,7 +193,7 @@ template <class T>
 __device__ __forceinline__ void queue_step(float (&sums)[kProductNumbers], const char* tokens, const char* weight,
                                            bool add) {
   constexpr int kBytes = 16 * 2;  // of 16 inputs in a row
-  const uint64_t first_tokens = describe_tile(tokens), first_weight = describe_tile(weight);
+  const uint64_t first_tokens = tile_descriptor(tokens), first_weight = tile_descriptor(weight);
   POM_UNROLL
   for (int i = 0; i < kTileRowBytes / kBytes; ++i)
     queue_product<T>(sums, first_tokens + i * (kBytes >> 4), first_weight + i * (kBytes >> 4), add || i > 0);

@@ -16,7 +16,7 @@
 namespace pom::cuda {
 
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;  // of a grid's first dimension
-constexpr size_t kUnaskedShared = 48 << 10;  // bytes of shared memory that a block may have unless its kernel asks
+constexpr size_t kDefaultSharedBytes = 48 << 10;  // bytes of shared memory that a block may have unless its kernel asks
 
 // Keeps CUDA's own words, or clearer ones, for `error()`.
 Status checked(cudaError_t code);
@@ -24,17 +24,17 @@ Status checked(cudaError_t code);
 Status refused(const char* words, Status status = Status::device_error);
 
 template <class T>
-struct given {  // keeps a parameter's type from being deduced from its argument
+struct non_deduced {  // keeps a parameter's type from being deduced from its argument
   using type = T;
 };
 
 // Queues a kernel on a one-dimensional grid. No blocks, no launch.
 template <class... Parameters>
 Status launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
-              typename given<Parameters>::type... arguments) {
+              typename non_deduced<Parameters>::type... arguments) {
   if (blocks == 0) return Status::ok;
   if (blocks > kMaxBlocks) return Status::bad_size;
-  if (shared_bytes > kUnaskedShared) {
+  if (shared_bytes > kDefaultSharedBytes) {
     const cudaFuncAttribute room = cudaFuncAttributeMaxDynamicSharedMemorySize;
     if (const Status s = checked(cudaFuncSetAttribute(kernel, room, int(shared_bytes))); s != Status::ok) return s;
   }
@@ -93,7 +93,7 @@ Status count_clusters(void (*kernel)(Parameters...), const Clusters& shape, int&
 
 template <class... Parameters>
 Status launch_clusters(void (*kernel)(Parameters...), int64_t clusters, const Clusters& shape, void* stream,
-                       typename given<Parameters>::type... arguments) {
+                       typename non_deduced<Parameters>::type... arguments) {
   if (clusters == 0) return Status::ok;
   if (clusters > kMaxBlocks / shape.blocks) return Status::bad_size;
 #ifdef __CUDACC__

@@ -36,10 +36,10 @@ struct MaskProduct {
         transposed(transposed),
         row_tiles(int(ceil_div(rows, kMaskTile))),
         channel_tiles(int(ceil_div(channels, kMaskTile))) {
-    const int64_t tiles = most(1, int64_t(row_tiles) * channel_tiles), chunks = most(1, ceil_div(depth, kMaskChunk));
-    cuts = int(most(1, least(kMaskBlocks / tiles, ceil_div(chunks, 4))));
+    const int64_t tiles = max(1, int64_t(row_tiles) * channel_tiles), chunks = max(1, ceil_div(depth, kMaskChunk));
+    cuts = int(max(1, min(kMaskBlocks / tiles, ceil_div(chunks, 4))));
     length = ceil_div(chunks, cuts) * kMaskChunk;
-    cuts = int(most(1, ceil_div(depth, length)));  // without empty ones
+    cuts = int(max(1, ceil_div(depth, length)));  // without empty ones
     if (cuts == 1) return;
     partial = arena.take<Acc>(batch * rows * cuts * channels);
     if (!transposed) partial_weights = arena.take<double>(batch * rows * cuts);

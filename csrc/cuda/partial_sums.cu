@@ -6,34 +6,34 @@ namespace pom::cuda {
 namespace {
 
 template <class I>
-constexpr int kBlocks = is_along<typename I::Form> ? 1 : 2;  // of a multiprocessor at the least
+constexpr int kBlocks = has_tangent<typename I::Form> ? 1 : 2;  // of a multiprocessor at the least
 // Tokens that a thread loads before it uses the first: of one range all that it has of a piece of 64.
 template <class I>
-constexpr int kLoads = FeatureTokens<I>::kNumbers > 16 || FeatureTokens<I>::kRanges > 3       ? 2
-                       : FeatureTokens<I>::kRanges > 1 || is_along<typename I::Form> ? 4
-                                                                                     : 8;
+constexpr int kLoads = FeatureTokens<I>::kNumbers > 16 || FeatureTokens<I>::kRanges > 3 ? 2
+                       : FeatureTokens<I>::kRanges > 1 || has_tangent<typename I::Form> ? 4
+                                                                                        : 8;
 
 template <class I>
-using RowOf = SlabRow<typename I::Acc, I::Vec, FeatureTokens<I>::kRanges>;
+using RowOf = ChannelTileSum<typename I::Acc, I::Vec, FeatureTokens<I>::kRanges>;
 
 // Each block walks through neighbouring pieces of one slab. The first tokens of the next piece are on their way while
 // the sums of this one are added up.
 template <class I>
-__global__ void __launch_bounds__(kThreads, kBlocks<I>) features_of_pieces(SumArgs<typename I::Acc> args) {
+__global__ void __launch_bounds__(kThreads, kBlocks<I>) sum_features_kernel(SumArgs<typename I::Acc> args) {
   using Acc = typename I::Acc;
   using Tokens = FeatureTokens<I>;
   constexpr int kNumbers = Tokens::kNumbers, kUnroll = kLoads<I>;
   POM_SHARED(memory);
   const int rows = kThreads / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
-  const BlockIndex block(args.slabs.count);
+  const BlockIndex block(args.channel_tiles.count);
   const Features& f = args.features;
   const Pieces& pieces = args.pieces;
-  const Place place = args.slabs.place(block.slab, lane);
-  const RowOf<I> out(args.slabs, block.slab);
-  const unsigned slots = unsigned(pieces.slots()), end = args.deal.first(block.row + 1);
+  const Place place = args.channel_tiles.place(block.tile, lane);
+  const RowOf<I> out(args.channel_tiles, block.tile);
+  const unsigned slots = unsigned(pieces.slots()), end = args.partition.first(block.row + 1);
 
-  for (unsigned index = args.deal.first(block.row); index < end;) {
-    const unsigned b = index / slots, behind = unsigned(least(end, (b + 1) * slots));
+  for (unsigned index = args.partition.first(block.row); index < end;) {
+    const unsigned b = index / slots, sample_end = unsigned(min(end, (b + 1) * slots));
     const Tokens tokens(f, b, place);
     typename Tokens::Raw raw[kUnroll];
     auto load = [&](int j, int64_t token) { tokens.load(token, raw[j]); };
@@ -43,13 +43,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<I>) features_of_pieces(SumAr
       token = int(piece.begin) + row, last = int(piece.end);
       load_tokens<kUnroll>(token, last, rows, load);
     };
-    for (begin(index); index < behind; ++index) {
+    for (begin(index); index < sample_end; ++index) {
       Acc sum[kNumbers] = {};
       use_tokens<kUnroll>(token, last, rows, load, [&](int j, int64_t token) { tokens.add(token, raw[j], sum); });
-      if (index + 1 < behind) begin(index + 1);
+      if (index + 1 < sample_end) begin(index + 1);
       out.sum(sum, reinterpret_cast<Acc*>(memory), args.rows + int64_t(index) * f.channels());
 
-      if (!args.weight_rows || block.slab > 0) continue;  // the first slab also adds up the weights
+      if (!args.weight_rows || block.tile > 0) continue;  // the first slab also adds up the weights
       const Piece summed = pieces.at(index - b * slots);
       double weights[1] = {0};
       for (int64_t token = summed.begin + threadIdx.x; token < summed.end; token += kThreads)
@@ -59,23 +59,24 @@ __global__ void __launch_bounds__(kThreads, kBlocks<I>) features_of_pieces(SumAr
       if (threadIdx.x == 0) args.weight_rows[index] = weights[0];
     }
   }
-  if (args.tickets) join_samples(join_of(args), args.deal, block, args.slabs.count, out, args.tickets);
+  if (args.tickets)
+    reduce_samples(reduce_args(args), args.partition, block, args.channel_tiles.count, out, args.tickets);
 }
 
 }  // namespace
 
 template <class Acc>
-Status sum_pieces(const SumArgs<Acc>& given, void* stream) {
-  const Features& f = given.features;
-  if (const Status s = check_deal(f.batch, given.pieces); s != Status::ok) return s;
-  return with_instance(f, f.rotary.axes > 0, given.slabs.vec, [&](auto instance) {
+Status sum_pieces(const SumArgs<Acc>& call, void* stream) {
+  const Features& f = call.features;
+  if (const Status s = check_partition(f.batch, call.pieces); s != Status::ok) return s;
+  return with_instance(f, f.rotary.axes > 0, call.channel_tiles.vec, [&](auto instance) {
     using I = decltype(instance);
     if constexpr (std::is_same_v<typename I::Acc, Acc>) {
-      SumArgs<Acc> args = given;
-      args.deal = deal(unsigned(f.batch * args.pieces.slots()), args.slabs.count, kBlocks<I>);
-      const size_t shared = most(RowOf<I>::kBytes, sizeof(double) * kThreads / 2);
-      return launch(features_of_pieces<I>, int64_t(args.slabs.count) * args.deal.blocks, kThreads, shared, stream,
-                    args);
+      SumArgs<Acc> args = call;
+      args.partition = partition_work(unsigned(f.batch * args.pieces.slots()), args.channel_tiles.count, kBlocks<I>);
+      const size_t shared = max(RowOf<I>::kBytes, sizeof(double) * kThreads / 2);
+      return launch(sum_features_kernel<I>, int64_t(args.channel_tiles.count) * args.partition.blocks, kThreads, shared,
+                    stream, args);
     }
     return Status::bad_dtype;
   });

@@ -12,8 +12,8 @@ namespace pom::cuda {
 // and the same number on every GPU, since on it depends which tokens a row is of. Whole waves of 132 multiprocessors.
 constexpr int64_t kCoeffBlocks = 1056;
 
-inline Deal coeff_deal(int64_t pieces, const Slabs& slabs) {
-  return {unsigned(pieces), unsigned(least(pieces, most(1, kCoeffBlocks / slabs.count)))};
+inline WorkPartition partition_coeff_work(int64_t pieces, const ChannelTiles& channel_tiles) {
+  return {unsigned(pieces), unsigned(min(pieces, max(1, kCoeffBlocks / channel_tiles.count)))};
 }
 
 inline Alignment alignment_of(const Features& f) {
@@ -26,17 +26,16 @@ inline Alignment alignment_of(const Features& f) {
 
 // `rotary` says which channels turn: that of the features, or of the gates beside them. `vec` elements are what the
 // alignment allows.
-inline Slabs slabs_of(const Features& f, const Rotary& rotary, int vec, int lanes = kLanes) {
-  const bool general = f.u_tangent ? is_general_along(f.dtype, f.degree) : f.degree < 2 || f.degree > 4;
+inline ChannelTiles make_channel_tiles(const Features& f, const Rotary& rotary, int vec, int lanes = kLanes) {
+  const bool general = f.u_tangent ? is_general_with_tangent(f.dtype, f.degree) : f.degree < 2 || f.degree > 4;
   const int widest = general ? 1 : rotary.axes || f.u_tangent ? 4 : 8;
-  return {f.width, f.form == Form::product ? f.degree : 1, rotary, int(least(vec, widest)), lanes};
+  return {f.width, f.form == Form::product ? f.degree : 1, rotary, int(min(vec, widest)), lanes};
 }
 
 // The gradients of one power's coefficients, without a run-time index into registers.
 template <class I>
-__device__ void take_power(
-    const typename I::Acc (&dc)[FeatureTokens<I>::kRanges][I::Vec][FeatureTokens<I>::kCoeffs], int power,
-    typename I::Acc (&of_power)[FeatureTokens<I>::kNumbers]) {
+__device__ void select_power(const typename I::Acc (&dc)[FeatureTokens<I>::kRanges][I::Vec][FeatureTokens<I>::kCoeffs],
+                             int power, typename I::Acc (&of_power)[FeatureTokens<I>::kNumbers]) {
   POM_UNROLL
   for (int r = 0; r < FeatureTokens<I>::kRanges; ++r) {
     POM_UNROLL
@@ -53,28 +52,28 @@ __device__ void take_power(
 template <class I>
 __device__ void write_coeff_row(
     const typename I::Acc (&dc)[FeatureTokens<I>::kRanges][I::Vec][FeatureTokens<I>::kCoeffs], const Features& f,
-    const Slabs& slabs, unsigned slab, typename I::Acc* out) {
+    const ChannelTiles& channel_tiles, unsigned channel_tile, typename I::Acc* out) {
   using Acc = typename I::Acc;
   constexpr int kRanges = FeatureTokens<I>::kRanges, Vec = I::Vec;
   POM_SHARED(memory);
-  const SlabRow<Acc, Vec, kRanges> row(slabs, slab);
+  const ChannelTileSum<Acc, Vec, kRanges> row(channel_tiles, channel_tile);
   for (int k = 0; k < f.degree; ++k) {
     Acc of_power[kRanges * Vec];
-    take_power<I>(dc, k, of_power);
+    select_power<I>(dc, k, of_power);
     row.sum(of_power, reinterpret_cast<Acc*>(memory), out + k * f.width);
   }
 }
 template <class I>
 constexpr size_t kCoeffBytes =
-    I::Form::has_coeff ? SlabRow<typename I::Acc, I::Vec, FeatureTokens<I>::kRanges>::kBytes : 0;
+    I::Form::has_coeff ? ChannelTileSum<typename I::Acc, I::Vec, FeatureTokens<I>::kRanges>::kBytes : 0;
 
 // What a kernel needs to sum φ over pieces, and to join the pieces of samples that are one group.
 template <class Acc>
 struct SumArgs {
   Features features;
-  Slabs slabs;
+  ChannelTiles channel_tiles;
   Pieces pieces;
-  Deal deal;                      // set by the launch
+  WorkPartition partition;        // set by the launch
   Acc* rows = nullptr;            // (batch, slots, C)
   double* weight_rows = nullptr;  // (batch, slots)
   Ticket* tickets = nullptr;      // (batch, slabs), null where nothing is joined
@@ -84,7 +83,7 @@ struct SumArgs {
 
 // What becomes of the rows.
 template <class Acc>
-POM_HD Join<Acc> join_of(const SumArgs<Acc>& args) {
+POM_HD ReduceArgs<Acc> reduce_args(const SumArgs<Acc>& args) {
   const Features& f = args.features;
   return {args.pieces, f.batch, f.channels(), args.rows, args.weight_rows, args.prior, nullptr, args.out};
 }
@@ -99,11 +98,11 @@ class PieceSums {
   Acc* rows;            // (batch, slots, C)
   double* weight_rows;  // (batch, slots), null without weights
 
-  PieceSums(const Features& f, const Pieces& pieces, bool joined, Arena& arena)
+  PieceSums(const Features& f, const Pieces& pieces, bool reduce, Arena& arena)
       : rows(arena.take<Acc>(f.batch * pieces.slots() * f.channels())),
         weight_rows(f.weight ? arena.take<double>(f.batch * pieces.slots()) : nullptr),
-        args_{f, slabs_of(f, f.rotary, alignment_of(f).vec()), pieces, {}, rows, weight_rows} {
-    if (joined) args_.tickets = arena.take<Ticket>(f.batch * args_.slabs.count);
+        args_{f, make_channel_tiles(f, f.rotary, alignment_of(f).vec()), pieces, {}, rows, weight_rows} {
+    if (reduce) args_.tickets = arena.take<Ticket>(f.batch * args_.channel_tiles.count);
   }
 
   // Where they are joined, with a prior that is added.

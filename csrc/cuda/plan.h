@@ -17,8 +17,8 @@ constexpr int kWarp = 32;
 constexpr int64_t kMaxTokens = (int64_t(1) << 31) - 1024;  // of a sample, and channels: their numbers fit in 32 bits
 
 POM_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-POM_HD constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-POM_HD constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+POM_HD constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+POM_HD constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Groups of consecutive tokens cut at the borders of chunks of `length` tokens: pieces, each with a partial sum of its
 // own. Piece `slot` is the slot-th step of a walk that passes one border, of a chunk or of a group, at a time; pieces
@@ -36,10 +36,10 @@ struct Pieces {
   Pieces() = default;
   Pieces(int64_t tokens, int shift, int64_t groups, const int64_t* offsets)
       : tokens(tokens),
-        chunks(most(1, ceil_div(tokens, int64_t(1) << shift))),
+        chunks(max(1, ceil_div(tokens, int64_t(1) << shift))),
         groups(groups),
         shift(shift),
-        group_length(tokens / most(1, groups)),
+        group_length(tokens / max(1, groups)),
         offsets(offsets) {}
   static Pieces rows(int64_t groups, int64_t of_each = 1) {
     Pieces pieces;
@@ -51,20 +51,20 @@ struct Pieces {
 
   // Offsets come from the caller's device memory and were never seen by the host: no token outside may be touched.
   POM_HD int64_t border(int64_t group) const {
-    if (offsets) return most(0, least(tokens, offsets[group]));
+    if (offsets) return max(0, min(tokens, offsets[group]));
     return group < groups ? group * group_length : tokens;
   }
   POM_HD int64_t passed(int64_t token) const { return token > 0 ? (token - 1) >> shift : 0; }  // chunks that end before
   POM_HD int64_t first_slot(int64_t group) const {
-    return apart ? group * chunks : least(group + passed(border(group)), chunks + group - 1);
+    return apart ? group * chunks : min(group + passed(border(group)), chunks + group - 1);
   }
   POM_HD int64_t last_slot(int64_t group) const {
-    return apart ? group * chunks + chunks - 1 : least(group + passed(border(group + 1)), chunks + group - 1);
+    return apart ? group * chunks + chunks - 1 : min(group + passed(border(group + 1)), chunks + group - 1);
   }
 
   POM_HD int64_t group_of(int64_t slot) const {
     if (groups == 1) return 0;
-    int64_t low = most(0, slot - (chunks - 1)), high = least(slot, groups - 1);
+    int64_t low = max(0, slot - (chunks - 1)), high = min(slot, groups - 1);
     while (low < high) {  // the first group whose slots do not end before this one
       const int64_t middle = (low + high) / 2;
       if (last_slot(middle) < slot)
@@ -75,15 +75,15 @@ struct Pieces {
     return low;
   }
   POM_HD Piece at(int64_t slot, int64_t group) const {
-    const int64_t chunk = slot - group, begin = chunk << shift, end = least(tokens, (chunk + 1) << shift);
+    const int64_t chunk = slot - group, begin = chunk << shift, end = min(tokens, (chunk + 1) << shift);
     if (groups == 1) return {group, begin, end};
-    return {group, most(begin, border(group)), least(end, border(group + 1))};
+    return {group, max(begin, border(group)), min(end, border(group + 1))};
   }
   POM_HD Piece at(int64_t slot) const { return at(slot, group_of(slot)); }
   // The last slot, at most `end`, up to which the pieces from `slot` on are tokens of one group without a gap. Slots of
   // no group, which offsets that do not run from 0 to all tokens leave, are taken one at a time.
   POM_HD int64_t last_of_run(int64_t slot, int64_t end, int64_t group) const {
-    return slot < first_slot(group) ? slot : most(slot, least(end, last_slot(group)));
+    return slot < first_slot(group) ? slot : max(slot, min(end, last_slot(group)));
   }
 };
 
@@ -104,30 +104,30 @@ struct Place {
 
 // Channels dealt to rows of threads, slab by slab. The factors of the product form lie in ranges `width` apart; with
 // rotary positions a thread holds the two ranges that turn into each other.
-struct Slabs {
+struct ChannelTiles {
   int64_t width = 0;  // of one range
   int ranges = 1, vec = 1, lanes = kLanes;
   int64_t half = 0;    // pairs of one axis
-  int axis_slabs = 0;  // of one axis
-  int turned_slabs = 0, count = 0;
+  int axis_tiles = 0;  // of one axis
+  int rotated_tiles = 0, count = 0;
 
-  Slabs() = default;
-  Slabs(int64_t width, int ranges, const Rotary& rotary, int vec, int lanes)
+  ChannelTiles() = default;
+  ChannelTiles(int64_t width, int ranges, const Rotary& rotary, int vec, int lanes)
       : width(width), ranges(ranges), vec(vec), lanes(lanes), half(rotary.half) {
-    if (rotary.axes) axis_slabs = int(ceil_div(half, lanes * vec));
-    turned_slabs = axis_slabs * rotary.axes;
-    count = turned_slabs + int(ceil_div(width - 2 * half * rotary.axes, lanes * vec));
+    if (rotary.axes) axis_tiles = int(ceil_div(half, lanes * vec));
+    rotated_tiles = axis_tiles * rotary.axes;
+    count = rotated_tiles + int(ceil_div(width - 2 * half * rotary.axes, lanes * vec));
   }
 
-  POM_HD Place place(unsigned slab, int lane) const {
+  POM_HD Place place(unsigned channel_tile, int lane) const {
     Place place;
-    if (int(slab) < turned_slabs) {
-      const int axis = int(slab) / axis_slabs;
-      const int64_t low = (int64_t(slab) - axis * axis_slabs) * lanes * vec + int64_t(lane) * vec;
+    if (int(channel_tile) < rotated_tiles) {
+      const int axis = int(channel_tile) / axis_tiles;
+      const int64_t low = (int64_t(channel_tile) - axis * axis_tiles) * lanes * vec + int64_t(lane) * vec;
       place = {2 * half * axis + low, half, low < half ? 2 : 0, low < half ? half * axis + low : -1};
     } else {
-      const int64_t turned = axis_slabs ? 2 * half * (turned_slabs / axis_slabs) : 0;
-      place.channel = turned + (int64_t(slab) - turned_slabs) * lanes * vec + int64_t(lane) * vec;
+      const int64_t rotated = axis_tiles ? 2 * half * (rotated_tiles / axis_tiles) : 0;
+      place.channel = rotated + (int64_t(channel_tile) - rotated_tiles) * lanes * vec + int64_t(lane) * vec;
       place.stride = width;
       place.ranges = place.channel < width ? ranges : 0;
     }
@@ -162,7 +162,7 @@ class Alignment {
     return *this;
   }
   Alignment& with(const Alignment& other) {
-    vec_ = int(least(vec_, other.vec_));
+    vec_ = int(min(vec_, other.vec_));
     return *this;
   }
   int vec() const { return vec_; }
@@ -178,28 +178,28 @@ class Alignment {
 
 // A form whose features are derivatives along a tangent, or gates that are.
 template <class Value>
-struct Along : Value {
+struct WithTangent : Value {
   using Value::Value;
 };
 // A form beside gates that are derivatives along a tangent.
 template <class Form>
-struct GatesAlong : Form {
+struct WithGateTangent : Form {
   using Form::Form;
 };
 template <class Value>
-constexpr bool is_along = false;
+constexpr bool has_tangent = false;
 template <class Value>
-constexpr bool is_along<Along<Value>> = true;
+constexpr bool has_tangent<WithTangent<Value>> = true;
 
 // One instance of a kernel. Instances are few: eight or four elements at once for degrees 2, 3 and 4 (with tangents,
 // four for 2 and 3), and one for all else.
-template <class Form_, class T_, int Vec_, bool turned_>
+template <class Form_, class T_, int Vec_, bool rotated_>
 struct Instance {
   using Form = Form_;
   using T = T_;
   using Acc = typename accumulator<T>::type;
   static constexpr int Vec = Vec_;
-  static constexpr bool turned = turned_;
+  static constexpr bool rotated = rotated_;
 };
 
 // body(std::integral_constant<int, vec>{}), for one of 8, 4 and 1 that is not above `widest`.
@@ -212,32 +212,32 @@ Status with_vec(int vec, Body body) {
   return body(std::integral_constant<int, 1>{});
 }
 
-template <template <int> class Form, bool turned, class T, class Body>
+template <template <int> class Form, bool rotated, class T, class Body>
 Status with_degree(int degree, int vec, Body body) {
-  return with_vec<widest_vec(sizeof(T), turned)>(vec, [&](auto elements) {
+  return with_vec<widest_vec(sizeof(T), rotated)>(vec, [&](auto elements) {
     constexpr int Vec = decltype(elements)::value;
     if constexpr (Vec == 1) {
-      return body(Instance<Form<0>, T, 1, turned>{});
+      return body(Instance<Form<0>, T, 1, rotated>{});
     } else {
-      if (degree == 2) return body(Instance<Form<2>, T, Vec, turned>{});
-      if (degree == 3) return body(Instance<Form<3>, T, Vec, turned>{});
-      return body(Instance<Form<4>, T, Vec, turned>{});
+      if (degree == 2) return body(Instance<Form<2>, T, Vec, rotated>{});
+      if (degree == 3) return body(Instance<Form<3>, T, Vec, rotated>{});
+      return body(Instance<Form<4>, T, Vec, rotated>{});
     }
   });
 }
 
 // With tangents vectors are for what models are trained in.
-constexpr bool is_general_along(Dtype dtype, int degree) {
+constexpr bool is_general_with_tangent(Dtype dtype, int degree) {
   return (dtype != Dtype::f32 && dtype != Dtype::bf16) || degree < 2 || degree > 3;
 }
 
-template <template <int> class Form, bool turned, class T, class Body>
-Status with_degree_along(int degree, int vec, Body body) {
+template <template <int> class Form, bool rotated, class T, class Body>
+Status with_degree_and_tangent(int degree, int vec, Body body) {
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, bf16>) {
-    if (vec == 4 && degree == 2) return body(Instance<Along<Form<2>>, T, 4, turned>{});
-    if (vec == 4 && degree == 3) return body(Instance<Along<Form<3>>, T, 4, turned>{});
+    if (vec == 4 && degree == 2) return body(Instance<WithTangent<Form<2>>, T, 4, rotated>{});
+    if (vec == 4 && degree == 3) return body(Instance<WithTangent<Form<3>>, T, 4, rotated>{});
   }
-  return body(Instance<Along<Form<0>>, T, 1, turned>{});
+  return body(Instance<WithTangent<Form<0>>, T, 1, rotated>{});
 }
 
 template <class Body>
@@ -257,13 +257,14 @@ Status with_dtype(Dtype dtype, Body body) {
 // body(Instance{}) for these features; `turned` where a thread must hold pairs of channels, `vec` as the slabs have it.
 // An operation that takes no tangents says so.
 template <bool tangents = true, class Body>
-Status with_instance(const Features& f, bool turned, int vec, Body body) {
+Status with_instance(const Features& f, bool rotated, int vec, Body body) {
   return with_dtype(f.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (tangents) {
-      if (f.u_tangent && f.form == Form::product) return with_degree_along<Product, false, T>(f.degree, vec, body);
-      if (f.u_tangent && turned) return with_degree_along<Power, true, T>(f.degree, vec, body);
-      if (f.u_tangent) return with_degree_along<Power, false, T>(f.degree, vec, body);
+      if (f.u_tangent && f.form == Form::product)
+        return with_degree_and_tangent<Product, false, T>(f.degree, vec, body);
+      if (f.u_tangent && rotated) return with_degree_and_tangent<Power, true, T>(f.degree, vec, body);
+      if (f.u_tangent) return with_degree_and_tangent<Power, false, T>(f.degree, vec, body);
     }
     if (f.form == Form::product) {
       if constexpr (sizeof(T) == 2)
@@ -271,7 +272,7 @@ Status with_instance(const Features& f, bool turned, int vec, Body body) {
       else
         return with_degree<Product, false, T>(f.degree, vec, body);
     }
-    if (turned) return with_degree<Power, true, T>(f.degree, vec, body);
+    if (rotated) return with_degree<Power, true, T>(f.degree, vec, body);
     return with_degree<Power, false, T>(f.degree, vec, body);
   });
 }

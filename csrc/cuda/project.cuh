@@ -35,10 +35,10 @@ static_assert(kCopiesCoefficients + 1 == kGroupWarps);
 
 // Where a step lies in a ring of stages.
 template <int stages>
-struct Turn {
+struct RingPosition {
   int stage;
   unsigned parity;
-  __device__ explicit Turn(unsigned step) : stage(int(step % stages)), parity(step / stages & 1) {}
+  __device__ explicit RingPosition(unsigned step) : stage(int(step % stages)), parity(step / stages & 1) {}
 };
 
 // A ring of tiles, with what says that one is there, and that it is needed no more.
@@ -78,7 +78,7 @@ struct ProjectShared {
 constexpr size_t kProjectBytes = sizeof(ProjectShared) + kTileAlignment;  // memory of a block is less aligned
 static_assert(kProjectBytes <= 227 << 10, "a block has no more");
 
-struct ProjectSums {
+struct ProjectKernelArgs {
   TileMap x, weight;
   Pieces pieces;
   int64_t tokens = 0;
@@ -93,7 +93,7 @@ struct ProjectSums {
 
 // A cluster's rounds: a few slots and 256 channels in each.
 template <class Body>
-__device__ __forceinline__ void each_round(const ProjectSums& args, Body body) {
+__device__ __forceinline__ void each_round(const ProjectKernelArgs& args, Body body) {
   for (unsigned round = blockIdx.x / kCluster; round < args.all_rounds; round += gridDim.x / kCluster) body(round);
 }
 
@@ -104,7 +104,7 @@ struct Work {
   int column = 0;            // the first
 
   Work() = default;
-  __device__ Work(const ProjectSums& args, unsigned round, int group)
+  __device__ Work(const ProjectKernelArgs& args, unsigned round, int group)
       : slot((round / args.column_blocks * kCluster + cluster_rank()) * kGroups + group),
         b(slot / args.slots),
         column(int(round % args.column_blocks) * kProductColumns) {
@@ -113,46 +113,47 @@ struct Work {
 };
 
 // Both blocks' halves of the weight's tiles come at one barrier each.
-__device__ inline void copy_weight(const ProjectSums& args, ProjectShared& shared) {
+__device__ inline void copy_weight(const ProjectKernelArgs& args, ProjectShared& shared) {
   const int share = int(cluster_rank());
   unsigned step = 0;
   each_round(args, [&](unsigned round) {
     const int row = int(round % args.column_blocks) * kProductColumns + share * kShareRows;
     for (int i = 0; i < args.steps; ++i, ++step) {
-      const Turn<kWeightStages> turn(step);
-      Barrier& full = shared.weight_barriers.full[turn.stage];
-      shared.weight_barriers.empty[turn.stage].wait(turn.parity ^ 1);  // in both blocks
+      const RingPosition<kWeightStages> position(step);
+      Barrier& full = shared.weight_barriers.full[position.stage];
+      shared.weight_barriers.empty[position.stage].wait(position.parity ^ 1);  // in both blocks
       full.arrive_expecting(WeightRing::bytes);
-      char* const tile = shared.weight.tiles[turn.stage] + share * kShareRows * kTileRowBytes;
-      load_tile_in_all<kCluster>(args.weight, tile, i * kDepth, row, 0, full);
+      char* const tile = shared.weight.tiles[position.stage] + share * kShareRows * kTileRowBytes;
+      load_tile_multicast<kCluster>(args.weight, tile, i * kDepth, row, 0, full);
     }
   });
 }
 
-__device__ inline void copy_tokens(const ProjectSums& args, ProjectShared& shared, int group) {
+__device__ inline void copy_tokens(const ProjectKernelArgs& args, ProjectShared& shared, int group) {
   TokenRing::Barriers& barriers = shared.token_barriers[group];
   unsigned step = 0;
   each_round(args, [&](unsigned round) {
     const Work work(args, round, group);
     for (int i = 0; i < args.steps; ++i, ++step) {
-      const Turn<kTokenStages> turn(step);
-      Barrier& full = barriers.full[turn.stage];
-      barriers.empty[turn.stage].wait(turn.parity ^ 1);
+      const RingPosition<kTokenStages> position(step);
+      Barrier& full = barriers.full[position.stage];
+      barriers.empty[position.stage].wait(position.parity ^ 1);
       full.arrive_expecting(TokenRing::bytes);
       // Tokens of samples that are not there are zeros.
-      load_tile(args.x, shared.tokens[group].tiles[turn.stage], i * kDepth, int(work.piece.begin), int(work.b), full);
+      load_tile(args.x, shared.tokens[group].tiles[position.stage], i * kDepth, int(work.piece.begin), int(work.b),
+                full);
     }
   });
 }
 
 // By a warp. Products read the coefficients at the end of a round.
 template <class T, int degree>
-__device__ inline void copy_coefficients(const ProjectSums& args, ProjectShared& shared) {
+__device__ inline void copy_coefficients(const ProjectKernelArgs& args, ProjectShared& shared) {
   const int lane = int(threadIdx.x) % kWarp;
   unsigned parity = 0;
   each_round(args, [&](unsigned round) {
     const int column = int(round % args.column_blocks) * kProductColumns;
-    const int channels = int(least(kProductColumns, args.channels - column));  // a multiple of 8
+    const int channels = int(min(kProductColumns, args.channels - column));  // a multiple of 8
     shared.coeff_empty.wait(parity ^ 1);
     POM_UNROLL_4
     for (int j = 0; j < kProductColumns * degree / 4; j += kWarp) {

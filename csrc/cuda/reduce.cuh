@@ -10,7 +10,7 @@ namespace pom::cuda {
 
 // Sums of the rows (batch, slots, channels) that belong to each group, and what else becomes of them.
 template <class Acc>
-struct Join {
+struct ReduceArgs {
   Pieces pieces;
   int64_t batch = 0, channels = 0;
   const Acc* rows = nullptr;
@@ -22,40 +22,40 @@ struct Join {
 
 // A sum for each group.
 template <class Acc>
-Status join(const Join<Acc>& args, void* stream);
+Status reduce_groups(const ReduceArgs<Acc>& args, void* stream);
 
 // Sums of all groups up to each one or, `backwards`, from each one on.
 template <class Acc>
-Status scan(const Join<Acc>& args, bool backwards, void* stream);
+Status scan_groups(const ReduceArgs<Acc>& args, bool backwards, void* stream);
 
 // dc (width, degree) = Σ of the rows (count, degree, width)
 template <class Acc>
-Status join_coeff(const Acc* rows, int64_t count, int64_t degree, int64_t width, Acc* out, void* stream);
+Status reduce_coeff(const Acc* rows, int64_t count, int64_t degree, int64_t width, Acc* out, void* stream);
 
 // The sum of one column over the rows first … last, in doubles: every eighth row is added to the same one of eight
 // sums, four rows at a time, and these to each other. What other blocks have written before a fence is seen.
 template <class Number>
 __device__ double column_sum(const Number* column, int64_t stride, int64_t first, int64_t last) {
-  constexpr int kSums = 8, kRows = 4, kAtOnce = sizeof(Number) == 4 ? 8 : 4;  // sums at once, as registers allow
+  constexpr int kSums = 8, kRows = 4, kParallelSums = sizeof(Number) == 4 ? 8 : 4;  // sums at once, as registers allow
   double sum = 0;
   POM_UNROLL_1
-  for (int begin = 0; begin < kSums; begin += kAtOnce) {
-    double sums[kAtOnce] = {};
+  for (int begin = 0; begin < kSums; begin += kParallelSums) {
+    double sums[kParallelSums] = {};
     const Number* at = column + (first + begin) * stride;
     POM_UNROLL_1
     for (int64_t left = last - first + 1 - begin; left > 0; left -= kSums * kRows) {
-      Number x[kRows][kAtOnce];
+      Number x[kRows][kParallelSums];
       POM_UNROLL
       for (int k = 0; k < kRows; ++k) {
         POM_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
+        for (int i = 0; i < kParallelSums; ++i) {
           x[k][i] = k * kSums + i < left ? __ldcg(at) : Number(0);
           at += stride;
         }
-        at += (kSums - kAtOnce) * stride;
+        at += (kSums - kParallelSums) * stride;
       }
       POM_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
+      for (int i = 0; i < kParallelSums; ++i) {
         const double low = x[0][i], high = x[1][i];
         // Zeros behind the end change no sum, but which of the others are added first does.
         if ((kRows - 1) * kSums + i < left)
@@ -65,36 +65,36 @@ __device__ double column_sum(const Number* column, int64_t stride, int64_t first
       }
     }
     POM_UNROLL
-    for (int i = 0; i < kAtOnce; ++i) sum += sums[i];
+    for (int i = 0; i < kParallelSums; ++i) sum += sums[i];
   }
   return sum;
 }
 
 template <class Acc>
-POM_HD void write_state(const StateOut& out, int64_t at, double sum, double rest) {
+POM_HD void write_state(const StateOut& out, int64_t at, double sum, double remainder) {
   Acc total, residual;
-  split(sum, rest, total, residual);
+  split(sum, remainder, total, residual);
   if (out.total) static_cast<Acc*>(out.total)[at] = total;
   if (out.residual) static_cast<Acc*>(out.residual)[at] = residual;
 }
 
 // One channel of a group of sample b.
 template <class Acc>
-__device__ void join_channel(const Join<Acc>& args, int64_t b, int64_t group, int64_t channel) {
+__device__ void reduce_channel(const ReduceArgs<Acc>& args, int64_t b, int64_t group, int64_t channel) {
   const int64_t slots = args.pieces.slots(), row = b * args.pieces.groups + group;
   double sum = column_sum(args.rows + b * slots * args.channels + channel, args.channels,
                           args.pieces.first_slot(group), args.pieces.last_slot(group));
-  double rest = add_prior<Acc>(args.prior, b * args.channels + channel, sum);
+  double remainder = add_prior<Acc>(args.prior, b * args.channels + channel, sum);
   if (args.divisor) {
     const double scale = inverse(args.divisor[row]);
     sum = scale != 0 ? sum * scale : 0;  // of infinite sums too
-    rest = 0;
+    remainder = 0;
   }
-  write_state<Acc>(args.out, row * args.channels + channel, sum, rest);
+  write_state<Acc>(args.out, row * args.channels + channel, sum, remainder);
 }
 
 template <class Acc>
-__device__ void join_count(const Join<Acc>& args, int64_t b, int64_t group) {
+__device__ void reduce_count(const ReduceArgs<Acc>& args, int64_t b, int64_t group) {
   const Pieces& pieces = args.pieces;
   const double sum = args.weights ? column_sum(args.weights + b * pieces.slots(), 1, pieces.first_slot(group),
                                                pieces.last_slot(group))
@@ -106,24 +106,24 @@ __device__ void join_count(const Join<Acc>& args, int64_t b, int64_t group) {
 // piece of a sample adds up the sample's rows. `row` is the block's SlabRow, `tickets` is (batch, slabs). Who shares a sample
 // follows from its shape alone: from no offsets, which are the caller's and may be wrong.
 template <class Acc, class Row>
-__device__ void join_samples(const Join<Acc>& args, const Deal& deal, const BlockIndex& block, int slabs,
-                             const Row& row, Ticket* tickets) {
+__device__ void reduce_samples(const ReduceArgs<Acc>& args, const WorkPartition& partition, const BlockIndex& block,
+                               int channel_tiles, const Row& row, Ticket* tickets) {
   POM_SHARED(memory);
-  int* const told = reinterpret_cast<int*>(memory);
-  const unsigned slots = unsigned(args.pieces.slots()), end = deal.first(block.row + 1);
+  int* const broadcast = reinterpret_cast<int*>(memory);
+  const unsigned slots = unsigned(args.pieces.slots()), end = partition.first(block.row + 1);
   __syncthreads();
-  for (unsigned b = deal.first(block.row) / slots; b * slots < end; ++b) {
-    const unsigned sharing = deal.block_of((b + 1) * slots - 1) - deal.block_of(b * slots) + 1;
+  for (unsigned b = partition.first(block.row) / slots; b * slots < end; ++b) {
+    const unsigned sharing = partition.block_of((b + 1) * slots - 1) - partition.block_of(b * slots) + 1;
     if (sharing > 1) {
-      if (threadIdx.x == 0) *told = is_last(tickets + int64_t(b) * slabs + block.slab, sharing);
+      if (threadIdx.x == 0) *broadcast = is_last(tickets + int64_t(b) * channel_tiles + block.tile, sharing);
       __syncthreads();
-      const bool last = *told;
+      const bool last = *broadcast;
       __syncthreads();
       if (!last) continue;
     }
-    row.each([&](int64_t channel) { join_channel(args, b, 0, channel); });
+    row.each([&](int64_t channel) { reduce_channel(args, b, 0, channel); });
     // By a thread that has few channels to join.
-    if (block.slab == 0 && args.out.count && threadIdx.x + 1 == blockDim.x) join_count(args, b, 0);
+    if (block.tile == 0 && args.out.count && threadIdx.x + 1 == blockDim.x) reduce_count(args, b, 0);
   }
 }
 

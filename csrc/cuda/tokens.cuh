@@ -105,38 +105,38 @@ POM_HD void store_row(Acc* row, const Place& place, const Acc* x) {
 }
 
 // What a thread has loaded of a token, and where there is a tangent, of that.
-template <class Rows, bool along>
+template <class Rows, bool dual>
 struct Loaded {
-  typename Rows::Raw at;
+  typename Rows::Raw primal;
 };
 template <class Rows>
 struct Loaded<Rows, true> {
-  typename Rows::Raw at, along;
+  typename Rows::Raw primal, tangent;
 };
 
 // Numbers of a thread: plain ones, or dual ones where there is a tangent.
-template <class Acc, bool along>
-using Number = std::conditional_t<along, Dual<Acc>, Acc>;
+template <class Acc, bool dual>
+using Number = std::conditional_t<dual, Dual<Acc>, Acc>;
 
 template <class Rows, int count, class Acc>
 POM_HD void unpack(const Loaded<Rows, false>& raw, Acc (&x)[count]) {
-  Rows::unpack(raw.at, x);
+  Rows::unpack(raw.primal, x);
 }
 template <class Rows, int count, class Acc>
 POM_HD void unpack(const Loaded<Rows, true>& raw, Dual<Acc> (&x)[count]) {
-  Acc at[count], along[count];
-  Rows::unpack(raw.at, at);
-  Rows::unpack(raw.along, along);
+  Acc primal[count], tangent[count];
+  Rows::unpack(raw.primal, primal);
+  Rows::unpack(raw.tangent, tangent);
   POM_UNROLL
-  for (int i = 0; i < count; ++i) x[i] = {at[i], along[i]};
+  for (int i = 0; i < count; ++i) x[i] = {primal[i], tangent[i]};
 }
 
 template <class Acc>
-POM_HD void hold_fixed(Acc x, Acc& number) {
+POM_HD void lift(Acc x, Acc& number) {
   number = x;
 }
 template <class Acc>
-POM_HD void hold_fixed(Acc x, Dual<Acc>& number) {
+POM_HD void lift(Acc x, Dual<Acc>& number) {
   number = {x, Acc(0)};
 }
 
@@ -147,13 +147,13 @@ struct FeatureTokens {
   using T = typename I::T;
   using Acc = typename I::Acc;
   static constexpr int Vec = I::Vec;
-  static constexpr int kRanges = I::turned ? 2 : Form::capacity;
+  static constexpr int kRanges = I::rotated ? 2 : Form::capacity;
   static constexpr int kNumbers = kRanges * Vec;
   static constexpr int kCoeffs = Form::has_coeff ? decltype(Form::degree)::capacity : 1;
-  static constexpr bool along = is_along<Form>;
-  using Num = Number<Acc, along>;
+  static constexpr bool kDual = has_tangent<Form>;
+  using Num = Number<Acc, kDual>;
   using Rows = RowsOf<T, Vec, kRanges>;
-  struct Raw : Loaded<Rows, along> {
+  struct Raw : Loaded<Rows, kDual> {
     Acc weight;
   };
 
@@ -176,32 +176,32 @@ struct FeatureTokens {
       for (int r = 0; r < kRanges; ++r) {
         if (r >= place.ranges) continue;
         const int64_t offset = (place.channel + r * place.stride) * form.degree;
-        const Acc *given = static_cast<const Acc*>(f.coeff) + offset,
+        const Acc *coeff = static_cast<const Acc*>(f.coeff) + offset,
                   *tangent = static_cast<const Acc*>(f.coeff_tangent) + offset;
-        if constexpr (along) {
+        if constexpr (kDual) {
           POM_UNROLL
           for (int i = 0; i < Vec; ++i) {
             POM_UNROLL
             for (int k = 0; k < form.degree; ++k)
-              c[r][i][k] = {given[i * form.degree + k], tangent[i * form.degree + k]};
+              c[r][i][k] = {coeff[i * form.degree + k], tangent[i * form.degree + k]};
           }
         } else if constexpr (Vec > 1) {
-          load_numbers<Vec * kCoeffs>(given, &c[r][0][0]);
+          load_numbers<Vec * kCoeffs>(coeff, &c[r][0][0]);
         } else {
-          for (int k = 0; k < form.degree; ++k) c[r][0][k] = given[k];
+          for (int k = 0; k < form.degree; ++k) c[r][0][k] = coeff[k];
         }
       }
     }
   }
 
   POM_HD void load(int64_t token, Raw& raw) const {
-    u.load(token, raw.at);
-    if constexpr (along) u_tangent.load(token, raw.along);
+    u.load(token, raw.primal);
+    if constexpr (kDual) u_tangent.load(token, raw.tangent);
     raw.weight = weight(token);
   }
 
   POM_HD Acc weight(int64_t token) const { return weights ? weights[token] : Acc(1); }
-  POM_HD bool turns() const { return I::turned && place.pair >= 0 && rotary.axes; }
+  POM_HD bool rotates() const { return I::rotated && place.pair >= 0 && rotary.axes; }
 
   // φ, turned, not weighted
   POM_HD void value(int64_t token, const Raw& raw, Acc* phi) const {
@@ -214,7 +214,7 @@ struct FeatureTokens {
         for (int i = 0; i < Vec; ++i) {
           Num value;
           form.value(x + r * Vec + i, c[r][i], &value);
-          phi[r * Vec + i] = outcome(value);
+          phi[r * Vec + i] = primal_or_tangent(value);
         }
       }
     } else {
@@ -226,7 +226,7 @@ struct FeatureTokens {
         scatter(products, i, phi);
       }
     }
-    if (turns()) rotate<Vec>(rotary, token, place.pair, false, phi);
+    if (rotates()) rotate<Vec>(rotary, token, place.pair, false, phi);
   }
 
   // sum += w φ
@@ -241,7 +241,7 @@ struct FeatureTokens {
   POM_HD void slope(int64_t token, const Raw& raw, Acc* dphi, Acc* du, Acc (&dc)[kRanges][Vec][kCoeffs]) const {
     POM_UNROLL
     for (int i = 0; i < kNumbers; ++i) dphi[i] *= raw.weight;
-    if (turns()) rotate<Vec>(rotary, token, place.pair, true, dphi);
+    if (rotates()) rotate<Vec>(rotary, token, place.pair, true, dphi);
     Num x[kNumbers];
     unpack<Rows>(raw, x);
     if constexpr (Form::has_coeff) {
@@ -250,11 +250,11 @@ struct FeatureTokens {
         POM_UNROLL
         for (int i = 0; i < Vec; ++i) {
           Num back, slope, terms[kCoeffs];
-          hold_fixed(dphi[r * Vec + i], back);
+          lift(dphi[r * Vec + i], back);
           form.slope(x + r * Vec + i, c[r][i], &back, &slope, terms);
-          du[r * Vec + i] = outcome(slope);
+          du[r * Vec + i] = primal_or_tangent(slope);
           POM_UNROLL
-          for (int k = 0; k < form.degree; ++k) dc[r][i][k] += outcome(terms[k]);
+          for (int k = 0; k < form.degree; ++k) dc[r][i][k] += primal_or_tangent(terms[k]);
         }
       }
     } else {
@@ -263,7 +263,7 @@ struct FeatureTokens {
         Num factors[kRanges], dproducts[kRanges], dfactors[kRanges];
         gather(x, i, factors);
         POM_UNROLL
-        for (int r = 0; r < form.factors(); ++r) hold_fixed(dphi[r * Vec + i], dproducts[r]);
+        for (int r = 0; r < form.factors(); ++r) lift(dphi[r * Vec + i], dproducts[r]);
         form.slope(factors, static_cast<const Num*>(nullptr), dproducts, dfactors, static_cast<Num*>(nullptr));
         scatter(dfactors, i, du);
       }
@@ -277,7 +277,7 @@ struct FeatureTokens {
   }
   POM_HD void scatter(const Num* factors, int i, Acc* x) const {
     POM_UNROLL
-    for (int r = 0; r < form.factors(); ++r) x[r * Vec + i] = outcome(factors[r]);
+    for (int r = 0; r < form.factors(); ++r) x[r * Vec + i] = primal_or_tangent(factors[r]);
   }
 };
 

@@ -145,7 +145,7 @@ char* in_block(int rank, const void* p) { return running->in_block(rank, p); }
 bool in_shared(const char* p) { return running->in_shared(p); }
 int draw_below(int n) { return running->draw_below(n); }
 bool has_ended(int rank) { return running->has_ended(rank); }
-void meet_cluster(const char* file, int line) { running->meet_cluster(file, line); }
+void sync_cluster(const char* file, int line) { running->sync_cluster(file, line); }
 
 size_t& allowed_shared(const void* kernel) {
   static std::mutex mutex;

@@ -83,7 +83,7 @@ void meet(int number, int threads, const char* file, int line);
 char* in_block(int rank, const void* p);
 bool has_ended(int rank);
 // All threads of the cluster.
-void meet_cluster(const char* file, int line);
+void sync_cluster(const char* file, int line);
 // A number from 0 to n - 1, always 0 with seed 0.
 int draw_below(int n);
 // Called when the threads of a cluster have exited.

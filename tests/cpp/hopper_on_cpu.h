@@ -23,8 +23,8 @@ inline char* shared_origin(const char* shared = cuda_on_cpu::here.shared) {
 }
 inline uint32_t shared_address(const void* p) { return uint32_t(static_cast<const char*>(p) - shared_origin()); }
 // Of chunks of 16 bytes in 1,024: where the one lies that is meant by an address.
-inline uint32_t swapped_address(uint32_t address) { return address ^ (address >> 3 & 0x70); }
-inline char* swapped(uint32_t address) { return shared_origin() + swapped_address(address); }
+inline uint32_t swizzled_address(uint32_t address) { return address ^ (address >> 3 & 0x70); }
+inline char* swizzled(uint32_t address) { return shared_origin() + swizzled_address(address); }
 
 class Barrier {
  public:
@@ -74,7 +74,7 @@ struct Copy {
         const int64_t at = int64_t(row) + r, i = int64_t(element) + e;
         const bool inside = i >= 0 && i < map->elements && at >= 0 && at < map->rows && sample >= 0 && sample < map->samples;
         const uint16_t value = inside ? map->data[sample * map->sample_stride + at * map->row_stride + i] : 0;
-        std::memcpy(origin + swapped_address(first + r * 128 + e * 2), &value, sizeof value);
+        std::memcpy(origin + swizzled_address(first + r * 128 + e * 2), &value, sizeof value);
       }
     barrier->receive(map->tile_rows * 128);
   }
@@ -119,8 +119,8 @@ inline void Barrier::wait(unsigned parity, const char* file, int line) {
 }
 
 inline unsigned cluster_rank() { return unsigned(cuda_on_cpu::here.rank); }
-inline void meet_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  cuda_on_cpu::meet_cluster(file, line);
+inline void sync_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cuda_on_cpu::sync_cluster(file, line);
 }
 // Where something lies in another block of the cluster.
 template <class T>
@@ -138,7 +138,7 @@ inline void load_tile(const CUtensorMap& map, void* tile, int element, int row, 
   pending.copies[cuda_on_cpu::here.rank].push_back({&map, static_cast<char*>(tile), element, row, sample, &barrier});
 }
 template <int blocks>
-void load_tile_in_all(const CUtensorMap& map, void* tile, int element, int row, int sample, Barrier& barrier) {
+void load_tile_multicast(const CUtensorMap& map, void* tile, int element, int row, int sample, Barrier& barrier) {
   if (blocks != cuda_on_cpu::here.cluster) cuda_on_cpu::fail_here("copies to other blocks than its cluster has");
   const cuda_on_cpu::Aside hardware;
   cuda_on_cpu::at_end = expect_all_copied;
@@ -150,21 +150,21 @@ inline void sync_threads(int number, int threads, const char* file = __builtin_F
   cuda_on_cpu::meet(number, threads, file, line);
 }
 template <int>
-void drop_registers() {}
+void dealloc_registers() {}
 template <int>
-void take_registers() {}
+void alloc_registers() {}
 
 inline std::deque<std::vector<QueuedProduct>>& own_products() {
   const size_t i = size_t(cuda_on_cpu::here.index());
   if (pending.products.size() <= i) pending.products.resize(i + 1024);
   return pending.products[i];
 }
-inline void open_products() {
+inline void fence_products() {
   const cuda_on_cpu::Aside hardware;
   if (!own_products().empty() && own_products().back().empty()) cuda_on_cpu::fail_here("opens products twice");
   own_products().emplace_back();
 }
-inline void close_products() {}  // a batch is closed where the next one opens
+inline void commit_products() {}  // a batch is closed where the next one opens
 template <int n>
 void wait_for_products() {
   __syncwarp();
@@ -175,15 +175,15 @@ void wait_for_products() {
   }
   __syncwarp();
 }
-inline void keep_behind(float (&)[128]) {}
+inline void fence_sums(float (&)[128]) {}
 
 // An element of a tile by its descriptor, as an instruction finds it: rows of 128 bytes, eight of them `eight_rows` apart.
 template <class T>
 float tile_element(uint64_t descriptor, int row, int k) {
   const uint32_t start = uint32_t(descriptor & 0x3fff) << 4, eight_rows = uint32_t(descriptor >> 32 & 0x3fff) << 4;
-  if (descriptor >> 62 != 1) cuda_on_cpu::fail_here("describes a tile whose chunks are not swapped within 128 bytes");
+  if (descriptor >> 62 != 1) cuda_on_cpu::fail_here("describes a tile whose chunks are not swizzled within 128 bytes");
   T value;
-  std::memcpy(&value, swapped(start + row / 8 * eight_rows + row % 8 * 128 + k * 2), sizeof value);
+  std::memcpy(&value, swizzled(start + row / 8 * eight_rows + row % 8 * 128 + k * 2), sizeof value);
   return to_float(value);
 }
 template <class T>

@@ -113,7 +113,7 @@ class Multiprocessor {
       fail_in(here.index(), "a GPU refuses barrier " + std::to_string(number) + " for " + std::to_string(threads));
     meet(meetings_[here.rank * kMeetings + number], threads, "barrier", file, line);
   }
-  void meet_cluster(const char* file, int line) { meet(meetings_.back(), count_, "the cluster's barrier", file, line); }
+  void sync_cluster(const char* file, int line) { meet(meetings_.back(), count_, "the cluster's barrier", file, line); }
 
   char* in_block(int rank, const void* p) const {
     return shared_[rank].data() + (static_cast<const char*>(p) - here.shared);

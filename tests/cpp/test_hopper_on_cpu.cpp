@@ -94,7 +94,7 @@ void test_clusters() {
   std::vector<int> phases(kBlocks * 32);
   launch(kBlocks, 32, 16, [&] {
     auto& barrier = make_barrier(2 * 32);
-    pom::cuda::meet_cluster();
+    pom::cuda::sync_cluster();
     ranks[blockIdx.x] = int(pom::cuda::cluster_rank());
     const unsigned other = blockIdx.x ^ 1;
     for (int phase = 0; phase < 5; ++phase) {  // a phase ends when the threads of both blocks have come
@@ -104,7 +104,7 @@ void test_clusters() {
       barrier.wait(phase % 2);
       ahead += *std::min_element(&phases[other * 32], &phases[other * 32] + 32) < phase;
     }
-    pom::cuda::meet_cluster();
+    pom::cuda::sync_cluster();
   }, nullptr, 2);
   for (unsigned b = 0; b < kBlocks; ++b) expect(ranks[b] == int(b % 2), "block %u is number %d", b, ranks[b]);
   expect(ahead == 0, "%d threads went on without the other block", ahead);
@@ -135,7 +135,7 @@ struct SharedRing {
       constexpr int kHalf = 64 * 128;
       if (threadIdx.x == 0)
         for (int i = 0; i < 2; ++i) full[i].init(1), empty[i].init(mistake == Mistake::own_readers_only ? 1 : 2);
-      if (mistake != Mistake::early_start) meet_cluster();
+      if (mistake != Mistake::early_start) sync_cluster();
       const int rank = int(cluster_rank());
       if (threadIdx.x < 32) {
         if (threadIdx.x == 0)
@@ -143,7 +143,7 @@ struct SharedRing {
             const int stage = tile % 2;
             empty[stage].wait(tile / 2 % 2 ^ 1);
             full[stage].arrive_expecting(mistake == Mistake::half_the_bytes ? kHalf : 2 * kHalf);
-            load_tile_in_all<2>(map, tiles + (2 * stage + rank) * kHalf, 0, tile, rank, full[stage]);
+            load_tile_multicast<2>(map, tiles + (2 * stage + rank) * kHalf, 0, tile, rank, full[stage]);
           }
       } else {
         for (int tile = 0; tile < kTiles; ++tile) {
@@ -152,7 +152,8 @@ struct SharedRing {
           for (int i = 0; i < 2 * 64 * 32; ++i) {
             const int half = i / (64 * 32), row = i / 32 % 64, element = i % 32;
             uint16_t got;
-            std::memcpy(&got, swapped(shared_address(tiles + (2 * stage + half) * kHalf) + row * 128 + element * 2), 2);
+            std::memcpy(&got, swizzled(shared_address(tiles + (2 * stage + half) * kHalf) + row * 128 + element * 2),
+                        2);
             wrong[blockIdx.x * 64 + threadIdx.x] +=
                 tile + row < 70 && got != numbers[(half * 70 + tile + row) * 48 + element];
           }
@@ -161,7 +162,7 @@ struct SharedRing {
           if (threadIdx.x == 33 && mistake != Mistake::own_readers_only) empty[stage].arrive_in(rank ^ 1);
         }
       }
-      if (mistake != Mistake::early_end) meet_cluster();
+      if (mistake != Mistake::early_end) sync_cluster();
     }, nullptr, 2);
     return std::accumulate(wrong.begin(), wrong.end(), 0);
   }
@@ -188,7 +189,7 @@ void test_mistakes_with_shared_tiles() {
   expect_fault("reaches into a block that has ended", [] {
     launch(2, 32, 16, [] {
       auto& barrier = make_barrier(32);
-      pom::cuda::meet_cluster();
+      pom::cuda::sync_cluster();
       if (pom::cuda::cluster_rank() == 1) return;
       barrier.arrive();
       barrier.wait(0);
@@ -203,9 +204,12 @@ void test_mistakes_with_shared_tiles() {
     });
   });
   expect_fault("waits at the cluster's barrier (test_hopper_on_cpu.cpp", [] {
-    launch(2, 32, 0, [] {
-      if (blockIdx.x == 0) pom::cuda::meet_cluster();
-    }, nullptr, 2);
+    launch(
+        2, 32, 0,
+        [] {
+          if (blockIdx.x == 0) pom::cuda::sync_cluster();
+        },
+        nullptr, 2);
   });
   expect_fault("uses a barrier that is not initialised", [] {
     launch(1, 32, 16, [] {

@@ -47,11 +47,11 @@ struct Dual {
 
 // What is asked of a result: with dual numbers, its derivative.
 template <class T>
-POM_HD T outcome(T x) {
+POM_HD T primal_or_tangent(T x) {
   return x;
 }
 template <class T>
-POM_HD T outcome(Dual<T> x) {
+POM_HD T primal_or_tangent(Dual<T> x) {
   return x.tangent;
 }
 
