@@ -1,5 +1,5 @@
-// Token-causal mix, linear in tokens, in one pass: a block sums its tile, learns the sum of the tiles before it, and
-// walks through the tile again, in shared memory, with the gates. The states of the tokens are never stored.
+// Token-causal mix, linear in tokens, in one pass: a block sums its tile, looks up the sum of the tiles before it, and
+// goes through the tile again in shared memory, now with the gates. The states of single tokens are never stored.
 
 #include "cuda/causal_scan.cuh"
 
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kScanThreads, scan_blocks<I>()) causal_mix_ker
   own.load(tokens, sum);
   typename W::Gates::Raw raw_gate[kGates];
   auto load = [&](int j, int64_t token) { gates.load(token, raw_gate[j]); };
-  load_tokens<kGates>(own.begin, own.end, 1, load);  // on their way while the block waits
+  load_tokens<kGates>(own.begin, own.end, 1, load);  // in flight while the block waits
 
   const double of_tile = own.sum_rows(sum);
   const bool is_last = step.index + 1 == args.sums.steps;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kScanThreads, scan_blocks<I>()) causal_mix_ker
   });
 }
 
-// A warp to a tile: the sum of its weights.
+// Sums the weights of a tile; one warp per tile.
 template <class Acc>
 __global__ void __launch_bounds__(kScanThreads)
     tile_weights_kernel(const Acc* weight, int64_t batch, int64_t tokens, int64_t tiles, int shift, double* sums) {
@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(kScanThreads)
 
 template <class Acc>
 struct ForwardPlan : ScanPlan<Acc, false> {
-  double *weights = nullptr, *counts = nullptr;  // (batch, tiles): of each tile, and up to its end
+  // (batch, tiles): sum of the weights of each tile, and prefix sum of these.
+  double *weights = nullptr, *counts = nullptr;
 
   ForwardPlan(const CausalArgs& args, void* workspace)
       : ScanPlan<Acc, false>(args.features, args.gates, args.prior, Alignment(args.features.dtype).pointers({args.y}),

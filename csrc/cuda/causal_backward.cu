@@ -1,6 +1,6 @@
 // Backward of the token-causal mix: sums of the tiles and a scan over them, then one pass from the last tile to the
-// first. A block walks forwards through its tile for the gates, learns what the tiles behind it send back, and walks
-// backwards, in shared memory, for the features.
+// first. A block goes forwards through its tile for the gradients of the gates, looks up what the later tiles add to
+// the gradient of φ, and goes backwards through the tile, in shared memory, for the gradients of the features.
 
 #include "cuda/causal_scan.cuh"
 
@@ -10,18 +10,18 @@ namespace {
 template <class Acc>
 struct BackwardArgs {
   ScanArgs scan;
-  Lookback<Acc> sums;               // of what tiles send back, the last tile first
-  const Acc* before = nullptr;      // (batch, tiles, C): φ summed up to the end of each tile, the prior included
+  Lookback<Acc> sums;           // terms of the gradient of φ summed over each tile, the last tile first
+  const Acc* before = nullptr;  // (batch, tiles, C): φ and the prior, summed up to the end of each tile
   const void* grad_y = nullptr;
   int64_t grad_y_batch_stride = 0, grad_y_token_stride = 0;
   const Acc* grad_total = nullptr;  // (batch, 1, C), or null
   void* grad_u = nullptr;
   void* grad_gate = nullptr;
   Acc* grad_prior = nullptr;  // (batch, 1, C)
-  Acc* partials = nullptr;    // (batch, tokens, channels >> shift), with heads
+  Acc* partials = nullptr;    // (batch, tokens, channels >> shift), if there are heads
   int partials_shift = 0;
   int64_t partials_per_token = 0;
-  Acc* coeff_rows = nullptr;  // (batch, tiles, degree, width), in power form
+  Acc* coeff_rows = nullptr;  // (batch, tiles, degree, width), power form only
 };
 
 template <class I>
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kScanThreads, scan_blocks<I>())
   }
   own.sum_before_row(before, false, sum);
 
-  // Forwards: gradients of the gates, and what the tokens send back.
+  // Forwards: gradients of the gates, and each token's term of the gradient of φ.
   typename W::Raw raw;
   Acc back[kNumbers] = {};
   use_tokens<kUnroll>(own.begin, own.end, 1, load, [&](int j, int64_t token) {
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kScanThreads, scan_blocks<I>())
   Acc base[kNumbers];
   own.sum_before_row(after, true, base);
 
-  // Backwards: the gradient of a token's features is what it and all later tokens send back.
+  // Backwards: the gradient of a token's φ is the sum of the terms of this token and all later ones.
   Acc dc[W::kRanges][I::Vec][W::Tokens::kCoeffs] = {};
   POM_UNROLL
   for (int i = 0; i < kNumbers; ++i) sum[i] = Acc(0);
@@ -129,9 +129,9 @@ __global__ void __launch_bounds__(kScanThreads, scan_blocks<I>())
 
 template <class Acc>
 struct BackwardPlan : ScanPlan<Acc, true> {
-  Pieces rows;  // one for each tile
+  Pieces rows;  // one per tile
   PieceSums<Acc> before;
-  double* counts = nullptr;  // (batch, tiles), of weighted tokens
+  double* counts = nullptr;  // (batch, tiles), if the tokens are weighted
   HeadPartials heads;
   Acc *partials = nullptr, *coeff_rows = nullptr;
 
@@ -153,7 +153,7 @@ struct BackwardPlan : ScanPlan<Acc, true> {
 
   Status prefix_sums(void* stream) const {
     const Features& f = this->scan.features;
-    if (this->scan.tiles == 1) return Status::ok;  // before which there is nothing
+    if (this->scan.tiles == 1) return Status::ok;
     if (const Status s = before.launch(stream); s != Status::ok) return s;
     ReduceArgs<Acc> reduce = {rows, f.batch, f.channels(), before.rows, before.weight_rows, this->scan.prior};
     reduce.out = {before.rows, nullptr, counts};

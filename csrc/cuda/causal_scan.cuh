@@ -1,5 +1,5 @@
-// What the token-causal forward and backward share: tiles of tokens that carry a running sum. The threads of a block
-// are rows of a few lanes; each row takes some of the tile's tokens, one after the other, and keeps them in shared
+// Shared by the forward and the backward of the token-causal mix: tiles of tokens that carry a running sum. The threads
+// of a block form rows of a few lanes. Each row takes some consecutive tokens of the tile and saves them in shared
 // memory until it knows the sum of all tokens before its own.
 #pragma once
 
@@ -11,23 +11,24 @@ namespace pom::cuda {
 
 constexpr int kScanThreads = 128;
 
-// What all walks know of the tokens before a tile.
+// Arguments of both kernels.
 struct ScanArgs {
   Features features;
   Gates gates;
   ChannelTiles channel_tiles;
   int64_t tiles = 1;
   StateView prior;
-  const double* counts = nullptr;  // (batch, tiles): prior and weights up to the end of each; null if all weights are 1
+  // (batch, tiles): prior count and weights up to the end of each tile; null if all weights are 1.
+  const double* counts = nullptr;
 
-  // Of the prior and the tokens before a tile, as many as `tokens`.
+  // The prior count plus the weights of the `tokens` tokens before a tile.
   __device__ double count_before(int64_t b, int64_t tile, int64_t tokens) const {
     if (counts && tile > 0) return counts[b * tiles + tile - 1];
     return double(tokens) + (prior.count ? prior.count[b] : 0.0);
   }
 };
 
-// Blocks of a multiprocessor at the least: as many as leave a thread registers for its numbers.
+// Minimum resident blocks per SM; a thread then has registers enough for its numbers.
 template <class I>
 constexpr int scan_blocks() {
   using Tokens = FeatureTokens<I>;
@@ -36,7 +37,7 @@ constexpr int scan_blocks() {
   return Tokens::kRanges > 1 || Tokens::kNumbers * (1 + Tokens::kCoeffs) > 32 ? 3 : 4;
 }
 
-// A sum and, if there is one, what the prior state has at element `at`.
+// `sum` plus element `at` of the prior state, if there is one.
 template <class Acc>
 __device__ double with_prior(const StateView& prior, int64_t at, double sum) {
   const double remainder = add_prior<Acc>(prior, at, sum);
@@ -45,7 +46,7 @@ __device__ double with_prior(const StateView& prior, int64_t at, double sum) {
 
 constexpr int next_power_of_two(int n) { return n <= 1 ? 1 : 2 * next_power_of_two((n + 1) / 2); }
 
-// A block's tile of one slab, as one of its threads sees it. With `numbers` it keeps some of every token, too.
+// One tile of tokens and channels, as one thread sees it. With `saves_numbers` it also saves numbers of each token.
 template <class I, bool saves_numbers>
 class ScanTile {
  public:
@@ -57,9 +58,9 @@ class ScanTile {
   using Gates = GateTokens<typename GateOf<typename I::Form>::type, T, I::Vec, kRanges>;
   using Rows = typename Tokens::Rows;
 
-  // Few bytes of a token side by side, so that a block has room for many tokens; a thread owns one column at most.
+  // A token takes few contiguous bytes, so that a block holds many tokens; a thread owns one column at most.
   static constexpr int kContiguousBytes = saves_numbers || kRanges > 2 ? 64 : 128;
-  // One element at a time a sector of 32 bytes, where there are threads for its columns.
+  // Without vectors a row of threads covers a sector of 32 bytes, if there are threads enough for its columns.
   static constexpr int kPaddedRanges = next_power_of_two(kRanges);
   static constexpr int kLanes =
       I::Vec > 1 ? kContiguousBytes / (I::Vec * int(sizeof(T)))
@@ -68,15 +69,15 @@ class ScanTile {
   static_assert(kColumns <= kScanThreads);
 
  private:
-  using Run = Packed<T, I::Vec>;  // of channels, as they are kept
+  using Run = Packed<T, I::Vec>;  // of channels, as they are saved
   static constexpr int kRuns = Tokens::kDual ? 2 * kRanges : kRanges;
   static constexpr int kStep = sizeof(Acc) == 4 && kNumbers % 4 == 0 ? 4 : 1;
   using Numbers = Packed<Acc, kStep>;
-  static constexpr int kStride = kColumns + kLanes;  // keeps rows off each other's banks
+  static constexpr int kStride = kColumns + kLanes;  // avoids bank conflicts between rows
   static constexpr size_t kRowBytes = sizeof(Acc) * kRows * kStride, kHead = 16;
   static constexpr size_t kTokenBytes =
       sizeof(Acc) + kLanes * (kRuns * sizeof(Run) + (saves_numbers ? kNumbers * sizeof(Acc) : 0));
-  static constexpr size_t kMaxBytes = 60 << 10;  // of shared memory: three blocks then share an H100's
+  static constexpr size_t kMaxBytes = 60 << 10;  // of shared memory: three blocks fit on an SM of an H100
   // Tokens that a thread loads before it uses the first.
   static constexpr int kLoads = 8 >> (int(kNumbers > 8) + int(Tokens::kDual) + int(sizeof(Acc) == 8));
 
@@ -87,16 +88,16 @@ class ScanTile {
   static constexpr int shift_of(int tokens) { return tokens == 1 ? 0 : 1 + shift_of(tokens / 2); }
 
  public:
-  static constexpr int kTile = tokens_of(int(min(256, 32 * kRows)));  // tokens, and of a row not many
+  static constexpr int kTile = tokens_of(int(min(256, 32 * kRows)));  // tokens; not many per row
   static_assert(kTile % kWarp == 0, "a warp finds the counts");
   static constexpr int kShift = shift_of(kTile), kOfRow = kTile / kRows;
   static constexpr size_t kBytes = bytes_of(kTile);  // of shared memory
   static_assert(kBytes <= 99 << 10, "more than a block may have on GPUs of compute capability 8.6, 8.9 and 12.0");
 
   const int64_t b, tile_begin;
-  const int64_t begin, end;  // tokens of the thread's row
+  const int64_t begin, end;  // tokens of this thread's row
   const Place place;
-  int64_t column = -1;  // the one whose sums the thread adds up, or -1
+  int64_t column = -1;  // whose sum this thread computes; -1 if it has none
 
   __device__ ScanTile(const ScanArgs& scan, const ScanStep& step, int64_t tile)
       : b(step.b),
@@ -111,14 +112,14 @@ class ScanTile {
 
   static __device__ int row() { return int(threadIdx.x) / kLanes; }
   static __device__ int lane() { return int(threadIdx.x) % kLanes; }
-  // Of the warp, those in the thread's row.
+  // Mask of the warp's lanes that belong to this thread's row.
   static __device__ unsigned lanes_of_row() {
     return (0xffffffffu >> (kWarp - kLanes)) << (int(threadIdx.x) % kWarp - lane());
   }
 
-  // Σ x over the rows, of the thread's column; x are the thread's numbers.
+  // Σ x over the rows, for this thread's column. `x` holds the numbers of this thread.
   __device__ double sum_rows(const Acc (&x)[kNumbers]) const {
-    __syncthreads();  // until what was there has been read
+    __syncthreads();  // earlier contents have been read
     POM_UNROLL
     for (int i = 0; i < kNumbers; ++i) row_sums()[row() * kStride + i * kLanes + lane()] = x[i];
     __syncthreads();
@@ -127,8 +128,8 @@ class ScanTile {
       for (int r = 0; r < kRows; ++r) sum += double(row_sums()[r * kStride + threadIdx.x]);
     return sum;
   }
-  // After sum_rows: `before`, of the thread's column, and what was summed in rows before the thread's own, or behind it
-  // if `backwards`, at the thread's channels.
+  // After sum_rows(): `before` plus the sums of all earlier rows (of all later rows if `backwards`), at this thread's
+  // channels. `before` belongs to this thread's column.
   __device__ void sum_before_row(double before, bool backwards, Acc (&x)[kNumbers]) const {
     if (column >= 0)
       for (int i = 0; i < kRows; ++i) {
@@ -142,7 +143,7 @@ class ScanTile {
     for (int i = 0; i < kNumbers; ++i) x[i] = row_sums()[row() * kStride + i * kLanes + lane()];
   }
 
-  // Writes 1 / count behind every token of the tile. Before a sum over the rows, which lets others read them.
+  // Stores 1 / count after each token of the tile. A later sum over the rows makes them visible to other threads.
   __device__ void store_inverse_counts(const ScanArgs& scan) const {
     const double before = scan.count_before(b, tile_begin / kTile, tile_begin);
     if (!scan.counts) {
@@ -162,7 +163,7 @@ class ScanTile {
       const double earlier = __shfl_up_sync(0xffffffffu, count, apart);
       if (int(threadIdx.x) >= apart) count += earlier;
     }
-    // Of what lies before, and not as a difference: neither a NaN nor a large weight may reach the counts before it.
+    // Adds up only what lies before, and takes no difference: a NaN or a large weight must not reach earlier counts.
     count = __shfl_up_sync(0xffffffffu, count, 1);
     count = before + (threadIdx.x > 0 ? count : 0);
     for (int i = 0; i < kEach; ++i) {
@@ -172,7 +173,7 @@ class ScanTile {
   }
   __device__ Acc inverse_count(int64_t token) const { return inverse_counts()[token - tile_begin]; }
 
-  // Loads the tokens of the thread's row, keeps them, and adds up their features.
+  // Loads the tokens of this thread's row, saves them, and adds their features to `sum`.
   __device__ void load(const Tokens& tokens, Acc (&sum)[kNumbers]) const {
     Raw raw[kLoads];
     for_tokens<kLoads>(
@@ -182,7 +183,7 @@ class ScanTile {
           tokens.add(token, raw[j], sum);
         });
   }
-  // What is kept of a token, and numbers of it.
+  // Reads a saved token, or saved numbers of it.
   __device__ void restore(const Tokens& tokens, int64_t token, Raw& raw) const {
     POM_UNROLL
     for (int r = 0; r < kRanges; ++r) {
@@ -210,7 +211,7 @@ class ScanTile {
   }
   static __device__ char* memory() {
     POM_SHARED(memory);
-    return memory + kHead;  // behind what take_turn needs
+    return memory + kHead;  // claim_step() uses what lies before
   }
   static __device__ Acc* row_sums() { return reinterpret_cast<Acc*>(memory()); }
   static __device__ Acc* inverse_counts() { return reinterpret_cast<Acc*>(memory() + kRowBytes); }
@@ -225,7 +226,7 @@ class ScanTile {
   }
 };
 
-// How a call is cut into tiles.
+// Splits a call into tiles.
 template <class Acc, bool saves_numbers>
 struct ScanPlan {
   Arena arena;
@@ -233,7 +234,7 @@ struct ScanPlan {
   ScanArgs scan;
   Lookback<Acc> sums;
 
-  // `others`: of what features and gates leave out.
+  // `others`: alignment of all arguments but features and gates.
   ScanPlan(const Features& f, const Gates& g, const StateView& prior, const Alignment& others, void* workspace)
       : arena(workspace) {
     const int vec = g.tangent ? 1 : alignment_of(f).with(alignment_of(g, {})).with(others).vec();
@@ -254,7 +255,7 @@ struct ScanPlan {
       using I = decltype(instance);
       if constexpr (std::is_same_v<typename I::Acc, Acc>) {
         if (!scan.gates.tangent) return body(instance);
-        // These go one element at a time.
+        // A tangent of the gates has only instances of one element at a time.
         if constexpr (I::Vec == 1 && !has_tangent<typename I::Form>)
           return body(Instance<WithGateTangent<typename I::Form>, typename I::T, 1, I::rotated>{});
       }

@@ -1,16 +1,16 @@
-// Gates in the operations that read a state: as one thread sees them, their instances, alignment, and the gradient of
-// gates that serve a whole head.
+// Gates as one thread sees them, in the operations that read a state: loads, values, gradients, alignment, and partial
+// sums for the gradient of gates that serve a whole head.
 #pragma once
 
 #include "cuda/tokens.cuh"
 
 namespace pom::cuda {
 
-// One head among heads that are turned among themselves: the head it is paired with, and their angle.
+// With one gate per head, rotary positions rotate pairs of heads. One head, its partner, and their angle.
 struct RotatedHead {
   int64_t head = 0, other = 0;
-  int64_t pair = -1;  // column of the angle tables, or -1 where it does not turn
-  bool low = true;    // of the two
+  int64_t pair = -1;  // column of the angle tables; -1 if it is not rotated
+  bool low = true;    // whether it is the first of the pair
 
   RotatedHead() = default;
   POM_HD RotatedHead(const Rotary& rotary, int64_t head) : head(head) {
@@ -21,7 +21,7 @@ struct RotatedHead {
     pair = axis * rotary.half + (low ? within : within - rotary.half);
   }
 
-  // The head after a turn, backwards if `transpose`; own() gives it before, paired() the one it is paired with.
+  // The head after the rotation (its inverse if `transpose`); own() and paired() return the two heads before it.
   template <class Acc, class Own, class Paired>
   POM_HD Acc rotate(const Rotary& rotary, int64_t token, bool transpose, Own own, Paired paired) const {
     if (pair < 0) return own();
@@ -31,7 +31,7 @@ struct RotatedHead {
   }
 };
 
-// One element in the registers of Vec, in a word of its own, so that nothing waits for it before it is used.
+// Loads one element into a register of its own within Packed, so that nothing waits for it before it is used.
 template <class T, int Vec>
 POM_HD void load_one(const T* p, int word, Packed<T, Vec>& packed) {
   if constexpr (Vec == 1)
@@ -55,8 +55,8 @@ POM_HD Acc unpack_one(int word, const Packed<T, Vec>& packed) {
   return x;
 }
 
-// What a thread has loaded of a token's gates: those of its channels or, in the same registers, of each range's head
-// and of the one that this is paired with. One channel has no room for the second.
+// Registers of one token's gates: those of the thread's channels or, in the same registers, the gate of each range's
+// head and of its rotary partner. With Vec == 1 the partner has registers of its own.
 template <class Rows, bool dual, bool has_room>
 struct LoadedGates : Loaded<Rows, dual> {
   using Own = Loaded<Rows, dual>;
@@ -72,7 +72,7 @@ struct LoadedGates<Rows, dual, false> : Loaded<Rows, dual> {
 };
 
 // The gates of one sample's queries at the channels of a thread: one per channel, or one for all channels of a head.
-// With Along<Gate> their derivatives along a tangent.
+// With WithTangent<Gate>: their derivatives along a tangent.
 template <class Gate, class T_, int Vec_, int ranges>
 struct GateTokens {
   using T = T_;
@@ -82,7 +82,8 @@ struct GateTokens {
   static constexpr bool kDual = has_tangent<Gate>;
   using Num = Number<Acc, kDual>;
   using Rows = RowsOf<T, Vec, ranges>;
-  static constexpr bool kPairs = std::is_base_of_v<HardSigmoid, Gate>;  // rotary positions are for the power form
+  // Rotary positions exist for the power form only.
+  static constexpr bool kPairs = std::is_base_of_v<HardSigmoid, Gate>;
   using Raw = LoadedGates<Rows, kDual, Vec != 1 || !kPairs>;
 
   const Place place;
@@ -120,7 +121,7 @@ struct GateTokens {
     if constexpr (kDual) tangent.load(token, raw.tangent);
   }
 
-  // γ(g), turned, or its derivative
+  // Rotated γ(g), or its derivative.
   POM_HD void value(int64_t token, const Raw& raw, Acc* value) const {
     rotated(token, raw, [](Num x) { return primal_or_tangent(Gate::value(x)); }, value);
   }
@@ -131,7 +132,7 @@ struct GateTokens {
     POM_UNROLL
     for (int i = 0; i < kNumbers; ++i) y[i] *= mean[i];
   }
-  // The derivative of that, for a mean with one.
+  // The derivative of y, if the mean has a tangent.
   POM_HD void multiply(int64_t token, const Raw& raw, const Dual<Acc> (&mean)[kNumbers], Acc (&y)[kNumbers]) const {
     Acc gamma[kNumbers];
     rotated(token, raw, [](Num x) { return Gate::value(x).value; }, gamma);
@@ -140,7 +141,7 @@ struct GateTokens {
     for (int i = 0; i < kNumbers; ++i) y[i] = primal_or_tangent(Dual<Acc>(gamma[i], y[i]) * mean[i]);
   }
 
-  // With a gate per channel: dg from the gradient of γ, which is overwritten.
+  // With one gate per channel: overwrites the gradient of γ with that of g.
   POM_HD void slope(int64_t token, const Raw& raw, Acc* dvalue) const {
     if (rotates()) rotate<Vec>(rotary, token, place.pair, true, dvalue);
     Num x[kNumbers];
@@ -150,7 +151,7 @@ struct GateTokens {
   }
 
  private:
-  // of(g) at every channel, turned
+  // Rotated of(g) at every channel.
   template <class Of>
   POM_HD void rotated(int64_t token, const Raw& raw, Of of, Acc* value) const {
     if (by_head) {
@@ -203,7 +204,7 @@ struct GateOf<WithGateTangent<Form>> {
   using type = WithTangent<typename GateOf<Form>::type>;
 };
 
-// Channels that turn with the gates: with a gate per head they turn among themselves and no thread needs pairs.
+// Whether rotary positions are applied per channel; with one gate per head they are applied to the gates.
 inline bool rotates_channels(const Gates& g) { return g.rotary.axes && g.heads == 1; }
 
 inline Alignment alignment_of(const Gates& g, const StateView& state) {
@@ -217,12 +218,12 @@ inline Alignment alignment_of(const Gates& g, const StateView& state) {
   return alignment;
 }
 
-// The gradient of a head's gate is a sum over its channels. A row of threads sums runs of 2^shift channels: as long as
-// they lie in one head and one range. What is left is added in a second pass.
+// The gradient of a head's gate is a sum over the head's channels. In the first pass a row of threads sums runs of
+// 2^shift channels, which lie in one head and one range; a second pass sums these.
 struct HeadPartials {
   int64_t per_head;
   int shift;
-  int64_t count;  // parts of a token
+  int64_t count;  // partial sums per token
 
   HeadPartials(const Gates& g, const ChannelTiles& channel_tiles)
       : per_head(g.channels / g.heads),
@@ -239,7 +240,7 @@ struct HeadPartials {
   }
 };
 
-// parts[channel >> shift] = Σ dvalue over runs of 2^shift channels, for the `lanes` of a warp that share a row.
+// partials[channel >> shift] = Σ dvalue over runs of 2^shift channels. `lanes`: mask of the lanes that share a row.
 template <int Vec, int ranges, class Acc>
 __device__ void write_head_partials(const Acc* dvalue, const Place& place, int shift, unsigned lanes, Acc* partials) {
   POM_UNROLL
@@ -253,7 +254,7 @@ __device__ void write_head_partials(const Acc* dvalue, const Place& place, int s
   }
 }
 
-// dgate (batch, tokens, heads) from the parts (batch, tokens, channels >> shift)
+// dgate (batch, tokens, heads) from partials (batch, tokens, channels >> shift).
 template <class Acc>
 Status reduce_head_partials(const Gates& gates, const HeadPartials& plan, const Acc* partials, void* dgate,
                             void* stream);

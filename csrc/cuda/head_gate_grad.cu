@@ -1,4 +1,4 @@
-// Gradients of gates that serve whole heads, from sums over parts of their channels.
+// Gradients of gates that serve whole heads: the second pass, over partial sums of their channels.
 
 #include "cuda/gates.cuh"
 

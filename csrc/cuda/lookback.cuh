@@ -1,7 +1,7 @@
-// Running sums over steps in the launch that makes them: a block leaves the sums of its step for those behind it, and
-// waits for those before it. The blocks are numbered as they start (Merrill and Garland, "Single-pass parallel prefix
-// scan with decoupled look-back", 2016), so a block never waits for one that has not started. Unlike there, numbers are
-// added in an order that no block's pace changes, so that results are the same bits from run to run.
+// Running sums over steps within one launch: each block publishes the sum of its step and waits for the sums of earlier
+// steps. Blocks are numbered in the order they start, so a block never waits for one that has not started (Merrill and
+// Garland, "Single-pass parallel prefix scan with decoupled look-back", 2016). Unlike there, the order of additions
+// does not depend on timing, so results are bit-identical from run to run.
 #pragma once
 
 #include <cmath>
@@ -15,16 +15,16 @@
 
 namespace pom::cuda {
 
-constexpr int kRun = 8;  // steps; a block adds up those of its own run, and one row for all runs before
+constexpr int kRun = 8;  // steps; a block adds the earlier steps of its own run, and one row for all earlier runs
 
 template <class Acc>
 struct Lookback {
   unsigned batch = 0, steps = 1, channel_tiles = 1;
-  int64_t channels = 0, blocks = 0;  // more blocks than a grid has if their number does not fit
-  // Blank until they are written. Of one step alone there are none.
-  unsigned* started = nullptr;  // one less than the blocks that have
-  Acc* rows = nullptr;          // (batch, steps, C): sums of a step
-  double* runs = nullptr;       // (batch, runs, C): of all steps up to the end of a run
+  int64_t channels = 0, blocks = 0;  // blocks: larger than any grid if the number does not fit
+  // All bits are set until they are written. Null if there is only one step.
+  unsigned* started = nullptr;  // blocks that have started, minus one
+  Acc* rows = nullptr;          // (batch, steps, C): sum of each step
+  double* runs = nullptr;       // (batch, runs, C): sum of all steps up to the end of each run
 
   Lookback() = default;
   Lookback(int64_t batch, int64_t steps, int channel_tiles, int64_t channels, Arena& arena)
@@ -46,7 +46,7 @@ struct Lookback {
   }
 };
 
-// What a block works on. Later steps have later turns.
+// What a block works on. Blocks that start later get later steps.
 struct ScanStep {
   unsigned b = 0, index = 0, channel_tile = 0;
 };
@@ -64,14 +64,14 @@ __device__ ScanStep claim_step(const Lookback<Acc>& sums) {
   return {row % sums.batch, row / sums.batch, number % sums.channel_tiles};
 }
 
-// Whether nothing has been written: all bits are set. That is a NaN which arithmetic at the most passes on.
+// Whether all bits are set, as before the first write. As a number this is a NaN that arithmetic at most passes on.
 template <class Number>
 POM_HD bool is_unwritten(Number x) {
   std::conditional_t<sizeof(Number) == 4, uint32_t, uint64_t> bits;
   memcpy(&bits, &x, sizeof x);
   return bits + 1 == 0;
 }
-// A number for another block, or from it. It is there as a whole or not at all, and nothing else goes with it.
+// Passes a number to another block. It arrives as a whole or not at all, and orders no other memory accesses.
 template <class Number>
 __device__ void publish(Number* at, Number x) {
   *static_cast<volatile Number*>(at) = is_unwritten(x) ? Number(NAN) : x;
@@ -86,7 +86,7 @@ __device__ Number wait_for(const Number* at, Number seen) {
   return seen;
 }
 
-// The sum of a column over the steps before the block's. `own` is the step's.
+// The sum of a column over all steps before this one. `own` is the sum of this step.
 template <class Acc>
 __device__ double sum_before(const Lookback<Acc>& sums, const ScanStep& step, int64_t column, double own) {
   if (!sums.started) return 0;

@@ -1,4 +1,4 @@
-// States with a dense mask: φ of every token, and the product of a mask and a matrix in tiles of 64 by 64 numbers.
+// State with a dense mask: φ of every token, then the product of mask and φ in tiles of 64 by 64 numbers.
 
 #include "cuda/mask.cuh"
 
@@ -7,7 +7,8 @@ namespace {
 
 constexpr int kDepth = 16;  // of a tile in shared memory
 constexpr int kSide = 4;    // a thread sums 4 by 4 numbers
-constexpr int kStride = kMaskTile + 4;  // of a tile's rows: a multiple of 16 bytes, and few threads meet at a bank
+// Between rows of a tile: a multiple of 16 bytes that avoids most bank conflicts.
+constexpr int kStride = kMaskTile + 4;
 
 template <class Acc>
 struct FeatureArgs {
@@ -43,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, kFeatureBlocks<I>) features_kernel(F
       });
 }
 
-// Four neighbours of a row of `width` numbers from column `at` on, zeros where none are.
+// Loads four neighbours of a row of `width` numbers from column `at` on; zeros outside.
 template <class Acc>
 __device__ inline void load_four(const Acc* row, int64_t at, int64_t width, bool valid, bool aligned, Acc (&x)[4]) {
   POM_UNROLL
@@ -58,12 +59,12 @@ __device__ inline void load_four(const Acc* row, int64_t at, int64_t width, bool
     if (at + i < width) x[i] = row[at + i];
 }
 
-// A block makes 64 rows by 64 channels of the product, over one cut of the depth. Sums are in the order of the depth:
-// in Acc over 64 products each, and over those in double.
+// A block computes 64 rows by 64 channels of the product over one cut of the depth. It adds in the order of the depth:
+// 64 products each in Acc, these sums in double.
 template <class Acc, bool transposed>
 __global__ void __launch_bounds__(kThreads, sizeof(Acc) == 8 ? 1 : 2) masked_matmul_kernel(MaskProduct<Acc> args) {
   POM_SHARED(memory);
-  Acc(*const of_mask)[kDepth][kStride] = reinterpret_cast<Acc(*)[kDepth][kStride]>(memory);  // two, taken in turn
+  Acc(*const of_mask)[kDepth][kStride] = reinterpret_cast<Acc(*)[kDepth][kStride]>(memory);  // double-buffered
   Acc(*const of_x)[kDepth][kStride] = of_mask + 2;
   const BlockIndex block(args.channel_tiles);
   const unsigned cut = block.row % unsigned(args.cuts), above = block.row / unsigned(args.cuts);
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Acc) == 8 ? 1 : 2) masked_mat
     }
   };
 
-  // The blocks of the first channels also add up the weights of their rows, one to a thread.
+  // The blocks of the first channels also sum the weights of their rows, one row per thread.
   const bool counts = !transposed && block.tile == 0 && thread < kMaskTile;
   double totals[kSide][kSide] = {}, count = 0;
   Acc sums[kSide][kSide] = {};

@@ -1,5 +1,5 @@
-// Whole-context mix, and the update of a running state: for short contexts in one launch, a block per slab of channels
-// that sums its slab over all tokens and then gates it. Longer contexts go through the state and the readout.
+// Whole-context mix, and the update of a running state. Short contexts take one launch: a block sums a tile of channels
+// over all tokens and then gates it. Longer contexts take the kernels of state and readout.
 
 #include "cuda/gates.cuh"
 #include "cuda/partial_sums.cuh"
@@ -8,8 +8,8 @@
 namespace pom::cuda {
 namespace {
 
-constexpr int kMixLanes = 4;      // slabs are narrow, so that one image has enough of them
-constexpr int64_t kMaxFusedTokens = 1024;  // tokens that a block can take alone
+constexpr int kMixLanes = 4;               // narrow tiles, so that a single image has enough of them
+constexpr int64_t kMaxFusedTokens = 1024;  // tokens that one block can take
 
 struct MixKernelArgs {
   Features features;
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kRanges > 3 ? 1 : 
   const Features& f = args.features;
   const Tokens tokens(f, b, place);
 
-  // One thread for each number of the slab's state. What came before is on its way while the tokens are summed.
+  // One thread for each number of the tile's state. The prior is in flight while the tokens are summed.
   const Place owned = args.channel_tiles.place(block.tile, thread % lanes);
   const int number = thread / lanes, range = number / I::Vec;
   const bool owns = number < kNumbers && range < owned.ranges;
@@ -91,8 +91,7 @@ __global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kRanges > 3 ? 1 : 
         y.store(token, value);
       });
 
-  // The state last of all, each block its own channels. The count belongs to all of them: the block that comes last,
-  // when every other has read it, writes it.
+  // The state is written last. The count belongs to all blocks: the last one writes it, when all others have read it.
   if (owns) {
     static_cast<Acc*>(args.out.total)[at] = total;
     static_cast<Acc*>(args.out.residual)[at] = residual;
@@ -119,7 +118,7 @@ __global__ void __launch_bounds__(kThreads)
   static_cast<Acc*>(to.residual)[i] = static_cast<const Acc*>(from.residual)[i];
 }
 
-// In one launch where the context is short, and features and gates do not turn in different pairs.
+// Whether the context is short, and features and gates are rotated in the same pairs or one of them not at all.
 bool fits_one_launch(const Features& f, const Gates& g) {
   const bool together =
       !f.rotary.axes || !rotates_channels(g) || (f.rotary.axes == g.rotary.axes && f.rotary.half == g.rotary.half);
@@ -146,7 +145,7 @@ Status run_in_one_launch(const MixKernelArgs& call, void* stream) {
   });
 }
 
-// What a long context needs; the state is kept aside until y is written.
+// Workspace of a long context. The new state stays here until y is written.
 template <class Acc>
 struct LongContextPlan {
   Arena arena;
@@ -175,7 +174,7 @@ Status run(const MixKernelArgs& args, void* workspace, void* stream) {
   if (f.batch == 0) return Status::ok;
   if (fits_one_launch(f, args.gates)) return run_in_one_launch<Acc>(args, stream);
   const LongContextPlan<Acc> plan(f, args.gates, workspace);
-  // Where the state that came before is to be replaced, it is kept until y is written.
+  // If the new state replaces the prior, the prior stays until y is written.
   const StateOut& state = args.out.total == args.prior.total ? plan.state : args.out;
   if (const Status s = plan.sums.launch(stream, args.prior, state); s != Status::ok) return s;
   const ReadoutArgs readout_args = {args.gates, 1, nullptr, state.view(), args.y};

@@ -1,4 +1,4 @@
-// φ summed over pieces: the first pass of every operation but the mix of short contexts, and all there is to a state.
+// φ summed over pieces: the first pass of every operation except the mix of short contexts.
 
 #include "cuda/partial_sums.cuh"
 
@@ -6,8 +6,8 @@ namespace pom::cuda {
 namespace {
 
 template <class I>
-constexpr int kBlocks = has_tangent<typename I::Form> ? 1 : 2;  // of a multiprocessor at the least
-// Tokens that a thread loads before it uses the first: of one range all that it has of a piece of 64.
+constexpr int kBlocks = has_tangent<typename I::Form> ? 1 : 2;  // minimum resident blocks per SM
+// Tokens that a thread loads before it uses the first. With one range these are all it has of a piece of 64 tokens.
 template <class I>
 constexpr int kLoads = FeatureTokens<I>::kNumbers > 16 || FeatureTokens<I>::kRanges > 3 ? 2
                        : FeatureTokens<I>::kRanges > 1 || has_tangent<typename I::Form> ? 4
@@ -16,8 +16,7 @@ constexpr int kLoads = FeatureTokens<I>::kNumbers > 16 || FeatureTokens<I>::kRan
 template <class I>
 using RowOf = ChannelTileSum<typename I::Acc, I::Vec, FeatureTokens<I>::kRanges>;
 
-// Each block walks through neighbouring pieces of one slab. The first tokens of the next piece are on their way while
-// the sums of this one are added up.
+// Each block goes through neighbouring pieces of one channel tile, and loads the first tokens of a piece ahead.
 template <class I>
 __global__ void __launch_bounds__(kThreads, kBlocks<I>) sum_features_kernel(SumArgs<typename I::Acc> args) {
   using Acc = typename I::Acc;
@@ -37,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<I>) sum_features_kernel(SumA
     const Tokens tokens(f, b, place);
     typename Tokens::Raw raw[kUnroll];
     auto load = [&](int j, int64_t token) { tokens.load(token, raw[j]); };
-    int token, last;  // in 32 bits: these live beside all of a thread's numbers
+    int token, last;  // 32 bits, to save registers
     auto begin = [&](unsigned index) {
       const Piece piece = pieces.at(index - b * slots);
       token = int(piece.begin) + row, last = int(piece.end);
@@ -49,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<I>) sum_features_kernel(SumA
       if (index + 1 < sample_end) begin(index + 1);
       out.sum(sum, reinterpret_cast<Acc*>(memory), args.rows + int64_t(index) * f.channels());
 
-      if (!args.weight_rows || block.tile > 0) continue;  // the first slab also adds up the weights
+      if (!args.weight_rows || block.tile > 0) continue;  // the first channel tile also sums the weights
       const Piece summed = pieces.at(index - b * slots);
       double weights[1] = {0};
       for (int64_t token = summed.begin + threadIdx.x; token < summed.end; token += kThreads)

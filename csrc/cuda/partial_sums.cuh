@@ -1,5 +1,5 @@
-// First passes over projected tokens, shared by the operations: φ summed over each piece, and what a thread gathers of
-// the coefficients' gradient.
+// First passes over projected tokens, shared by the operations: φ summed over each piece, and the gradient of the
+// coefficients summed over the tokens of a block.
 #pragma once
 
 #include "cuda/channel_tile_sum.cuh"
@@ -8,8 +8,8 @@
 
 namespace pom::cuda {
 
-// Blocks of a launch that sum coefficients' gradients: few, since each writes a row of these, which are then added up,
-// and the same number on every GPU, since on it depends which tokens a row is of. Whole waves of 132 multiprocessors.
+// Blocks of a launch that sums gradients of coefficients. Few, since each writes a row that a second pass adds; and the
+// same number on every GPU, since it determines which tokens a row sums. Whole waves of 132 SMs.
 constexpr int64_t kCoeffBlocks = 1056;
 
 inline WorkPartition partition_coeff_work(int64_t pieces, const ChannelTiles& channel_tiles) {
@@ -24,15 +24,14 @@ inline Alignment alignment_of(const Features& f) {
       .sizes({f.u_tangent_batch_stride, f.u_tangent_token_stride});
 }
 
-// `rotary` says which channels turn: that of the features, or of the gates beside them. `vec` elements are what the
-// alignment allows.
+// `rotary`: of the features, or of the gates beside them. `vec`: elements per access that the alignment allows.
 inline ChannelTiles make_channel_tiles(const Features& f, const Rotary& rotary, int vec, int lanes = kLanes) {
   const bool general = f.u_tangent ? is_general_with_tangent(f.dtype, f.degree) : f.degree < 2 || f.degree > 4;
   const int widest = general ? 1 : rotary.axes || f.u_tangent ? 4 : 8;
   return {f.width, f.form == Form::product ? f.degree : 1, rotary, int(min(vec, widest)), lanes};
 }
 
-// The gradients of one power's coefficients, without a run-time index into registers.
+// The gradients of one power's coefficients, without indexing registers at run time.
 template <class I>
 __device__ void select_power(const typename I::Acc (&dc)[FeatureTokens<I>::kRanges][I::Vec][FeatureTokens<I>::kCoeffs],
                              int power, typename I::Acc (&of_power)[FeatureTokens<I>::kNumbers]) {
@@ -48,7 +47,7 @@ __device__ void select_power(const typename I::Acc (&dc)[FeatureTokens<I>::kRang
   }
 }
 
-// Adds the rows of the block together, and writes them as (degree, width).
+// Sums over the rows of the block and writes (degree, width).
 template <class I>
 __device__ void write_coeff_row(
     const typename I::Acc (&dc)[FeatureTokens<I>::kRanges][I::Vec][FeatureTokens<I>::kCoeffs], const Features& f,
@@ -67,7 +66,7 @@ template <class I>
 constexpr size_t kCoeffBytes =
     I::Form::has_coeff ? ChannelTileSum<typename I::Acc, I::Vec, FeatureTokens<I>::kRanges>::kBytes : 0;
 
-// What a kernel needs to sum φ over pieces, and to join the pieces of samples that are one group.
+// Arguments of the kernel that sums φ over pieces and, if a sample is one group, the pieces of each sample.
 template <class Acc>
 struct SumArgs {
   Features features;
@@ -76,12 +75,12 @@ struct SumArgs {
   WorkPartition partition;        // set by the launch
   Acc* rows = nullptr;            // (batch, slots, C)
   double* weight_rows = nullptr;  // (batch, slots)
-  Ticket* tickets = nullptr;      // (batch, slabs), null where nothing is joined
-  StateView prior;                // of a join
+  Ticket* tickets = nullptr;      // (batch, channel tiles); null if samples are not reduced
+  StateView prior;                // added to the reduced sums
   StateOut out;
 };
 
-// What becomes of the rows.
+// The second pass over the rows.
 template <class Acc>
 POM_HD ReduceArgs<Acc> reduce_args(const SumArgs<Acc>& args) {
   const Features& f = args.features;
@@ -91,12 +90,12 @@ POM_HD ReduceArgs<Acc> reduce_args(const SumArgs<Acc>& args) {
 template <class Acc>
 Status sum_pieces(const SumArgs<Acc>& args, void* stream);
 
-// φ summed over each piece, into rows taken from the workspace, and where they are `joined`, over each sample.
+// φ summed over each piece, into rows of the workspace, and over each sample if `reduce`.
 template <class Acc>
 class PieceSums {
  public:
   Acc* rows;            // (batch, slots, C)
-  double* weight_rows;  // (batch, slots), null without weights
+  double* weight_rows;  // (batch, slots); null without weights
 
   PieceSums(const Features& f, const Pieces& pieces, bool reduce, Arena& arena)
       : rows(arena.take<Acc>(f.batch * pieces.slots() * f.channels())),
@@ -105,7 +104,7 @@ class PieceSums {
     if (reduce) args_.tickets = arena.take<Ticket>(f.batch * args_.channel_tiles.count);
   }
 
-  // Where they are joined, with a prior that is added.
+  // `prior` and `out` are used only if samples are reduced.
   Status launch(void* stream, const StateView& prior = {}, const StateOut& out = {}) const {
     SumArgs<Acc> args = args_;
     args.prior = prior, args.out = out;

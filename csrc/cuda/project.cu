@@ -1,5 +1,5 @@
-// The state of tokens that this kernel projects itself: u = x Wᵀ + b goes from the product's registers through the
-// polynomial into sums over tokens, and to no memory. For GPUs of compute capability 9.0, 16-bit types.
+// State of tokens that the kernel projects itself: u = x Wᵀ + b goes from the registers of the product through the
+// polynomial into sums over tokens, and is never stored. Compute capability 9.0, 16-bit types.
 
 #include "cuda/project.cuh"
 #include "cuda/reduce.cuh"
@@ -10,8 +10,8 @@
 namespace pom::cuda {
 namespace {
 
-// Adds up the numbers of the eight threads of a warp that hold the same columns, each of which keeps the sums of an
-// eighth of them: those that x[0 … 7] were `offset` further on.
+// Sums over the eight threads of a warp that hold the same columns. Each thread ends with an eighth of the sums, in x[0
+// … 7]; returns their offset within the original x.
 template <int half = kProductNumbers / 4>
 __device__ inline int sum_lanes(float (&x)[kProductNumbers / 2], int lane, int offset = 0) {
   const bool upper = lane & half / 2;
@@ -25,7 +25,7 @@ __device__ inline int sum_lanes(float (&x)[kProductNumbers / 2], int lane, int o
   return offset;
 }
 
-// What a thread of a group needs to sum its products: its two tokens' weights, zero behind the piece's end.
+// The work of a group, and the weights of this thread's two tokens: zero after the end of the piece.
 struct Sum {
   Work work;
   float of_token[2] = {};
@@ -46,7 +46,7 @@ struct Sum {
   }
 };
 
-// The polynomial of a group's products, summed over the piece's tokens, into its row; and the tokens' weights.
+// Applies the polynomial to a group's products and sums over the piece's tokens; also sums the tokens' weights.
 template <class Form, class T>
 __device__ void sum_features(const ProjectKernelArgs& args, ProjectShared& shared, const Sum& prepared,
                              float (&u)[kProductNumbers], int group, unsigned round_parity) {
@@ -55,7 +55,7 @@ __device__ void sum_features(const ProjectKernelArgs& args, ProjectShared& share
   float(*const sums)[kProductColumns] = shared.sums[group];
   const Form form(0);
   constexpr int degree = decltype(form.degree)::capacity;
-  if (work.piece.end - work.piece.begin < kProductRows) {  // the others are somebody else's, and maybe no numbers
+  if (work.piece.end - work.piece.begin < kProductRows) {  // other rows belong to other pieces, and may hold no numbers
     POM_UNROLL
     for (int i = 0; i < kProductNumbers; ++i)
       if (prepared.token(i / 2 % 2) >= work.piece.end) u[i] = 0;
@@ -65,7 +65,7 @@ __device__ void sum_features(const ProjectKernelArgs& args, ProjectShared& share
   const float* const biases = shared.bias + 2 * (lane % 4);
   float x[kProductNumbers / 2];
   POM_UNROLL
-  for (int pair = 0; pair < kProductNumbers / 4; ++pair) {  // neighbouring channels, of two tokens
+  for (int pair = 0; pair < kProductNumbers / 4; ++pair) {  // neighbouring channels of two tokens
     float coeff[2 * degree], bias[2];
     POM_UNROLL
     for (int i = 0; i < degree; ++i) load_pair(coeffs + 8 * pair * degree + 2 * i, coeff + 2 * i);
@@ -98,7 +98,7 @@ __device__ void sum_features(const ProjectKernelArgs& args, ProjectShared& share
     }
     store_pair(total, args.rows + int64_t(work.slot) * args.channels + work.column + own);
   }
-  sync_threads(1 + group, kWarpGroup);  // the sums are free
+  sync_threads(1 + group, kWarpGroup);  // the sums may be overwritten
   if (warp > 0 || work.column > 0 || !args.weight_rows || work.slot >= args.all_slots) return;
   const float* const weights = args.token_weight + work.b * args.tokens;
   double weight = 0;
@@ -119,7 +119,8 @@ __device__ void multiply(const ProjectKernelArgs& args, ProjectShared& shared, i
     if (lane == 0) token_barriers.empty[RingPosition<kTokenStages>(step).stage].arrive();
   };
   each_round(args, [&](unsigned round) {
-    // A group begins when the other one is a few steps ahead: the first in the round before, the second in this one.
+    // A group begins when the other is a few steps ahead: the first group waits for the round before, the second for
+    // this one.
     shared.ahead[1 - group].wait(group == 0 ? parity ^ 1 : parity);
     float u[kProductNumbers];
     Sum sum;
@@ -144,7 +145,7 @@ __device__ void multiply(const ProjectKernelArgs& args, ProjectShared& shared, i
   });
 }
 
-// For other GPUs of one warp that does nothing (check_kernel).
+// For other GPUs a kernel of one warp that does nothing (see check_kernel()).
 template <class Form, class T>
 __global__ void __launch_bounds__(POM_HOPPER ? kProjectThreads : kWarp, 1)
     project_state_kernel(const POM_GRID_CONSTANT ProjectKernelArgs args) {
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(POM_HOPPER ? kProjectThreads : kWarp, 1)
       alloc_registers<kProductRegisters>();
       multiply<Form, T>(args, shared, group);
     }
-    sync_cluster();  // neither block's memory is gone while the other one copies to it, or arrives there
+    sync_cluster();  // a block's shared memory must last while the other one copies to it or arrives at its barriers
   }
 }
 
@@ -198,8 +199,8 @@ struct ProjectPlan {
 
 using ProjectKernel = void (*)(ProjectKernelArgs);
 
-// Makes a kernel ready on the current device, the first time that it is asked for there: later calls find how many
-// clusters of it a device runs at once, which takes the driver microseconds to say.
+// Prepares a kernel on the current device at its first use and counts the clusters that the device runs at a time.
+// Later calls look this up: the driver takes microseconds to count them.
 Status prepare(ProjectKernel kernel, int& clusters) {
   static std::mutex mutex;
   static std::map<std::pair<ProjectKernel, int>, int> prepared;  // by kernel and device
@@ -250,7 +251,7 @@ Status check(const ProjectStateArgs& args) {
                            .sizes({f.width, args.dim, args.x_batch_stride, args.x_token_stride})
                            .vec() == 8;
   const ProjectPlan plan(args, nullptr);
-  bool fits = true;  // in 32 bits, steps of all rounds too
+  bool fits = true;  // all sizes fit in 32 bits, and so do the steps of all rounds
   for (const int64_t n : {f.tokens, f.batch, f.width, args.dim, plan.slots, plan.rounds * plan.sums.steps})
     fits = fits && n <= kMaxBlocks;
   const bool strided = (f.batch <= 1 || args.x_batch_stride > 0) && (f.tokens <= 1 || args.x_token_stride > 0);

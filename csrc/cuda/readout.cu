@@ -1,4 +1,4 @@
-// Readout forward and backward: every query token gates the mean features of its group.
+// Readout forward and backward: every query gates the mean features of its group.
 
 #include "cuda/channel_tile_sum.cuh"
 #include "cuda/gates.cuh"
@@ -14,10 +14,10 @@ struct ForwardKernelArgs {
   WorkPartition partition;  // set by the launch
   StateView state;
   void* y = nullptr;
-  StateView tangent;  // of the state, beside one of the gates
+  StateView tangent;  // of the state; given only with a tangent of the gates
 };
 
-// The gates of an instance: eight, four or one at once, pairs of channels or single ones.
+// An instance for gates: eight, four or one element per access, single channels or pairs.
 template <class Gate_, class T_, int Vec_, bool rotated>
 struct GateInstance {
   using Gate = Gate_;
@@ -25,14 +25,14 @@ struct GateInstance {
   using Acc = typename accumulator<T>::type;
   static constexpr int Vec = Vec_, ranges = rotated ? 2 : 1, kNumbers = ranges * Vec;
   static constexpr int kUnroll = rotated ? 2 : 4;
-  static constexpr int kBackwardUnroll = rotated && sizeof(T) == 4 ? 1 : kUnroll;  // in the registers gradients leave
+  static constexpr int kBackwardUnroll = rotated && sizeof(T) == 4 ? 1 : kUnroll;  // registers are needed for gradients
   using Tokens = GateTokens<Gate, T, Vec, ranges>;
   using Rows = typename Tokens::Rows;
 };
 
-constexpr int kForwardBlocks = 2;  // of a multiprocessor at the least
+constexpr int kForwardBlocks = 2;  // minimum resident blocks per SM
 
-// Each block walks through neighbouring pieces of one slab, those of one group without a stop.
+// Each block goes through neighbouring pieces of one channel tile, pieces of one group in one loop.
 template <class I>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks) readout_kernel(ForwardKernelArgs args) {
   using Acc = typename I::Acc;
@@ -81,11 +81,11 @@ struct BackwardKernelArgs {
   ForwardKernelArgs forward;
   const void* grad_y = nullptr;
   int64_t grad_y_batch_stride = 0, grad_y_token_stride = 0;
-  void* grad_gate = nullptr;  // with a gate per channel
-  void* mean_rows = nullptr;  // acc (batch, slots, C): gradient of the mean, a part from every piece
-  Ticket* tickets = nullptr;  // (batch, slabs), where a sample is one group, whose rows are then joined at once
+  void* grad_gate = nullptr;  // with one gate per channel
+  void* mean_rows = nullptr;  // acc (batch, slots, C): gradient of the mean, a partial sum per piece
+  Ticket* tickets = nullptr;  // (batch, channel tiles), if a sample is one group; the last block then reduces it
   void* grad_total = nullptr;
-  void* partials = nullptr;  // acc (batch, tokens, channels >> shift), with heads
+  void* partials = nullptr;  // acc (batch, tokens, channels >> shift), if there are heads
   int partials_shift = 0;
   int64_t partials_per_token = 0;
 };
@@ -100,10 +100,10 @@ POM_HD ReduceArgs<Acc> reduce_args(const BackwardKernelArgs& args) {
 }
 
 template <class I>
-constexpr int kBackwardBlocks = I::ranges == 2 && I::Tokens::kDual ? 1 : 2;  // of a multiprocessor at the least
+constexpr int kBackwardBlocks = I::ranges == 2 && I::Tokens::kDual ? 1 : 2;  // minimum resident blocks per SM
 
-// Each block walks through neighbouring pieces of one slab. The first queries of the next piece are on their way while
-// what this one sends back to the mean is added up.
+// Each block goes through neighbouring pieces of one channel tile. It loads the first queries of the next piece while
+// it adds this piece's gradient of the mean.
 template <class I>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<I>) readout_backward_kernel(BackwardKernelArgs args) {
   using Acc = typename I::Acc;
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<I>) readout_backward
       gates.load(token, raw[j]);
       dy.load(token, raw_dy[j]);
     };
-    int token, last, group = -1, group_of_mean = -1;  // in 32 bits: these live beside all of a thread's numbers
+    int token, last, group = -1, group_of_mean = -1;  // 32 bits, to save registers
     Acc mean[I::kNumbers];
     auto begin = [&](unsigned index) {
       const Piece piece = pieces.at(index - b * slots);

@@ -1,4 +1,4 @@
-// Second passes over partial sums, in doubles.
+// Second passes: reductions and scans of partial sums, in double.
 
 #include "cuda/reduce.cuh"
 
@@ -8,7 +8,7 @@ namespace {
 constexpr int kReduceThreads = 64, kScanWarps = 16;
 constexpr int kAhead = 16;  // rows that a thread loads before it adds the first
 
-// The sum over the rows first, first + step, … last, four at a time; as many loads in flight as kAhead.
+// The sum over rows first, first + step, … last, added four at a time, with kAhead loads in flight.
 template <class Number>
 __device__ double strided_sum(const Number* rows, int64_t stride, int64_t first, int64_t last, int64_t step) {
   double sum = 0;
@@ -29,7 +29,7 @@ __device__ double strided_sum(const Number* rows, int64_t stride, int64_t first,
   return sum;
 }
 
-// The sum over the warps of a block, in every thread of warp 0.
+// Sums over the warps of a block; warp 0 holds the result.
 __device__ double sum_warps(double sum, double* shared) {
   shared[threadIdx.x] = sum;
   __syncthreads();
@@ -38,7 +38,7 @@ __device__ double sum_warps(double sum, double* shared) {
   return sum;
 }
 
-// A channel to a thread. The last tile is that of the count.
+// One channel per thread. The last tile reduces the count.
 template <class Acc>
 __global__ void __launch_bounds__(kReduceThreads) reduce_groups_kernel(ReduceArgs<Acc> args, int tiles) {
   const BlockIndex block(tiles + 1);
@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_groups_kernel(ReduceArg
   }
 }
 
-// The end of a scan where every group is one row: steps begin … end-1 of one channel, in the order of the scan, from
-// the sum before them. Rows are loaded ahead of the sums that may be stored in their place.
+// The end of a scan in which every group is one row: writes steps begin … end-1 of one channel, in the order of the
+// scan; `sum` is the sum before them. Rows are loaded before sums may overwrite them.
 template <class Acc>
 __device__ void scan_rows(const ReduceArgs<Acc>& args, int64_t b, int64_t channel, int64_t begin, int64_t end,
                           bool backwards, double sum, double remainder) {
@@ -73,7 +73,7 @@ __device__ void scan_rows(const ReduceArgs<Acc>& args, int64_t b, int64_t channe
   }
 }
 
-// Every warp sums a run of groups, learns what lies before it, and walks through its run again.
+// Every warp sums a run of groups, adds what lies before it, and goes through its run again.
 template <class Acc>
 __global__ void __launch_bounds__(kScanWarps* kWarp)
     scan_groups_kernel(ReduceArgs<Acc> args, int tiles, bool backwards) {

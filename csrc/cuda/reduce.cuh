@@ -1,4 +1,4 @@
-// Second passes over partial sums: rows of numbers, one per piece, joined to states, running sums and gradients.
+// Second passes over partial sums: rows of numbers, one per piece, reduced to states, running sums and gradients.
 #pragma once
 
 #include "cuda/block.cuh"
@@ -8,35 +8,35 @@
 
 namespace pom::cuda {
 
-// Sums of the rows (batch, slots, channels) that belong to each group, and what else becomes of them.
+// Sums rows per group, then applies the epilogue below.
 template <class Acc>
 struct ReduceArgs {
   Pieces pieces;
   int64_t batch = 0, channels = 0;
   const Acc* rows = nullptr;
-  const double* weights = nullptr;  // (batch, slots) sums of the weights; null where a token counts as one
-  StateView prior;                  // added to every group; any pointer may be null
-  const double* divisor = nullptr;  // (batch, groups) counts to divide by; 0 gives 0
-  StateOut out;                     // (batch, groups, channels); any pointer may be null
+  const double* weights = nullptr;  // (batch, slots) sums of weights; null if all weights are 1
+  StateView prior;                  // added to every group; pointers may be null
+  const double* divisor = nullptr;  // (batch, groups) counts to divide by; a count of 0 gives 0
+  StateOut out;                     // (batch, groups, channels); pointers may be null
 };
 
-// A sum for each group.
+// One sum per group.
 template <class Acc>
 Status reduce_groups(const ReduceArgs<Acc>& args, void* stream);
 
-// Sums of all groups up to each one or, `backwards`, from each one on.
+// Prefix sums over the groups; `backwards`: suffix sums.
 template <class Acc>
 Status scan_groups(const ReduceArgs<Acc>& args, bool backwards, void* stream);
 
-// dc (width, degree) = Σ of the rows (count, degree, width)
+// dc (width, degree) = Σ of the rows (count, degree, width).
 template <class Acc>
 Status reduce_coeff(const Acc* rows, int64_t count, int64_t degree, int64_t width, Acc* out, void* stream);
 
-// The sum of one column over the rows first … last, in doubles: every eighth row is added to the same one of eight
-// sums, four rows at a time, and these to each other. What other blocks have written before a fence is seen.
+// The sum of one column over rows first … last, in double: every eighth row is added to the same one of eight sums,
+// four rows at a time; then these are added. Bypasses L1, to see rows that other blocks wrote before a fence.
 template <class Number>
 __device__ double column_sum(const Number* column, int64_t stride, int64_t first, int64_t last) {
-  constexpr int kSums = 8, kRows = 4, kParallelSums = sizeof(Number) == 4 ? 8 : 4;  // sums at once, as registers allow
+  constexpr int kSums = 8, kRows = 4, kParallelSums = sizeof(Number) == 4 ? 8 : 4;  // as many sums as registers allow
   double sum = 0;
   POM_UNROLL_1
   for (int begin = 0; begin < kSums; begin += kParallelSums) {
@@ -57,7 +57,7 @@ __device__ double column_sum(const Number* column, int64_t stride, int64_t first
       POM_UNROLL
       for (int i = 0; i < kParallelSums; ++i) {
         const double low = x[0][i], high = x[1][i];
-        // Zeros behind the end change no sum, but which of the others are added first does.
+        // Zeros after the end change no sum, but the order in which the others are added matters.
         if ((kRows - 1) * kSums + i < left)
           sums[i] += low + high + (double(x[2][i]) + double(x[3][i]));
         else
@@ -87,7 +87,7 @@ __device__ void reduce_channel(const ReduceArgs<Acc>& args, int64_t b, int64_t g
   double remainder = add_prior<Acc>(args.prior, b * args.channels + channel, sum);
   if (args.divisor) {
     const double scale = inverse(args.divisor[row]);
-    sum = scale != 0 ? sum * scale : 0;  // of infinite sums too
+    sum = scale != 0 ? sum * scale : 0;  // for infinite sums too
     remainder = 0;
   }
   write_state<Acc>(args.out, row * args.channels + channel, sum, remainder);
@@ -102,9 +102,9 @@ __device__ void reduce_count(const ReduceArgs<Acc>& args, int64_t b, int64_t gro
   args.out.count[b * pieces.groups + group] = sum + (args.prior.count ? args.prior.count[b] : 0.0);
 }
 
-// For a block that has written the rows of its pieces of a slab, where a sample is one group: the last block with a
-// piece of a sample adds up the sample's rows. `row` is the block's SlabRow, `tickets` is (batch, slabs). Who shares a sample
-// follows from its shape alone: from no offsets, which are the caller's and may be wrong.
+// Called by a block that has written the rows of its pieces of a channel tile, if a sample is one group: the last block
+// with a piece of a sample reduces the sample's rows. `row` is the block's ChannelTileSum, `tickets` is (batch, channel
+// tiles). Which blocks share a sample follows from its shape alone, not from offsets, which may be wrong.
 template <class Acc, class Row>
 __device__ void reduce_samples(const ReduceArgs<Acc>& args, const WorkPartition& partition, const BlockIndex& block,
                                int channel_tiles, const Row& row, Ticket* tickets) {
@@ -122,7 +122,7 @@ __device__ void reduce_samples(const ReduceArgs<Acc>& args, const WorkPartition&
       if (!last) continue;
     }
     row.each([&](int64_t channel) { reduce_channel(args, b, 0, channel); });
-    // By a thread that has few channels to join.
+    // By a thread with few channels to reduce.
     if (block.tile == 0 && args.out.count && threadIdx.x + 1 == blockDim.x) reduce_count(args, b, 0);
   }
 }

@@ -1,4 +1,4 @@
-// State forward and backward: φ summed over the tokens of each group, and the way back.
+// State forward and backward: φ summed over the tokens of each group.
 
 #include <optional>
 
@@ -9,7 +9,7 @@
 namespace pom::cuda {
 namespace {
 
-// Whether samples are joined in the launch that sums their pieces.
+// Whether the kernel that sums pieces also reduces each sample.
 bool is_one_group(const Groups& groups) { return groups.count == 1 && !groups.cumulative; }
 
 template <class Acc>
@@ -45,23 +45,23 @@ struct BackwardKernelArgs {
   WorkPartition partition;
   int64_t channels = 0;
   const Acc* grad = nullptr;        // (batch, groups, C)
-  const Acc* token_grad = nullptr;  // (batch, tokens, C), in its place with a dense mask
+  const Acc* token_grad = nullptr;  // (batch, tokens, C); replaces `grad` with a dense mask
   void* grad_u = nullptr;
-  Acc* coeff_rows = nullptr;  // (blocks of the deal, degree, width)
+  Acc* coeff_rows = nullptr;  // (blocks of the partition, degree, width)
 };
 
 template <class I>
-constexpr int kBackwardBlocks =  // of a multiprocessor at the least
+constexpr int kBackwardBlocks =  // minimum resident blocks per SM
     has_tangent<typename I::Form> && (I::rotated || sizeof(typename I::Acc) == 8) ? 1 : 2;
 
-// Each block walks through neighbouring pieces of one slab, those of one group without a stop.
+// Each block goes through neighbouring pieces of one channel tile, pieces of one group in one loop.
 template <class I>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<I>)
     state_backward_kernel(BackwardKernelArgs<typename I::Acc> args) {
   using Acc = typename I::Acc;
   using Tokens = FeatureTokens<I>;
   constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers;
-  // Tokens in flight: as many as the registers beside coefficients and their gradients allow.
+  // Tokens in flight: as many as the registers allow beside coefficients and their gradients.
   constexpr bool wide = kNumbers > 8 || Tokens::kCoeffs > 3 || (I::rotated && sizeof(typename I::T) == 4);
   constexpr int kUnroll = kNumbers > 16 || kRanges * Tokens::kCoeffs > 4 ? 1 : wide ? 2 : 4;
   const int rows = kThreads / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<I>)
       Acc grad_row[kNumbers];
       if (!args.token_grad) load_row<I::Vec, kRanges>(grad, place, grad_row);
       index = b * slots + unsigned(last) + 1;
-      // In 32 bits: these live beside all of a thread's numbers.
+      // 32 bits, to save registers.
       const int first = int(run.begin) + row, to = int(pieces.at(last, run.group).end);
       for_tokens<kUnroll>(
           first, to, rows, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
@@ -107,8 +107,8 @@ template <class Acc>
 struct StateBackwardPlan {
   Arena arena;
   BackwardKernelArgs<Acc> args;
-  Pieces groups;  // a row each, for their gradients
-  Acc* suffix;    // (batch, groups, C): gradient of every group's own tokens, for cumulative groups
+  Pieces groups;  // one row per group, for the scan of gradients
+  Acc* suffix;    // (batch, groups, C): gradient of each group's own tokens, for cumulative groups
   std::optional<MaskProduct<Acc>> masked;  // dL/dφ of the tokens, with a dense mask
 
   StateBackwardPlan(const StateBackwardArgs& call, void* workspace) : arena(workspace) {

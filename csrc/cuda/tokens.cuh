@@ -1,5 +1,5 @@
 // Projected tokens as one thread sees them: Vec channels in each of a few ranges, with weights and rotary positions
-// taken care of. Numbers of a thread are arrays [range * Vec + i].
+// applied. The numbers of a thread are arrays [range * Vec + i].
 #pragma once
 
 #include "cuda/block.cuh"
@@ -7,7 +7,7 @@
 
 namespace pom::cuda {
 
-// Turns the pairs (x[i], x[Vec + i]) by the angles of a token, backwards if `transpose`.
+// Rotates the pairs (x[i], x[Vec + i]) by a token's angles; by the inverse if `transpose`.
 template <int Vec, class Acc>
 POM_HD void rotate(const Rotary& rotary, int64_t token, int64_t pair, bool transpose, Acc* x) {
   Acc cos[Vec], sin[Vec];
@@ -26,9 +26,9 @@ POM_HD void rotate(const Rotary& rotary, int64_t token, int64_t pair, bool trans
 template <class T, int Vec, int ranges>
 struct RowsOf {
   using Raw = Packed<T, Vec>[ranges];
-  T* row0 = nullptr;  // the first token's first channel
+  T* row0 = nullptr;  // first channel of the first token
   int64_t token_stride = 0, range_stride = 0;
-  int count = 0;  // ranges that are there
+  int count = 0;  // ranges that the thread has
 
   POM_HD RowsOf(const void* p, int64_t offset, int64_t token_stride, const Place& place)
       : row0(static_cast<T*>(const_cast<void*>(p)) + offset + place.channel),
@@ -60,15 +60,14 @@ struct RowsOf {
   }
 };
 
-// load(j, token) for the first `count` of every step-th token from `first` on.
+// Calls load(j, token) for the first `count` of every step-th token from `first` on.
 template <int count, class Index, class Load>
 POM_HD void load_tokens(Index first, Index end, int step, Load load) {
   POM_UNROLL
   for (int j = 0; j < count; ++j)
     if (first + j * step < end) load(j, first + j * step);
 }
-// use(j, token) for all of them, the first `count` of which are loaded, and `count` more before the first of these is
-// used.
+// Calls use(j, token) for all of them. The first `count` are already loaded; after each `count` tokens the next are.
 template <int count, class Index, class Load, class Use>
 POM_HD void use_tokens(Index first, Index end, int step, Load load, Use use) {
   while (first < end) {
@@ -87,7 +86,7 @@ POM_HD void for_tokens(Index first, Index end, int step, Load load, Use use) {
   use_tokens<count>(first, end, step, load, use);
 }
 
-// One row of numbers that all tokens share, at the thread's channels; zero where it has none.
+// Loads a row that all tokens share, at the thread's channels; zero if it has none.
 template <int Vec, int ranges, class Acc>
 POM_HD void load_row(const Acc* row, const Place& place, Acc* x) {
   POM_UNROLL
@@ -104,7 +103,7 @@ POM_HD void store_row(Acc* row, const Place& place, const Acc* x) {
     if (r < place.ranges) store_numbers<Vec>(row + place.channel + r * place.stride, x + r * Vec);
 }
 
-// What a thread has loaded of a token, and where there is a tangent, of that.
+// Registers of one token: its values and, if present, its tangent.
 template <class Rows, bool dual>
 struct Loaded {
   typename Rows::Raw primal;
@@ -114,7 +113,7 @@ struct Loaded<Rows, true> {
   typename Rows::Raw primal, tangent;
 };
 
-// Numbers of a thread: plain ones, or dual ones where there is a tangent.
+// A number of a thread: plain, or dual if there is a tangent.
 template <class Acc, bool dual>
 using Number = std::conditional_t<dual, Dual<Acc>, Acc>;
 
@@ -161,7 +160,7 @@ struct FeatureTokens {
   const Place place;
   const Rows u, u_tangent;
   const Rotary rotary;
-  const Acc* const weights;  // of the sample's tokens, or null
+  const Acc* const weights;  // of the sample's tokens, or null for ones
   Num c[kRanges][Vec][kCoeffs] = {};
 
   POM_HD FeatureTokens(const Features& f, int64_t batch, const Place& place)
@@ -203,7 +202,7 @@ struct FeatureTokens {
   POM_HD Acc weight(int64_t token) const { return weights ? weights[token] : Acc(1); }
   POM_HD bool rotates() const { return I::rotated && place.pair >= 0 && rotary.axes; }
 
-  // φ, turned, not weighted
+  // φ, rotated, not weighted.
   POM_HD void value(int64_t token, const Raw& raw, Acc* phi) const {
     Num x[kNumbers];
     unpack<Rows>(raw, x);
@@ -237,7 +236,7 @@ struct FeatureTokens {
     for (int i = 0; i < kNumbers; ++i) sum[i] += raw.weight * phi[i];
   }
 
-  // du from dφ (which is overwritten), and dc += a^i dφ
+  // Computes du from dφ, which is overwritten, and adds a^i dφ to dc.
   POM_HD void slope(int64_t token, const Raw& raw, Acc* dphi, Acc* du, Acc (&dc)[kRanges][Vec][kCoeffs]) const {
     POM_UNROLL
     for (int i = 0; i < kNumbers; ++i) dphi[i] *= raw.weight;
@@ -281,7 +280,7 @@ struct FeatureTokens {
   }
 };
 
-// H = (total + residual) / count of one row of a state; 0 where the count is 0.
+// H = (total + residual) / count of one row of a state; 0 if the count is 0.
 template <int Vec, int ranges, class Acc>
 POM_HD void load_mean(const StateView& state, int64_t row, int64_t channels, const Place& place, Acc* mean) {
   const double scale = inverse(state.count[row]);
@@ -289,7 +288,7 @@ POM_HD void load_mean(const StateView& state, int64_t row, int64_t channels, con
   load_row<Vec, ranges>(static_cast<const Acc*>(state.total) + row * channels, place, mean);
   load_row<Vec, ranges>(static_cast<const Acc*>(state.residual) + row * channels, place, residual);
   POM_UNROLL
-  for (int i = 0; i < ranges * Vec; ++i)  // of infinite sums too
+  for (int i = 0; i < ranges * Vec; ++i)  // for infinite sums too
     mean[i] = scale != 0 ? Acc((double(mean[i]) + double(residual[i])) * scale) : Acc(0);
 }
 

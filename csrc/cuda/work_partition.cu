@@ -1,4 +1,4 @@
-// How many blocks a GPU runs at once.
+// Chooses how many blocks share the work, by what the GPU runs at a time.
 
 #include "cuda/work_partition.h"
 
@@ -9,7 +9,7 @@
 namespace pom::cuda {
 namespace {
 
-constexpr int kDefaultMultiprocessors = 132;  // multiprocessors of a GPU that does not tell
+constexpr int kDefaultMultiprocessors = 132;  // if the GPU does not tell
 
 int multiprocessors() {
   constexpr int kDevices = 64;
@@ -25,7 +25,7 @@ int multiprocessors() {
 }  // namespace
 
 WorkPartition partition_work(unsigned pieces, int channel_tiles, int resident) {
-  // One wave. Where its blocks would be few for each slab, their number would not come out even: then several waves.
+  // One wave of blocks. With few blocks per channel tile their number would not divide evenly: then several waves.
   constexpr int kFew = 8, kWaves = 4;
   const int64_t resident_blocks = int64_t(multiprocessors()) * resident;
   const int64_t blocks =

@@ -1,4 +1,4 @@
-// Pieces of work dealt to blocks that each walk through several.
+// Splits the pieces of all samples among blocks that each go through several.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,7 @@
 
 namespace pom::cuda {
 
-// Pieces of all samples dealt to the blocks of a slab, neighbours to one block. What becomes of a piece does not depend
-// on the block that has it.
+// Neighbouring pieces go to one block. The result of a piece does not depend on its block.
 struct WorkPartition {
   unsigned pieces = 0, blocks = 1;  // no more blocks than pieces
 
@@ -17,12 +16,12 @@ struct WorkPartition {
   POM_HD unsigned block_of(unsigned piece) const { return unsigned(((piece + 1) * uint64_t(blocks) - 1) / pieces); }
 };
 
-// Whether the pieces of all samples can be dealt: their numbers and those of a sample's tokens fit in 32 bits.
+// Whether the numbers of all pieces and of a sample's tokens fit in 32 bits.
 inline Status check_partition(int64_t batch, const Pieces& pieces) {
   return batch * pieces.slots() > kMaxBlocks || pieces.tokens > kMaxTokens ? Status::bad_size : Status::ok;
 }
 
-// As many blocks for each of `slabs` as the GPU runs at once, `resident` of them on a multiprocessor.
+// As many blocks per channel tile as the GPU runs at a time, with `resident` blocks per SM.
 WorkPartition partition_work(unsigned pieces, int channel_tiles, int resident);
 
 }  // namespace pom::cuda
