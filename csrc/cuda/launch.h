@@ -46,7 +46,7 @@ Status launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t
   (void)stream;
   if (cuda_on_cpu::refusal != cudaSuccess) return checked(cuda_on_cpu::refusal);
   const void* const function = reinterpret_cast<const void*>(kernel);
-  cuda_on_cpu::asked_shared = cuda_on_cpu::allowed_shared(function);
+  cuda_on_cpu::requested_shared = cuda_on_cpu::allowed_shared(function);
   cuda_on_cpu::launch(unsigned(blocks), threads, shared_bytes, [=] { kernel(arguments...); }, function);
   return Status::ok;
 #endif
@@ -104,7 +104,7 @@ Status launch_clusters(void (*kernel)(Parameters...), int64_t clusters, const Cl
   (void)stream;
   if (cuda_on_cpu::refusal != cudaSuccess) return checked(cuda_on_cpu::refusal);
   const void* const function = reinterpret_cast<const void*>(kernel);
-  cuda_on_cpu::asked_shared = cuda_on_cpu::allowed_shared(function);
+  cuda_on_cpu::requested_shared = cuda_on_cpu::allowed_shared(function);
   const unsigned blocks = unsigned(clusters * shape.blocks);
   cuda_on_cpu::launch(blocks, shape.threads, shape.shared_bytes, [=] { kernel(arguments...); }, function, shape.blocks);
   return Status::ok;

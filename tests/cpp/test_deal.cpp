@@ -1,5 +1,5 @@
-// How wide accesses may be, how pieces of work are dealt to blocks, and how the last block of several knows itself in
-// memory nobody has cleared.
+// Tests widths of vector accesses, partitions of work, sums over channel tiles, and how the last of several blocks
+// finds out in memory that nobody has cleared.
 
 #include "cuda_on_cpu.h"
 
@@ -14,7 +14,7 @@ using check::expect;
 using check::section;
 using namespace pom::cuda;
 
-// Elements at a time where one pointer or size is a multiple of so many bytes or elements, and all else of more.
+// `multiple`: what one pointer (bytes) or size (elements) is a multiple of; all others allow more.
 void test_alignment(pom::Dtype dtype, int64_t multiple, int of_pointers, int of_numbers, int of_sizes) {
   const void* const at = reinterpret_cast<const void*>(uintptr_t(48 + multiple));
   const Alignment wide = Alignment(dtype).pointers({nullptr}).numbers({nullptr}).sizes({0, -64, 48});
@@ -42,8 +42,7 @@ void test_deal(const WorkPartition& d) {
   }
 }
 
-// Blocks of a grid share tickets, `sharing` blocks each; `lasts` counts those of each ticket that were told to be the
-// last.
+// Blocks of a grid share tickets, `sharing` blocks each; `lasts` counts the blocks of each ticket that were the last.
 void count_lasts(Ticket* tickets, unsigned sharing, int* lasts, int* done) {
   const unsigned ticket = blockIdx.x % 5;
   if (threadIdx.x == 0) {
@@ -60,7 +59,7 @@ void count_lasts(Ticket* tickets, unsigned sharing, int* lasts, int* done) {
 void test_tickets(Ticket before) {
   constexpr unsigned kSharing = 41;
   std::vector<Ticket> tickets(5, before);
-  for (int round = 0; round < 3; ++round) {  // as the last block left them
+  for (int round = 0; round < 3; ++round) {  // reuses the tickets as the last block left them
     int lasts[5] = {}, done[5] = {};
     cuda_on_cpu::launch(5 * kSharing, 64, 0, [&] { count_lasts(tickets.data(), kSharing, lasts, done); });
     for (int i = 0; i < 5; ++i) expect(lasts[i] == 1, "%d blocks were the last of ticket %d", lasts[i], i);
@@ -68,7 +67,7 @@ void test_tickets(Ticket before) {
   for (Ticket left : tickets) expect(left >> kTicketBits != kInUse >> kTicketBits, "a ticket was left in use");
 }
 
-// Every thread's numbers added over the rows, each column once, in the order of sum_rows.
+// Sums every thread's numbers over the rows, each column once, in the order of sum_rows().
 template <int Vec, int ranges, class Acc>
 void test_channel_tile_sum(int64_t width) {
   using Row = ChannelTileSum<Acc, Vec, ranges>;
@@ -121,7 +120,7 @@ int main() {
       const WorkPartition d = partition_work(pieces, channel_tiles, 2);
       const bool fits = d.pieces == pieces && d.blocks >= 1 && d.blocks <= pieces && d.blocks <= kMaxSharingBlocks;
       expect(fits, "%u blocks", d.blocks);
-      const int64_t all = int64_t(d.blocks) * channel_tiles, room = 2 * 3;  // the stand-in's multiprocessors
+      const int64_t all = int64_t(d.blocks) * channel_tiles, room = 2 * 3;  // the stand-in's SMs
       expect(all <= 4 * room || d.blocks == 1, "%u blocks for each of %d channel tiles", d.blocks, channel_tiles);
     }
   section("the last block");

@@ -1,4 +1,4 @@
-// Sums over the steps before each, by blocks that wait for others.
+// Tests the sums before each step, computed by blocks that wait for each other.
 
 #include "cuda_on_cpu.h"
 
@@ -23,7 +23,7 @@ struct Shape {
 
 float number(int64_t at) { return 1.0f / float(3 + at % 1009); }
 
-// (batch, steps, channels) sums before each step, of `number`. The last slab has half the columns.
+// (batch, steps, channels) sums of `number` before each step. The last channel tile has half the columns.
 template <class Acc>
 std::vector<double> found(const Shape& shape) {
   const int64_t channels = shape.channel_tiles * kColumns - kColumns / 2;
@@ -33,11 +33,11 @@ std::vector<double> found(const Shape& shape) {
   Arena arena(Arena::align(memory.data()));
   const Lookback<Acc> sums(shape.batch, shape.steps, shape.channel_tiles, channels, arena);
   std::vector<double> before(shape.batch * shape.steps * channels, -1);
-  for (int round = 0; round < 2; ++round) {  // in memory that has been used
+  for (int round = 0; round < 2; ++round) {  // also in memory that has been used
     expect(sums.start(nullptr) == pom::Status::ok, "not started");
     cuda_on_cpu::launch(unsigned(sums.blocks), kColumns, 16, [&] {
       const ScanStep step = claim_step(sums);
-      // Some are late, when their neighbours run on other processors.
+      // some are late, while their neighbours run on other processors
       if (sums.blocks < 1000 && step.index % 3 == 0 && threadIdx.x == 0)
         std::this_thread::sleep_for(std::chrono::microseconds(20));
       const int64_t own = int64_t(step.channel_tile) * kColumns + threadIdx.x, column = own < channels ? own : -1;
@@ -70,7 +70,7 @@ void test(const Shape& shape) {
     }
 }
 
-// Numbers that are not finite reach all steps behind them, even those that stand for none.
+// Numbers that are not finite reach all later steps, even the bit patterns that mean "unwritten".
 template <class Acc>
 void test_special_numbers() {
   const uint64_t ones = ~uint64_t(0);
