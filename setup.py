@@ -33,7 +33,7 @@ INSTRUCTION_SETS = {
 
 def job(source, folder, name, flags=()):
     """A compilation of one source of the torch-free library."""
-    patterns = ("*.h", "include/**/*.h", "cpu/*.h", "cuda/memory.h", "engine/*.h")
+    patterns = ("*.h", "include/**/*.h", "cpu/*.h", "cuda/allocate.h", "engine/*.h")
     headers = tuple(path for pattern in patterns for path in Path("csrc").glob(pattern))
     command = [os.environ.get("CXX", "g++"), *COMMON, *(["-DPOM_X86"] if X86 else []), *(f"-I{i}" for i in INCLUDE)]
     return Job((*command, *flags), Path(source), folder / f"{name}.o", headers)

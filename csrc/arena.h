@@ -1,4 +1,4 @@
-// Where the scratch memory of an operation lies.
+// The scratch memory of an operation.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +6,7 @@
 
 namespace pom {
 
-// Hands out pieces of the caller's workspace; with no workspace it only counts.
+// Takes arrays from the caller's workspace; without a workspace it only counts their bytes.
 class Arena {
  public:
   explicit Arena(void* memory = nullptr) : memory_(static_cast<char*>(memory)) {}

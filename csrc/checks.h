@@ -1,4 +1,4 @@
-// What every operation checks before it touches an output, on any device.
+// The argument checks of every operation, before it touches an output, on any device.
 #pragma once
 
 #include "pom/math.h"
@@ -24,7 +24,7 @@ inline Status check(const Features& f) {
 inline Status check(const Groups& groups, const Features& f) {
   if (groups.count < 0 || (groups.count > 1 && !groups.offsets && !groups.mask)) return Status::bad_size;
   if (groups.mask && (groups.offsets || groups.cumulative || f.weight)) return Status::bad_size;
-  if (groups.count == 0 && f.tokens && !groups.mask) return Status::bad_size;  // tokens of no group
+  if (groups.count == 0 && f.tokens && !groups.mask) return Status::bad_size;  // tokens without a group
   return Status::ok;
 }
 
@@ -40,10 +40,10 @@ inline Status check(const Gates& g) {
   return g.batch * g.tokens > 0 && !g.gate ? Status::null_pointer : Status::ok;
 }
 
-// All of a state, or nothing.
+// A state is complete, or absent.
 inline Status check_prior(const StateView& prior) {
-  const int given = !!prior.total + !!prior.residual + !!prior.count;
-  return given == 0 || given == 3 ? Status::ok : Status::null_pointer;
+  const int present = !!prior.total + !!prior.residual + !!prior.count;
+  return present == 0 || present == 3 ? Status::ok : Status::null_pointer;
 }
 
 inline Status check(const StateArgs& args) {
@@ -63,7 +63,7 @@ inline Status check(const StateBackwardArgs& args) {
   return Status::ok;
 }
 
-// Groups of queries: dealt by offsets, or evenly.
+// Queries are split into groups by offsets, or evenly.
 inline Status check_readout(const Gates& gates, int64_t groups, const int64_t* offsets, const StateView& state) {
   if (const Status s = check(gates); s != Status::ok) return s;
   if (groups < 0 || (!offsets && (groups ? gates.tokens % groups : gates.tokens))) return Status::bad_size;
@@ -84,7 +84,7 @@ inline Status check(const ReadoutBackwardArgs& args) {
   return args.gates.batch * args.groups > 0 && !args.grad_total ? Status::null_pointer : Status::ok;
 }
 
-// Gates and features of a causal mix are of the same tokens.
+// Gates and features of a causal mix have the same tokens.
 inline Status check_causal(const Features& f, const Gates& g, const StateView& prior) {
   if (const Status s = check(f); s != Status::ok) return s;
   if (const Status s = check(g); s != Status::ok) return s;

@@ -1,4 +1,4 @@
-// The engine's answers as exceptions.
+// Turns the engine's statuses into exceptions.
 #pragma once
 
 #include <stdexcept>

@@ -1,4 +1,5 @@
-// What time and label do to the blocks of a model. It depends on nothing else, so it is computed once for every label.
+// The modulations that time and label give the blocks of a model. They depend on nothing else, so they are computed
+// once per label.
 #pragma once
 
 #include <map>
@@ -11,7 +12,7 @@ namespace example {
 template <class Device>
 class Conditions {
  public:
-  // times: of the evaluations of a frame, as the network takes them, 0 to 1000.
+  // times: of the evaluations of a frame, on the network's scale from 0 to 1000.
   Conditions(Device& device, const Safetensors& file, const Config& config, const std::vector<float>& times)
       : device_(device),
         config_(config),
@@ -34,7 +35,7 @@ class Conditions {
 
   int64_t size() const { return count_ * config_.modulations(); }
 
-  // (times, modulations) for a label, of which `classes` means none; a model without classes takes any.
+  // (times, modulations) for a label; label `classes` means none. A model without classes takes any label.
   const float* of(int64_t label) {
     const auto [found, missing] = known_.try_emplace(label, nullptr);
     if (missing) found->second = compute(label);

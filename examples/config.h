@@ -1,4 +1,4 @@
-// What an exported model is: sizes, and the layers as the engine takes them.
+// The sizes of an exported model, and its layers as the engine takes them.
 #pragma once
 
 #include <algorithm>
@@ -12,11 +12,11 @@ namespace example {
 
 struct Config {
   int64_t channels, frames, patch_height,
-      patch_width;            // of a video and of a patch; `frames` video frames are drawn at once
+      patch_width;            // of a video and of a patch; `frames` video frames are drawn together
   int64_t height, width;      // of a video frame
   int64_t dim, ffw, classes;  // of a token, of its feed-forward layers; 0 classes: no labels
   bool local_conv;
-  bool shared;  // frames see the noise of those before, at the same evaluation; else the finished frames
+  bool shared;  // frames see the noise of earlier frames at the same evaluation; else the finished frames
   double shift, fps;
   std::vector<pom_layer> layers;
 
@@ -24,7 +24,7 @@ struct Config {
   int64_t columns() const { return width / patch_width; }
   int64_t tokens() const { return rows() * columns(); }                              // of a frame
   int64_t values() const { return frames * patch_height * patch_width * channels; }  // of a patch
-  int64_t modulations() const { return (6 * int64_t(layers.size()) + 2) * dim; }     // that a condition makes
+  int64_t modulations() const { return (6 * int64_t(layers.size()) + 2) * dim; }     // that a condition provides
 };
 
 // Channels of a state, and gates of a token.
@@ -37,7 +37,7 @@ class ConfigReader {
  public:
   explicit ConfigReader(const Safetensors& file) : file_(file) {}
 
-  // Bytes kept with every layer are those of the two frames that a convolution reaches back to, of every video.
+  // The bytes beside each layer hold the two frames that its convolution reaches back to, for every video.
   Config read(int64_t batch) const {
     if (file_.metadata("format") != "pom_ext video 1")
       file_.fail("is of another version; write it with: pom-ext export");
@@ -57,11 +57,11 @@ class ConfigReader {
     const auto forms = words("forms");
     const auto degrees = integers("degrees", forms.size(), 1), heads = integers("heads", forms.size(), 1),
                widths = integers("widths", forms.size(), 1);
-    const auto kept = c.local_conv ? size_t(batch * 2 * c.tokens() * c.dim) * sizeof(float) : 0;
+    const auto cache_bytes = c.local_conv ? size_t(batch * 2 * c.tokens() * c.dim) * sizeof(float) : 0;
     for (size_t i = 0; i < forms.size(); ++i) {
       if (forms[i] != "product" && forms[i] != "power") file_.fail("has a layer of the unknown form " + forms[i]);
       const int32_t form = forms[i] == "product" ? POM_PRODUCT : POM_POWER;
-      c.layers.push_back({form, int32_t(degrees[i]), POM_F32, int32_t(heads[i]), widths[i], kept});
+      c.layers.push_back({form, int32_t(degrees[i]), POM_F32, int32_t(heads[i]), widths[i], cache_bytes});
     }
     return c;
   }
@@ -75,7 +75,7 @@ class ConfigReader {
   }
 
   std::vector<int64_t> integers(const std::string& name, size_t count, int64_t least) const {
-    constexpr int64_t kMost = 1 << 15;  // so that no product of sizes runs over
+    constexpr int64_t kMost = 1 << 15;  // so that no product of sizes overflows
     std::vector<int64_t> all;
     for (const std::string& word : words(name)) {
       char* end;

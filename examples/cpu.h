@@ -1,4 +1,4 @@
-// The CPU: memory, threads and the matrix product. Threads are OpenMP's, where the compiler has it.
+// The CPU: memory, threads and the matrix product. Threads are OpenMP's, if the compiler has it.
 #pragma once
 
 #include <cstring>
@@ -25,10 +25,10 @@ class Cpu {
     return place;
   }
 
-  // Zeros that last as long as the device.
+  // Returns zeros that last as long as the device.
   float* floats(int64_t n) { return memory_.emplace_back(size_t(n)).data(); }
 
-  // Between any two of the device's arrays and the host's. What comes to the host is there after `wait`.
+  // Copies between any two of the device's arrays and the host's. Copies to the host are complete after wait().
   void copy(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
   void wait() {}
 
@@ -45,10 +45,10 @@ class Cpu {
     const auto *const bias = static_cast<const float*>(map->bias), *const x = static_cast<const float*>(map->x);
     float* const y = static_cast<float*>(map->y);
     if (bias) cpu.rows(map->rows, Repeat{map->outputs, bias, y});
-    // To Fortran, whose matrices are stored by columns, everything is its own transpose.
+    // Fortran stores matrices by columns, so every matrix is the transpose of ours.
     const int m = int(map->outputs), n = int(map->rows), k = int(map->inputs);
-    const float one = 1, kept = bias ? 1 : 0;
-    sgemm_("T", "N", &m, &n, &k, &one, static_cast<const float*>(map->weight), &k, x, &k, &kept, y, &m);
+    const float one = 1, beta = bias ? 1 : 0;
+    sgemm_("T", "N", &m, &n, &k, &one, static_cast<const float*>(map->weight), &k, x, &k, &beta, y, &m);
     return POM_OK;
 #else
     const pom_executor threads = cpu.executor();
@@ -56,14 +56,14 @@ class Cpu {
 #endif
   }
 
-  // Runs what draws a frame, which is the same for every frame.
+  // Runs the work of one frame, which is the same for every frame.
   template <class Frame>
   void repeat(const Frame& frame) {
     frame();
   }
 
  private:
-  static constexpr int64_t kWorthThreads = 1 << 15;  // numbers; to wake threads takes microseconds
+  static constexpr int64_t kWorthThreads = 1 << 15;  // numbers; waking threads takes microseconds
 
   static pom_executor executor() {
     return {[](void*, int64_t n, void (*body)(void*, int64_t), void* argument) {

@@ -19,7 +19,7 @@ inline void check_cublas(cublasStatus_t status) {
     throw std::runtime_error(std::string("cuBLAS: ") + cublasGetStatusString(status));
 }
 
-// The threads of a block, all of which come here together.
+// The threads of a block; all of them call sum() together.
 struct Block {
   static constexpr int width = 1;
   int64_t first, step;
@@ -28,7 +28,7 @@ struct Block {
 #ifdef __CUDA_ARCH__
     __shared__ float warps[32];
     for (int lane = 16; lane; lane /= 2) own += __shfl_xor_sync(~0u, own, lane);
-    __syncthreads();  // whoever read the last sum is done
+    __syncthreads();  // all threads have read the last sum
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = own;
     __syncthreads();
     own = 0;
@@ -49,7 +49,8 @@ class Cuda {
     check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
     check_cublas(cublasCreate(&blas_));
     check_cublas(cublasSetStream(blas_, stream_));
-    check_cublas(cublasSetWorkspace(blas_, floats(kBlasBytes / sizeof(float)), kBlasBytes));  // a replay needs its own
+    // Replays need a workspace of their own.
+    check_cublas(cublasSetWorkspace(blas_, floats(kBlasBytes / sizeof(float)), kBlasBytes));
   }
   ~Cuda() {
     if (graph_) cudaGraphExecDestroy(graph_);
@@ -85,21 +86,21 @@ class Cuda {
     check_cuda(cudaGetLastError());
   }
 
-  // A pom_linear_function; its context is the device. The engine is C, so nothing is thrown through it.
+  // A pom_linear_function; its context is the device. The engine is C, so no exception may pass through it.
   static pom_status linear(void* self, const pom_linear* map) {
     Cuda& cuda = *static_cast<Cuda*>(self);
     const auto *const bias = static_cast<const float*>(map->bias), *const x = static_cast<const float*>(map->x);
     float* const y = static_cast<float*>(map->y);
     if (bias) cuda.launch(map->rows, Repeat{map->outputs, bias, y});
-    // To cuBLAS, whose matrices are stored by columns, everything is its own transpose.
+    // cuBLAS stores matrices by columns, so every matrix is the transpose of ours.
     const int m = int(map->outputs), n = int(map->rows), k = int(map->inputs);
-    const float one = 1, kept = bias ? 1 : 0;
+    const float one = 1, beta = bias ? 1 : 0;
     const cublasStatus_t status = cublasSgemm(cuda.blas_, CUBLAS_OP_T, CUBLAS_OP_N, m, n, k, &one,
-                                              static_cast<const float*>(map->weight), k, x, k, &kept, y, m);
+                                              static_cast<const float*>(map->weight), k, x, k, &beta, y, m);
     return status == CUBLAS_STATUS_SUCCESS && cudaGetLastError() == cudaSuccess ? POM_OK : POM_DEVICE_ERROR;
   }
 
-  // The first frame runs as it is, which loads all kernels. The second is recorded, and replayed for it and all others.
+  // The first frame runs directly, which loads all kernels. The second one is recorded, and replayed from then on.
   template <class Frame>
   void repeat(const Frame& frame) {
     if (!ran_) {

@@ -1,4 +1,4 @@
-// The loop, on one device or the other.
+// The loop that draws frames, on either device.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace example {
 
-// Milliseconds of the latest frames; takes no memory while it runs.
+// The times of the latest frames in milliseconds; allocates nothing while it runs.
 class Clock {
  public:
   Clock() { latest_.reserve(kKept); }
@@ -52,7 +52,7 @@ void draw(const Options& options) {
   Device device;
   auto file = std::make_unique<Safetensors>(options.model);
   Sampler<Device> sampler(device, *file, options.sampling);
-  file.reset();  // its numbers are on the device now
+  file.reset();  // the device has its numbers now
   const Config& config = sampler.config();
 
   std::vector<int64_t> labels = options.labels;

@@ -1,4 +1,4 @@
-// Files in memory.
+// Reads and writes whole files.
 #pragma once
 
 #include <cstdio>
@@ -19,7 +19,7 @@ inline std::vector<char> read_file(const std::string& path) {
   return bytes;
 }
 
-// The file is the old one or the new one at any time, never half of either.
+// Replaces a file atomically: at any time it is the old one or the new one.
 inline void write_file(const std::string& path, const std::vector<char>& bytes) {
   const std::string aside = path + ".tmp";
   std::ofstream file(aside, std::ios::binary);

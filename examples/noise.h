@@ -1,4 +1,4 @@
-// Where the noise comes from that frames are drawn from.
+// The noise that frames are drawn from.
 #pragma once
 
 #include <cmath>
@@ -8,13 +8,13 @@
 
 namespace example {
 
-// Normal numbers that depend on the seed, the frame and their place alone, so that a resumed video goes on as it would
+// Normal numbers that depend only on the seed, the frame and their place, so that a resumed video continues as it would
 // have.
 class Generator {
  public:
   Generator(const Config& config, uint64_t seed) : config_(config), seed_(mixed(seed)) {}
 
-  // kind: 0 for the frame that is drawn, 1 for the memory of it.
+  // kind: 0 for the frame that is drawn, 1 for its context noise.
   void fill(int64_t frame, int kind, float* patches) const {
     const int64_t n = config_.tokens() * config_.values();
     const uint64_t key = mixed(seed_ ^ mixed(2 * uint64_t(frame) + uint64_t(kind)));
@@ -38,8 +38,7 @@ class Generator {
   uint64_t seed_;
 };
 
-// Noise from a file, for comparisons: float32 (channels, frames, height, width), one after the other as they are
-// needed.
+// Noise from a file, for comparisons: float32 (channels, frames, height, width), read in order.
 class NoiseFile {
  public:
   NoiseFile(const Config& config, const std::string& path)

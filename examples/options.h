@@ -12,8 +12,8 @@ namespace example {
 
 struct Options {
   std::string model, noise, save, resume;
-  int64_t frames = -1;               // without end
-  std::vector<int64_t> labels = {};  // of the frames one by one; the last one stays
+  int64_t frames = -1;               // no limit
+  std::vector<int64_t> labels = {};  // one per frame; the last one applies to all later frames
   uint64_t seed = 0;
   Format format = Format::ppm;
   Sampling sampling;

@@ -1,4 +1,4 @@
-// Frames on standard output.
+// Writes frames to standard output.
 #pragma once
 
 #include <cerrno>
@@ -10,8 +10,8 @@
 namespace example {
 
 enum class Format {
-  ppm,   // pictures one after the other, which players and tools read as they come
-  rgb,   // their bytes alone: rgb24
+  ppm,   // a sequence of pictures, which players and tools read as they arrive
+  rgb,   // their bytes only: rgb24
   f32,   // the model's own numbers, float32 (channels, frames, height, width), such as latents for a decoder
   none,  // nothing
 };
@@ -28,7 +28,7 @@ class Output {
     bytes_.resize(size_t(3 * config.height * config.width));
   }
 
-  // What shows the frames as they come; empty for those that are no pictures.
+  // The command that shows the frames; empty if they are no pictures.
   std::string command() const {
     if (format_ == Format::f32 || format_ == Format::none) return "";
     if (format_ == Format::ppm) return "ffplay -framerate " + rate() + " -";
@@ -36,7 +36,7 @@ class Output {
            std::to_string(config_.height) + " -framerate " + rate() + " -";
   }
 
-  // Writes a frame (tokens, values). False: nobody reads any more.
+  // Writes a frame (tokens, values). Returns false if nobody reads any more.
   bool write(const float* patches) {
     if (format_ == Format::none) return true;
     for_each_number(config_, [&](int64_t patch, int64_t pixel) { numbers_[size_t(pixel)] = patches[patch]; });
@@ -53,7 +53,7 @@ class Output {
   void write_picture(int64_t frame) {
     const int64_t pixels = config_.height * config_.width;
     for (int64_t i = 0; i < 3 * pixels; ++i) {
-      const int64_t channel = config_.channels == 3 ? i % 3 : 0;  // grey is red, green and blue alike
+      const int64_t channel = config_.channels == 3 ? i % 3 : 0;  // grey: red, green and blue are equal
       const float number = numbers_[size_t((channel * config_.frames + frame) * pixels + i / 3)];
       const float light = number < -1 ? -1 : number > 1 ? 1 : number;
       bytes_[size_t(i)] = char(std::nearbyint((light + 1) * 127.5f));

@@ -1,12 +1,12 @@
-// How a frame as tokens (tokens, values of a patch) and as video (channels, frames, height, width) go together.
+// Converts between a frame's tokens (tokens, values of a patch) and video (channels, frames, height, width).
 #pragma once
 
 #include "config.h"
 
 namespace example {
 
-// Calls visit(index among the tokens, index in the video) for every number of a frame. A patch holds its video frames,
-// in them its rows, in them its columns; the channels of a pixel lie side by side.
+// Calls visit(index among the tokens, index in the video) for every number of a frame. A patch is ordered by video
+// frame, row, column, channel.
 template <class Visit>
 void for_each_number(const Config& c, Visit visit) {
   int64_t number = 0;

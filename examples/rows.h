@@ -1,7 +1,7 @@
-// What is done to the tokens between the matrix products, row by row; the same code for both devices.
+// The work on tokens between the matrix products, row by row; the same code for both devices.
 //
-// On the CPU a thread has a row to itself and goes through it in vectors, on a GPU the threads of a block share it. A
-// row is that of one token: of frame after frame of the batch, patch after patch.
+// On the CPU one thread handles a row, in vectors; on a GPU the threads of a block share it. A row belongs to one
+// token: patch after patch of each frame of the batch.
 #pragma once
 
 #include <cmath>
@@ -15,14 +15,14 @@
 
 namespace example {
 
-// One thread alone. `width` numbers side by side make a vector.
+// A single thread. `width` neighbouring numbers make a vector.
 struct Alone {
   static constexpr int64_t first = 0, step = 1;
   static constexpr int width = 8;
   float sum(float own) const { return own; }
 };
 
-// The sum of term(i) for i < n, n a multiple of 8, over all who share the row.
+// The sum of term(i) for i < n, n a multiple of 8, over all threads that share the row.
 template <class Lanes, class Term>
 POM_BOTH float sum_of_row(int64_t n, const Lanes& lanes, Term term) {
   constexpr int W = Lanes::width;
@@ -33,14 +33,14 @@ POM_BOTH float sum_of_row(int64_t n, const Lanes& lanes, Term term) {
   return lanes.sum(sum);
 }
 
-// What a condition makes of every video: `values` of the first one, `stride` to the next. A video has `tokens` rows.
+// The modulation of every video: `values` of the first one, `stride` to the next. A video has `tokens` rows.
 struct Modulation {
   const float* values;
   int64_t stride, tokens;
   POM_BOTH const float* of(int64_t row) const { return values + row / tokens * stride; }
 };
 
-// y = x, for every row the same.
+// y = x, the same for every row.
 struct Repeat {
   int64_t n;
   const float* x;
@@ -51,7 +51,7 @@ struct Repeat {
   }
 };
 
-// y (videos, tokens, n) = x + positions (tokens, n), for every video the same.
+// y (videos, tokens, n) = x + positions (tokens, n), the same positions for every video.
 struct Embed {
   int64_t n, tokens;
   const float *x, *positions;
@@ -63,17 +63,17 @@ struct Embed {
   }
 };
 
-// y = x + depthwise 3 x 3 x 3 convolution over the frame and the two before it, `kept` (videos, 2, tokens, n).
+// y = x + depthwise 3 x 3 x 3 convolution over the frame and the two before it, `cache` (videos, 2, tokens, n).
 struct Convolve {
   int64_t n, height, width;
-  const float *x, *kept, *weight, *bias;  // weight (27, n)
+  const float *x, *cache, *weight, *bias;  // weight (27, n)
   float* y;
   template <class Lanes>
   POM_BOTH void operator()(int64_t token, const Lanes& lanes) const {
     constexpr int W = Lanes::width;
     const int64_t frame = height * width * n, video = token / (height * width), place = token % (height * width);
     const int64_t row = place / width, column = place % width;
-    const float* const frames[] = {kept + 2 * video * frame, kept + (2 * video + 1) * frame, x + video * frame};
+    const float* const frames[] = {cache + 2 * video * frame, cache + (2 * video + 1) * frame, x + video * frame};
     const int64_t top = row > 0 ? -1 : 0, bottom = row + 1 < height ? 1 : 0;
     const int64_t left = column > 0 ? -1 : 0, right = column + 1 < width ? 1 : 0;
     for (int64_t i = lanes.first * W; i < n; i += lanes.step * W) {
@@ -91,14 +91,14 @@ struct Convolve {
   }
 };
 
-// The frame takes its place among the two that are kept (videos, 2, tokens, n).
-struct Keep {
+// Moves the frame into the convolution's cache of two frames (videos, 2, tokens, n).
+struct UpdateCache {
   int64_t n, tokens;
   const float* x;
-  float* kept;
+  float* cache;
   template <class Lanes>
   POM_BOTH void operator()(int64_t row, const Lanes& lanes) const {
-    float* const older = kept + (row / tokens * 2 * tokens + row % tokens) * n;
+    float* const older = cache + (row / tokens * 2 * tokens + row % tokens) * n;
     float* const newer = older + tokens * n;
     for (int64_t i = lanes.first; i < n; i += lanes.step) older[i] = newer[i], newer[i] = x[row * n + i];
   }
@@ -117,7 +117,7 @@ struct AddGated {
   }
 };
 
-// y = layer norm of x * scale + shift; the shift stands behind the scale.
+// y = layer norm of x * scale + shift; the shift follows the scale.
 struct Normalise {
   int64_t n;
   Modulation scale;
@@ -134,8 +134,8 @@ struct Normalise {
   }
 };
 
-// erf to 4 units in the last place, from arithmetic alone so that compilers make vectors of it. A rational function of
-// x * x, fitted to erf(x) / x for |x| < 3.92; beyond, float knows no number but 1.
+// erf within 4 units in the last place, from arithmetic alone so that compilers vectorise it: a rational function of x
+// * x fitted to erf(x) / x for |x| < 3.92. Beyond that, a float is 1.
 POM_BOTH inline float error_function(float x) {
   constexpr float kEnd = 3.92f;
   x = x < -kEnd ? -kEnd : x > kEnd ? kEnd : x;
@@ -163,7 +163,7 @@ struct Gelu {
   }
 };
 
-// x = silu(x + added), added null or the same for every row.
+// x = silu(x + added); `added` is null or the same for every row.
 struct Silu {
   int64_t n;
   const float* added;
@@ -177,7 +177,7 @@ struct Silu {
   }
 };
 
-// x += step * velocity. With guidance the velocity (2, rows, n) is that for the label, then that for none.
+// x += step * velocity. With guidance, velocity (2, rows, n) holds the one for the label, then the one for no label.
 struct Follow {
   int64_t n, rows;
   float step, guidance;

@@ -1,6 +1,6 @@
-// Reads safetensors files: a JSON header with the names, shapes and places of tensors, and behind it their numbers.
+// Reads safetensors files: a JSON header with the names, shapes and places of tensors, followed by their numbers.
 //
-// Strict: whatever is not such a file, or reaches beyond its end, is refused with std::runtime_error.
+// Strict: refuses anything else, or data beyond the end of the file, with std::runtime_error.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace example {
 class Safetensors {
  public:
   explicit Safetensors(const std::string& path) : path_(path), bytes_(read_file(path)) {
-    uint64_t header = 0;  // its bytes, little-endian
+    uint64_t header = 0;  // length of the header in bytes, little-endian
     if (bytes_.size() < 8) fail("is not a safetensors file");
     for (int i = 7; i >= 0; --i) header = header << 8 | uint8_t(bytes_[size_t(i)]);
     if (header > bytes_.size() - 8) fail("is truncated, or not a safetensors file");
@@ -23,7 +23,7 @@ class Safetensors {
     read_header();
   }
 
-  // One entry of the metadata; all of them are strings.
+  // One entry of the metadata; all entries are strings.
   const std::string& metadata(const std::string& name) const {
     const auto found = metadata_.find(name);
     if (found == metadata_.end()) fail("lacks '" + name + "' in its metadata; write it with: pom-ext export");
@@ -134,7 +134,7 @@ class Safetensors {
     if (!take(wanted)) fail(std::string("has no '") + wanted + "' where its header needs one; is it safetensors?");
   }
 
-  static double bytes_of(const std::vector<int64_t>& shape) {  // a double runs over without harm
+  static double bytes_of(const std::vector<int64_t>& shape) {  // a double overflows without harm
     double bytes = sizeof(float);
     for (const int64_t length : shape) bytes *= double(length);
     return bytes;

@@ -1,4 +1,4 @@
-// Draws a video frame after frame: Euler steps from noise to the frame, which is then remembered.
+// Draws a video frame by frame: Euler steps from noise to the frame, which the stream then remembers.
 #pragma once
 
 #include "video_dit.h"
@@ -7,8 +7,8 @@ namespace example {
 
 struct Sampling {
   int64_t steps = 8;
-  float guidance = 1;       // of classifier-free guidance; 1 is none, others draw every frame twice
-  float context_noise = 0;  // share of noise with which finished frames are remembered
+  float guidance = 1;       // of classifier-free guidance; 1 is none, others evaluate every frame twice
+  float context_noise = 0;  // share of noise in frames that the stream remembers
 };
 
 template <class Device>
@@ -39,7 +39,7 @@ class Sampler {
   pom_stream& stream() { return stream_; }
   int64_t size() const { return config_.tokens() * config_.values(); }  // numbers of a frame
 
-  // Frames that the stream remembers.
+  // How many frames the stream remembers.
   int64_t frames() {
     pom_state state;
     check(pom_stream_state(&stream_, 0, 0, &state));
@@ -49,7 +49,7 @@ class Sampler {
     return int64_t(tokens) / config_.tokens();
   }
 
-  // Computes what this label needs, so that the first frame which has it is as quick as the others.
+  // Prepares this label, so that its first frame is as fast as the others.
   void expect(int64_t label) { conditions_.of(label); }
 
   // The next frame (tokens, values) from noise of that shape; `memory_noise` is for context noise, else null.
@@ -69,7 +69,7 @@ class Sampler {
   }
 
  private:
-  // The times 1 = t_0 > ... > t_steps = 0 of the solver, those of high noise closer together by the shift.
+  // The times 1 = t_0 > ... > t_steps = 0 of the solver. The shift moves more of them to high noise.
   std::vector<double> times() const {
     std::vector<double> all;
     for (int64_t i = 0; i <= sampling_.steps; ++i) {
@@ -79,7 +79,7 @@ class Sampler {
     return all;
   }
 
-  // Those of the evaluations, as the network takes them: of the steps, and of the frame that is remembered.
+  // The times of the evaluations on the network's scale: of the steps, and of remembering the frame.
   std::vector<float> network_times() const {
     std::vector<float> all;
     for (const double time : times()) all.push_back(float(1000 * time));

@@ -1,4 +1,4 @@
-// Draws video without end from a model that `pom-ext export` wrote, frame after frame, by the engine alone:
+// Draws endless video from a model that `pom-ext export` wrote, frame by frame, with the engine alone:
 //
 //   pom-ext export model.safetensors --out engine.safetensors
 //   stream engine.safetensors | ffplay -
@@ -117,7 +117,7 @@ int main(int count, char** words) {
   for (int i = 1; i < count; ++i)
     if (!std::strcmp(words[i], "--help")) return std::fputs(kUsage, stdout) < 0;
 #ifdef SIGPIPE
-  std::signal(SIGPIPE, SIG_IGN);  // to close the window is a way to end, not an error
+  std::signal(SIGPIPE, SIG_IGN);  // closing the window ends the program without an error
 #endif
   try {
     const Options options = parse(count, words);

@@ -1,7 +1,7 @@
 // The model: blocks of local convolution, polynomial mixer and feed-forward layer, modulated by time and label.
 //
-// What a layer remembers of the frames before lies in the engine's stream: the state of its mixer, and beside it the
-// two frames that its convolution reaches back to.
+// A layer's memory of earlier frames lies in the engine's stream: the state of its mixer, and beside it the two frames
+// that its convolution reaches back to.
 #pragma once
 
 #include "conditions.h"
@@ -29,15 +29,16 @@ class VideoDit {
     for (Layer& layer : layers_) layer.step.x = normed_, layer.step.y = branch_;
   }
 
-  // Before the first evaluation on a stream: takes the memory that the engine works in.
+  // Call before the first evaluation on a stream: takes the engine's workspace.
   void prepare(const pom_stream& stream) {
     for (size_t i = 0; i < layers_.size(); ++i)
       workspace_bytes_ = std::max(workspace_bytes_, pom_stream_step_workspace(&stream, int64_t(i), &layers_[i].step));
     workspace_ = device_.floats(int64_t(workspace_bytes_ / sizeof(float) + 1));
   }
 
-  // The prediction (batch, tokens, values) for a frame x (tokens, values) that follows the stream, each of the batch
-  // with its own `condition`. Null: the frame is only remembered, and what comes after the last mixer is left out.
+  // The prediction (batch, tokens, values) for a frame x (tokens, values) that follows the stream, with one `condition`
+  // per batch entry. If `prediction` is null, the frame is only remembered, and what comes after the last mixer is
+  // skipped.
   void evaluate(pom_stream& stream, int64_t evaluation, Memory memory, const float* x, const Modulation& condition,
                 float* prediction) {
     const int64_t dim = config_.dim, tokens = config_.tokens(), rows = batch_ * tokens;
@@ -50,10 +51,10 @@ class VideoDit {
       if (config_.local_conv) {
         pom_state state;
         check(pom_stream_state(&stream, evaluation, int64_t(i), &state));
-        float* const kept = static_cast<float*>(state.kept);
-        device_.rows(rows, Convolve{dim, config_.rows(), config_.columns(), now, kept, layer.conv_weight,
+        float* const cache = static_cast<float*>(state.kept);
+        device_.rows(rows, Convolve{dim, config_.rows(), config_.columns(), now, cache, layer.conv_weight,
                                     layer.conv_bias, spare});
-        if (memory == Memory::goes_on) device_.rows(rows, Keep{dim, tokens, now, kept});
+        if (memory == Memory::goes_on) device_.rows(rows, UpdateCache{dim, tokens, now, cache});
         std::swap(now, spare);
       }
       device_.rows(rows, Normalise{dim, part(modulation, kMixerScale), now, normed_});
@@ -95,7 +96,7 @@ class VideoDit {
     }
   };
 
-  // What modulates a block, `dim` numbers each; a shift stands behind its scale.
+  // The modulation of a block, `dim` numbers each; a shift follows its scale.
   enum Part { kMixerScale, kMixerShift, kMixerGate, kFfwScale, kFfwShift, kFfwGate, kParts };
 
   Modulation part(Modulation modulation, Part part) const {

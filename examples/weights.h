@@ -1,4 +1,4 @@
-// Weights of a file on their device.
+// A file's weights on the device.
 #pragma once
 
 #include "check.h"

@@ -129,7 +129,7 @@ def save(content, path):
 
 NCU = {
     "ID": "0", "Grid Size": "(2048, 1, 1)",
-    "Kernel Name": "void pom::cuda::features_of_pieces<pom::cuda::Instance<>>(Args)",
+    "Kernel Name": "void pom::cuda::sum_features_kernel<pom::cuda::Instance<>>(Args)",
     "gpu__time_duration.sum": "33,500", "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed": "66.1",
     "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": "61.5",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "71.2",
@@ -147,7 +147,7 @@ def ncu(mode, words):
         return 1
     if LIBRARY and subprocess.run([*from_python(words), "--small"], check=False).returncode:
         return 1
-    say('==PROF== Profiling "features_of_pieces" - 0: 0%....50%....100% - 12 passes')
+    say('==PROF== Profiling "sum_features_kernel" - 0: 0%....50%....100% - 12 passes')
     misbehave(mode)
     if mode != "ok":
         say("==PROF== Disconnected", "error: the application ended with an error")
@@ -160,7 +160,7 @@ def ncu(mode, words):
 
 INVALID = (
     "========= Invalid __global__ read of size 4 bytes",
-    "=========     at pom::cuda::join_groups(Join)+0x70",
+    "=========     at pom::cuda::reduce_groups_kernel(ReduceArgs)+0x70",
     "=========     by thread (0,0,0) in block (1,0,0)",
 )
 

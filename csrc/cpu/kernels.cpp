@@ -75,7 +75,7 @@ struct Loops {
         source.template load_factors<W>(row, channel, n, x);
         form.value(x, c, phi);
         for (int i = 0; i < form.factors(); ++i) {
-          const W term = outcome(phi[i]);
+          const W term = primal_or_tangent(phi[i]);
           sum[i] = sum[i] + (weighted ? W(double(weight[row])) * term : term);
         }
       }
@@ -107,7 +107,7 @@ struct Loops {
         source.template load_factors<V>(row, channel, n, x);
         form.value(x, c, phi);
         Acc* out = phi_out + row * rows.ranges * rows.width + channel;
-        for (int i = 0; i < form.factors(); ++i) store(out + i * rows.width, outcome(phi[i]), n);
+        for (int i = 0; i < form.factors(); ++i) store(out + i * rows.width, primal_or_tangent(phi[i]), n);
       }
     });
   }
@@ -132,9 +132,9 @@ struct Loops {
         }
         form.slope(x, c, dphi, du, dc);
         T* out = static_cast<T*>(du_) + row * du_stride + channel;
-        for (int i = 0; i < form.factors(); ++i) store(out + i * rows.range_stride, outcome(du[i]), n);
+        for (int i = 0; i < form.factors(); ++i) store(out + i * rows.range_stride, primal_or_tangent(du[i]), n);
         if constexpr (Form::has_coeff)
-          for (int i = 0; i < form.degree; ++i) dc_sum[i] = dc_sum[i] + outcome(dc[i]);
+          for (int i = 0; i < form.degree; ++i) dc_sum[i] = dc_sum[i] + primal_or_tangent(dc[i]);
       }
       if constexpr (Form::has_coeff)
         for (int i = 0; i < form.degree; ++i) accumulate(dcoeff + i * coeff_stride + channel, dc_sum[i], n);
@@ -183,12 +183,13 @@ struct Gated {
   }
 
   static void value(int64_t width, const void* gate, const void* tangent, Acc* value) {
-    each_gate(width, gate, tangent, [&](int64_t c, auto n, auto x) { store(value + c, outcome(Gate::value(x)), n); });
+    each_gate(width, gate, tangent,
+              [&](int64_t c, auto n, auto x) { store(value + c, primal_or_tangent(Gate::value(x)), n); });
   }
 
   static void slope(int64_t width, const void* gate, const void* tangent, const Acc* dvalue, void* dgate) {
     each_gate(width, gate, tangent, [&](int64_t c, auto n, auto x) {
-      store(static_cast<T*>(dgate) + c, outcome(Gate::slope(x)) * load_as<V>(dvalue + c, n), n);
+      store(static_cast<T*>(dgate) + c, primal_or_tangent(Gate::slope(x)) * load_as<V>(dvalue + c, n), n);
     });
   }
 
@@ -203,7 +204,7 @@ struct Gated {
     for_channels<V>(width, [&](int64_t c, auto n) {
       const Dual<V> gamma(load_as<V>(value + c, n), load_as<V>(dvalue + c, n));
       const Dual<V> h(load_as<V>(mean + c, n), load_as<V>(dmean + c, n));
-      store(static_cast<T*>(y) + c, outcome(gamma * h), n);
+      store(static_cast<T*>(y) + c, primal_or_tangent(gamma * h), n);
     });
   }
 

@@ -1,4 +1,4 @@
-// What kernels are made of: elements in memory as one access, and sums over the threads of a block.
+// Building blocks of the kernels: vector loads and stores, and sums over the threads of a block.
 #pragma once
 
 #include <type_traits>
@@ -9,13 +9,13 @@
 
 namespace pom::cuda {
 
-// Words of one access. As a struct of 32-bit words the compiler moves them at once.
+// The words of one vector access. The compiler moves a struct of 32-bit words in one instruction.
 template <int bytes>
 struct alignas(bytes) Words {
   uint32_t word[bytes / 4];
 };
 
-// Vec neighbouring elements as they lie in memory. With Vec > 1 the address is a multiple of their size.
+// Vec neighbouring elements as they lie in memory. If Vec > 1, the address must be a multiple of their size.
 template <class T, int Vec>
 struct Packed {
   Words<Vec* int(sizeof(T))> words;
@@ -57,7 +57,7 @@ struct Packed {
   }
 };
 
-// One element anywhere.
+// One element, at any address.
 template <class T>
 struct Packed<T, 1> {
   using Acc = typename accumulator<T>::type;
@@ -81,7 +81,7 @@ struct Packed<T, 1> {
   }
 };
 
-// Vec numbers of the accumulator's type.
+// Loads Vec numbers of the accumulator's type.
 template <int Vec, class Acc>
 POM_HD void load_numbers(const Acc* p, Acc* x) {
   constexpr int step = Vec % 4 == 0 && sizeof(Acc) == 4 ? 4 : 1;
@@ -103,7 +103,7 @@ POM_HD void store_numbers(Acc* p, const Acc* x) {
   }
 }
 
-// Neighbouring numbers in one access.
+// Loads two neighbouring numbers in one access.
 template <class T>
 POM_HD void load_pair(const T* p, float* x) {
   Packed<T, 2> packed;
@@ -116,9 +116,8 @@ POM_HD void store_pair(const float* x, float* p) {
   packed.store(p);
 }
 
-// Sums V numbers over the rows of a block, in a fixed order: thread (row, lane) is number row * lanes + lane, and row 0
-// ends with the sums. Rows and lanes are powers of two. Needs V * threads / 2 numbers of shared memory, in which a
-// thread writes only where it alone has read.
+// Sums V numbers over the rows of a block, in a fixed order. Thread (row, lane) is number row * lanes + lane; row 0
+// ends with the sums. Rows and lanes are powers of two. Needs V * threads / 2 numbers of shared memory.
 template <int V, class Acc>
 __device__ void sum_rows(Acc (&x)[V], int lanes, Acc* shared) {
   const int thread = int(threadIdx.x), slots = int(blockDim.x) / 2;
@@ -136,10 +135,10 @@ __device__ void sum_rows(Acc (&x)[V], int lanes, Acc* shared) {
   }
 }
 
-// Blocks are numbered in one dimension: slabs of channels vary fastest, so that neighbours read neighbouring memory.
+// Blocks are numbered in one dimension. Channel tiles vary fastest: neighbouring blocks read neighbouring memory.
 struct BlockIndex {
-  unsigned slab, row;  // 32 bits: a division of 64 takes as long as a few tokens
-  __device__ explicit BlockIndex(int slabs) : slab(blockIdx.x % unsigned(slabs)), row(blockIdx.x / unsigned(slabs)) {}
+  unsigned tile, row;  // 32 bits: a 64-bit division takes as long as a few tokens
+  __device__ explicit BlockIndex(int tiles) : tile(blockIdx.x % unsigned(tiles)), row(blockIdx.x / unsigned(tiles)) {}
 };
 
 }  // namespace pom::cuda

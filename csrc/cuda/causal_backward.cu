@@ -1,48 +1,48 @@
 // Backward of the token-causal mix: sums of the tiles and a scan over them, then one pass from the last tile to the
-// first. A block walks forwards through its tile for the gates, learns what the tiles behind it send back, and walks
-// backwards, in shared memory, for the features.
+// first. A block goes forwards through its tile for the gradients of the gates, looks up what the later tiles add to
+// the gradient of φ, and goes backwards through the tile, in shared memory, for the gradients of the features.
 
-#include "cuda/walk.cuh"
+#include "cuda/causal_scan.cuh"
 
 namespace pom::cuda {
 namespace {
 
 template <class Acc>
-struct WalkBackward {
-  Walk walk;
-  Lookback<Acc> sums;               // of what tiles send back, the last tile first
-  const Acc* before = nullptr;      // (batch, tiles, C): φ summed up to the end of each tile, the prior included
+struct BackwardArgs {
+  ScanArgs scan;
+  Lookback<Acc> sums;           // terms of the gradient of φ summed over each tile, the last tile first
+  const Acc* before = nullptr;  // (batch, tiles, C): φ and the prior, summed up to the end of each tile
   const void* grad_y = nullptr;
   int64_t grad_y_batch_stride = 0, grad_y_token_stride = 0;
   const Acc* grad_total = nullptr;  // (batch, 1, C), or null
   void* grad_u = nullptr;
   void* grad_gate = nullptr;
   Acc* grad_prior = nullptr;  // (batch, 1, C)
-  Acc* parts = nullptr;       // (batch, tokens, channels >> shift), with heads
-  int parts_shift = 0;
-  int64_t parts_of_token = 0;
-  Acc* coeff_rows = nullptr;  // (batch, tiles, degree, width), in power form
+  Acc* partials = nullptr;    // (batch, tokens, channels >> shift), if there are heads
+  int partials_shift = 0;
+  int64_t partials_per_token = 0;
+  Acc* coeff_rows = nullptr;  // (batch, tiles, degree, width), power form only
 };
 
 template <class I>
-__global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>())
-    causal_slopes(WalkBackward<typename I::Acc> args) {
-  using W = Walker<I, true>;
+__global__ void __launch_bounds__(kScanThreads, scan_blocks<I>())
+    causal_mix_backward_kernel(BackwardArgs<typename I::Acc> args) {
+  using W = ScanTile<I, true>;
   using Acc = typename I::Acc;
   constexpr int kNumbers = W::kNumbers, kUnroll = kNumbers > 8 ? 1 : 2;
-  const Walk& walk = args.walk;
-  const Features& f = walk.features;
-  const Turn turn = take_turn(args.sums);
-  const int64_t tile = walk.tiles - 1 - turn.step;
-  const W own(walk, turn, tile);
+  const ScanArgs& scan = args.scan;
+  const Features& f = scan.features;
+  const ScanStep step = claim_step(args.sums);
+  const int64_t tile = scan.tiles - 1 - step.index;
+  const W own(scan, step, tile);
   const typename W::Tokens tokens(f, own.b, own.place);
-  const typename W::Gates gates(walk.gates, own.b, own.place);
+  const typename W::Gates gates(scan.gates, own.b, own.place);
   const int64_t channels = f.channels(), at = own.b * channels + own.column;
   const typename W::Rows dy(args.grad_y, own.b * args.grad_y_batch_stride, args.grad_y_token_stride, own.place);
   const typename W::Rows dgate(args.grad_gate, own.b * f.tokens * channels, channels, own.place);
   const typename W::Rows du_rows(args.grad_u, own.b * f.tokens * channels, channels, own.place);
 
-  own.find_inverses(walk);
+  own.store_inverse_counts(scan);
   Acc sum[kNumbers] = {};
   own.load(tokens, sum);
   typename W::Rows::Raw raw_dy[kUnroll];
@@ -56,22 +56,22 @@ __global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>())
   double before = 0;
   if (own.column >= 0) {
     if (tile > 0)
-      before = args.before[(own.b * walk.tiles + tile - 1) * channels + own.column];
+      before = args.before[(own.b * scan.tiles + tile - 1) * channels + own.column];
     else
-      before = with_prior<Acc>(walk.prior, at, 0);
+      before = with_prior<Acc>(scan.prior, at, 0);
   }
   own.sum_before_row(before, false, sum);
 
-  // Forwards: gradients of the gates, and what the tokens send back.
+  // Forwards: gradients of the gates, and each token's term of the gradient of φ.
   typename W::Raw raw;
   Acc back[kNumbers] = {};
   use_tokens<kUnroll>(own.begin, own.end, 1, load, [&](int j, int64_t token) {
     Acc value[kNumbers], d[kNumbers];
-    own.find(tokens, token, raw);
+    own.restore(tokens, token, raw);
     tokens.add(token, raw, sum);
     gates.value(token, raw_gate[j], value);
     W::Rows::unpack(raw_dy[j], d);
-    const Acc scale = own.inverse(token);
+    const Acc scale = own.inverse_count(token);
     POM_UNROLL
     for (int i = 0; i < kNumbers; ++i) {
       d[i] *= scale;
@@ -80,10 +80,10 @@ __global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>())
       value[i] = d[i] * sum[i];
       d[i] = returned;
     }
-    own.keep_numbers(token, d);
-    if (walk.gates.heads > 1) {
-      write_head_parts<I::Vec, W::kRanges>(value, own.place, args.parts_shift, W::lanes_of_row(),
-                                           args.parts + (own.b * f.tokens + token) * args.parts_of_token);
+    own.save_numbers(token, d);
+    if (scan.gates.heads > 1) {
+      write_head_partials<I::Vec, W::kRanges>(value, own.place, args.partials_shift, W::lanes_of_row(),
+                                              args.partials + (own.b * f.tokens + token) * args.partials_per_token);
     } else {
       gates.slope(token, raw_gate[j], value);
       dgate.store(token, value);
@@ -91,23 +91,23 @@ __global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>())
   });
 
   const double of_tile = own.sum_rows(back);
-  double behind = 0;
+  double after = 0;
   if (own.column >= 0) {
-    behind = sum_before(args.sums, turn, own.column, of_tile);
-    if (args.grad_total) behind += double(args.grad_total[at]);
-    if (tile == 0 && args.grad_prior) args.grad_prior[at] = Acc(behind + of_tile);
+    after = sum_before(args.sums, step, own.column, of_tile);
+    if (args.grad_total) after += double(args.grad_total[at]);
+    if (tile == 0 && args.grad_prior) args.grad_prior[at] = Acc(after + of_tile);
   }
   Acc base[kNumbers];
-  own.sum_before_row(behind, true, base);
+  own.sum_before_row(after, true, base);
 
-  // Backwards: the gradient of a token's features is what it and all later tokens send back.
+  // Backwards: the gradient of a token's φ is the sum of the terms of this token and all later ones.
   Acc dc[W::kRanges][I::Vec][W::Tokens::kCoeffs] = {};
   POM_UNROLL
   for (int i = 0; i < kNumbers; ++i) sum[i] = Acc(0);
   for (int64_t token = own.end - 1; token >= own.begin; --token) {
     Acc d[kNumbers], du[kNumbers];
-    own.find(tokens, token, raw);
-    own.find_numbers(token, d);
+    own.restore(tokens, token, raw);
+    own.restore_numbers(token, d);
     POM_UNROLL
     for (int i = 0; i < kNumbers; ++i) {
       sum[i] += d[i];
@@ -117,10 +117,10 @@ __global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>())
     du_rows.store(token, du);
   }
   if constexpr (I::Form::has_coeff) {
-    Acc* const row = args.coeff_rows + (own.b * walk.tiles + tile) * f.degree * f.width;
+    Acc* const row = args.coeff_rows + (own.b * scan.tiles + tile) * f.degree * f.width;
     for (int k = 0; k < f.degree; ++k) {
       Acc of_power[kNumbers];
-      take_power<I>(dc, k, of_power);
+      select_power<I>(dc, k, of_power);
       const double of_column = own.sum_rows(of_power);
       if (own.column >= 0) row[k * f.width + own.column] = Acc(of_column);
     }
@@ -128,69 +128,70 @@ __global__ void __launch_bounds__(kWalkThreads, walk_blocks<I>())
 }
 
 template <class Acc>
-struct BackwardPlan : WalkPlan<Acc, true> {
-  Pieces rows;  // one for each tile
+struct BackwardPlan : ScanPlan<Acc, true> {
+  Pieces rows;  // one per tile
   PieceSums<Acc> before;
-  double* counts = nullptr;  // (batch, tiles), of weighted tokens
-  HeadParts heads;
-  Acc *parts = nullptr, *coeff_rows = nullptr;
+  double* counts = nullptr;  // (batch, tiles), if the tokens are weighted
+  HeadPartials heads;
+  Acc *partials = nullptr, *coeff_rows = nullptr;
 
-  BackwardPlan(const CausalBackwardArgs& given, void* workspace)
-      : WalkPlan<Acc, true>(given.features, given.gates, given.prior,
-                            Alignment(given.features.dtype)
-                                .pointers({given.grad_y, given.grad_u, given.grad_gate})
-                                .sizes({given.grad_y_batch_stride, given.grad_y_token_stride}),
+  BackwardPlan(const CausalBackwardArgs& call, void* workspace)
+      : ScanPlan<Acc, true>(call.features, call.gates, call.prior,
+                            Alignment(call.features.dtype)
+                                .pointers({call.grad_y, call.grad_u, call.grad_gate})
+                                .sizes({call.grad_y_batch_stride, call.grad_y_token_stride}),
                             workspace),
-        rows(Pieces::rows(this->walk.tiles)),
-        before(given.features, Pieces(given.features.tokens, this->shift, 1, nullptr), false, this->arena),
-        heads(given.gates, this->walk.slabs) {
-    const Features& f = given.features;
+        rows(Pieces::rows(this->scan.tiles)),
+        before(call.features, Pieces(call.features.tokens, this->shift, 1, nullptr), false, this->arena),
+        heads(call.gates, this->scan.channel_tiles) {
+    const Features& f = call.features;
     Arena& arena = this->arena;
-    if (f.weight) this->walk.counts = counts = arena.take<double>(f.batch * this->walk.tiles);
-    if (given.gates.heads > 1) parts = arena.take<Acc>(f.batch * f.tokens * heads.count);
-    if (f.form == Form::power) coeff_rows = arena.take<Acc>(f.batch * this->walk.tiles * f.degree * f.width);
+    if (f.weight) this->scan.counts = counts = arena.take<double>(f.batch * this->scan.tiles);
+    if (call.gates.heads > 1) partials = arena.take<Acc>(f.batch * f.tokens * heads.count);
+    if (f.form == Form::power) coeff_rows = arena.take<Acc>(f.batch * this->scan.tiles * f.degree * f.width);
   }
 
   Status prefix_sums(void* stream) const {
-    const Features& f = this->walk.features;
-    if (this->walk.tiles == 1) return Status::ok;  // before which there is nothing
+    const Features& f = this->scan.features;
+    if (this->scan.tiles == 1) return Status::ok;
     if (const Status s = before.launch(stream); s != Status::ok) return s;
-    Join<Acc> joined = {rows, f.batch, f.channels(), before.rows, before.weight_rows, this->walk.prior};
-    joined.out = {before.rows, nullptr, counts};
-    return scan(joined, false, stream);
+    ReduceArgs<Acc> reduce = {rows, f.batch, f.channels(), before.rows, before.weight_rows, this->scan.prior};
+    reduce.out = {before.rows, nullptr, counts};
+    return scan_groups(reduce, false, stream);
   }
 };
 
 template <class Acc>
-Status run(const CausalBackwardArgs& given, void* workspace, void* stream) {
-  const BackwardPlan<Acc> plan(given, workspace);
-  const Features& f = given.features;
+Status run(const CausalBackwardArgs& call, void* workspace, void* stream) {
+  const BackwardPlan<Acc> plan(call, workspace);
+  const Features& f = call.features;
   if (f.batch > 0) {
     if (const Status s = plan.prefix_sums(stream); s != Status::ok) return s;
     if (const Status s = plan.sums.start(stream); s != Status::ok) return s;
-    WalkBackward<Acc> args = {plan.walk, plan.sums, plan.before.rows};
-    args.grad_y = given.grad_y;
-    args.grad_y_batch_stride = given.grad_y_batch_stride;
-    args.grad_y_token_stride = given.grad_y_token_stride;
-    args.grad_total = static_cast<const Acc*>(given.grad_total);
-    args.grad_u = given.grad_u;
-    args.grad_gate = given.grad_gate;
-    args.grad_prior = static_cast<Acc*>(given.grad_prior);
-    args.parts = plan.parts;
-    args.parts_shift = plan.heads.shift;
-    args.parts_of_token = plan.heads.count;
+    BackwardArgs<Acc> args = {plan.scan, plan.sums, plan.before.rows};
+    args.grad_y = call.grad_y;
+    args.grad_y_batch_stride = call.grad_y_batch_stride;
+    args.grad_y_token_stride = call.grad_y_token_stride;
+    args.grad_total = static_cast<const Acc*>(call.grad_total);
+    args.grad_u = call.grad_u;
+    args.grad_gate = call.grad_gate;
+    args.grad_prior = static_cast<Acc*>(call.grad_prior);
+    args.partials = plan.partials;
+    args.partials_shift = plan.heads.shift;
+    args.partials_per_token = plan.heads.count;
     args.coeff_rows = plan.coeff_rows;
-    Status status = plan.with_walker([&](auto instance) {
+    Status status = plan.with_scan_instance([&](auto instance) {
       using I = decltype(instance);
-      return launch(causal_slopes<I>, plan.sums.blocks, kWalkThreads, Walker<I, true>::kBytes, stream, args);
+      return launch(causal_mix_backward_kernel<I>, plan.sums.blocks, kScanThreads, ScanTile<I, true>::kBytes, stream,
+                    args);
     });
-    if (status == Status::ok && plan.parts)
-      status = finish_heads(given.gates, plan.heads, plan.parts, given.grad_gate, stream);
+    if (status == Status::ok && plan.partials)
+      status = reduce_head_partials(call.gates, plan.heads, plan.partials, call.grad_gate, stream);
     if (status != Status::ok) return status;
   }
   if (f.form != Form::power) return Status::ok;
-  return join_coeff(plan.coeff_rows, f.batch * plan.walk.tiles, f.degree, f.width, static_cast<Acc*>(given.grad_coeff),
-                    stream);
+  return reduce_coeff(plan.coeff_rows, f.batch * plan.scan.tiles, f.degree, f.width, static_cast<Acc*>(call.grad_coeff),
+                      stream);
 }
 
 }  // namespace

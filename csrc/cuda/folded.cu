@@ -1,6 +1,6 @@
-// The readout with one gate per head, through the projection behind it: the mean features of every head are folded into
-// its columns of the weight, once per group, and a query then multiplies as many numbers as there are heads. Two
-// kernels, whose products the tensor cores take: 16-bit types.
+// Readout with one gate per head, fused with the gate projection before it and the output projection after it. The mean
+// features of every head are folded into its columns of the output weight, once per group; a query then multiplies only
+// as many numbers as there are heads. Two kernels, on tensor cores: 16-bit types.
 
 #include "cuda/block.cuh"
 #include "cuda/mma.cuh"
@@ -9,64 +9,64 @@
 namespace pom::cuda {
 namespace {
 
-constexpr int kRunLength = 8;       // neighbours that a lane loads at once: 16 bytes
-constexpr int kRunsAtOnce = 4;      // that a lane has in flight
-constexpr int kRowShift = 4;        // queries of a block: 16 rows of a product
-constexpr int kHeadsAtOnce = 16;    // inputs of a product
-constexpr int kMostHeads = 64;
+constexpr int kRunLength = 8;         // elements of one load: 16 bytes
+constexpr int kRunsInFlight = 4;      // loads that a lane has in flight
+constexpr int kRowShift = 4;          // log2 of the queries of a block: 16 rows of a product
+constexpr int kHeadsPerProduct = 16;  // inputs of one product
+constexpr int kMaxFoldedHeads = 64;
 constexpr int kReadThreads = 128;
 constexpr int kParts = kReadThreads / kWarp;
-constexpr int64_t kMostFolded = 6 << 10;  // channels, whose means and sums are in the shared memory of a block
+constexpr int64_t kMaxFoldedChannels = 6 << 10;  // their means and sums must fit in the shared memory of a block
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr bool kHasTensorCores = false;  // for 16-bit types (check_kernel)
+constexpr bool kHasTensorCores = false;  // for 16-bit types; see check_kernel()
 #else
 constexpr bool kHasTensorCores = true;
 #endif
 
-// Head `head` of the 16 that a product takes lies where a lane finds its four inputs (mma.cuh) next to each other.
+// Where head `head` of the 16 of a product is stored, so that the four inputs of a lane (mma.cuh) are neighbours.
 POM_HD int place_of(int head) { return head % 8 / 2 * 4 + head / 8 * 2 + head % 2; }
 
-struct Folding {
-  int64_t rows = 0, channels = 0, width = 0;  // samples times groups; channels of a head
-  int heads = 0, padded = 0;                  // padded: heads with zeros behind them, a multiple of 16
+struct FoldArgs {
+  int64_t rows = 0, channels = 0, width = 0;  // rows: samples times groups; width: channels of a head
+  int heads = 0, padded = 0;                  // padded: heads rounded up to a multiple of 16, with zeros
   int out_dim = 0;
   StateView state;
   const void* weight = nullptr;  // (out_dim, channels)
   void* folded = nullptr;        // (rows, out_dim, padded)
 };
 
-// A block folds the row of its group into 8 outputs, a warp each.
+// A block folds the state of one group into 8 outputs, one per warp.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4) fold_heads(Folding args) {
+__global__ void __launch_bounds__(kThreads, 4) fold_weight_kernel(FoldArgs args) {
   POM_SHARED(memory);
   float* const mean = reinterpret_cast<float*>(memory);
   const int blocks = int(ceil_div(args.out_dim, kThreads / kWarp)), warp = int(threadIdx.x) / kWarp;
   const BlockIndex block(blocks);
-  const int out = int(block.slab) * (kThreads / kWarp) + warp, lane = int(threadIdx.x) % kWarp;
+  const int out = int(block.tile) * (kThreads / kWarp) + warp, lane = int(threadIdx.x) % kWarp;
   const int64_t row = block.row, from = row * args.channels;
   const int runs = out < args.out_dim ? int(args.channels / kRunLength) : 0;
   const T* const weight = static_cast<const T*>(args.weight) + out * args.channels;
-  Packed<T, kRunLength> packed[kRunsAtOnce];
+  Packed<T, kRunLength> packed[kRunsInFlight];
   auto load = [&](int first) {
     POM_UNROLL
-    for (int i = 0; i < kRunsAtOnce; ++i)
+    for (int i = 0; i < kRunsInFlight; ++i)
       if (const int run = first + i * kWarp; run < runs) packed[i].load(weight + int64_t(run) * kRunLength);
   };
-  load(lane);  // on their way while the means are made
+  load(lane);  // in flight while the means are computed
 
   const double scale = inverse(args.state.count[row]);
   const float *total = static_cast<const float*>(args.state.total) + from,
               *residual = static_cast<const float*>(args.state.residual) + from;
   POM_UNROLL_4
   for (int c = int(threadIdx.x); c < int(args.channels); c += kThreads)
-    mean[c] = scale != 0 ? float((double(total[c]) + double(residual[c])) * scale) : 0.f;  // of infinite sums too
+    mean[c] = scale != 0 ? float((double(total[c]) + double(residual[c])) * scale) : 0.f;  // for infinite sums too
   __syncthreads();
 
-  float* const sums = mean + args.channels + warp * (args.channels / kRunLength);  // of every run
-  for (int first = lane; first < runs; first += kRunsAtOnce * kWarp) {
+  float* const sums = mean + args.channels + warp * (args.channels / kRunLength);  // of each run
+  for (int first = lane; first < runs; first += kRunsInFlight * kWarp) {
     if (first != lane) load(first);
     POM_UNROLL
-    for (int i = 0; i < kRunsAtOnce; ++i) {
+    for (int i = 0; i < kRunsInFlight; ++i) {
       const int run = first + i * kWarp;
       if (run >= runs) break;
       float w[kRunLength], m[kRunLength];
@@ -88,12 +88,12 @@ __global__ void __launch_bounds__(kThreads, 4) fold_heads(Folding args) {
       for (int64_t run = head * runs_of_head; run < (head + 1) * runs_of_head; ++run) sum += sums[run];
     Packed<T, 1> number;
     number.pack(&sum);
-    number.store(to + head / kHeadsAtOnce * kHeadsAtOnce + place_of(head % kHeadsAtOnce));
+    number.store(to + head / kHeadsPerProduct * kHeadsPerProduct + place_of(head % kHeadsPerProduct));
   }
 }
 
-struct Reading {
-  Pieces pieces;  // of the queries, a block each
+struct ReadArgs {
+  Pieces pieces;  // of the queries, one per block
   unsigned slots = 0;
   int64_t queries = 0;
   int dim = 0, heads = 0, out_dim = 0;
@@ -103,29 +103,30 @@ struct Reading {
   void* y = nullptr;
 };
 
-// Neighbours in memory, or zeros where nothing is.
+// Loads kRunLength neighbouring elements, or zeros if not `valid`.
 template <class T>
-__device__ inline Words<16> load_run(const T* p, bool there) {
+__device__ inline Words<16> load_run(const T* p, bool valid) {
   Words<16> words = {};
-  if (there) words = *reinterpret_cast<const Words<16>*>(p);
+  if (valid) words = *reinterpret_cast<const Words<16>*>(p);
   return words;
 }
 
-// What part `part` of the channels adds to the gates, lanes and numbers as in mma.cuh, for `count` times 8 heads.
+// Adds to `gates` what part `part` of the input channels contributes to 8 * count heads; lanes and numbers as in
+// mma.cuh.
 //
-// Which input is which does not matter to a sum as long as both factors agree: a lane takes eight neighbours of a row.
+// The order of the inputs does not matter as long as both factors agree on it: a lane takes eight neighbours of a row.
 template <class T, int count>
-__device__ void project_gates(const Reading& args, const T* const (&rows)[2], int part, float (&gates)[count][4]) {
+__device__ void project_gates(const ReadArgs& args, const T* const (&rows)[2], int part, float (&gates)[count][4]) {
   const int lane = int(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
   const T* const weight = static_cast<const T*>(args.gate_weight) + int64_t(g) * args.dim;
   constexpr int kStep = 4 * kRunLength;
   const int length = int(ceil_div(args.dim, kStep * kParts)) * kStep, begin = part * length;
-  const int end = int(least(args.dim, begin + length));
-  for (int first = begin; first < end; first += kRunsAtOnce * kStep) {
-    // All loads ahead of all products: the bounds of the kernel leave the registers for it (test_cuda_code.py).
-    Words<16> low[kRunsAtOnce], high[kRunsAtOnce], w[kRunsAtOnce][count];
+  const int end = int(min(args.dim, begin + length));
+  for (int first = begin; first < end; first += kRunsInFlight * kStep) {
+    // Issues all loads before the first product; the launch bounds leave registers for it (test_cuda_code.py).
+    Words<16> low[kRunsInFlight], high[kRunsInFlight], w[kRunsInFlight][count];
     POM_UNROLL
-    for (int step = 0; step < kRunsAtOnce; ++step) {
+    for (int step = 0; step < kRunsInFlight; ++step) {
       const int k = first + step * kStep + kRunLength * q;
       const bool inside = k < end;
       low[step] = load_run(rows[0] + k, inside && rows[0]), high[step] = load_run(rows[1] + k, inside && rows[1]);
@@ -134,7 +135,7 @@ __device__ void project_gates(const Reading& args, const T* const (&rows)[2], in
         w[step][i] = load_run(weight + int64_t(8 * i) * args.dim + k, inside && 8 * i + g < args.heads);
     }
     POM_UNROLL
-    for (int step = 0; step < kRunsAtOnce; ++step) {
+    for (int step = 0; step < kRunsInFlight; ++step) {
       POM_UNROLL
       for (int i = 0; i < count; ++i) {
         POM_UNROLL
@@ -147,23 +148,23 @@ __device__ void project_gates(const Reading& args, const T* const (&rows)[2], in
   }
 }
 
-// 32 neighbouring outputs of a warp: what its lanes multiply with, and add.
+// 32 neighbouring outputs of a warp: the folded weights and biases that its lanes need.
 template <class T, int sixteens>
 struct Outputs {
   Words<8> inputs[4][sixteens];
   Packed<T, kRunLength> bias;
 
-  // Column g of product j is output 8 (g / 2) + 2 j + g % 2 of 32: a lane's sums are eight neighbours of a row.
-  __device__ void load(const Reading& args, const T* folded, int first) {
+  // Column g of product j is output 8 (g / 2) + 2 j + g % 2 of 32, so that a lane's sums are eight neighbours.
+  __device__ void load(const ReadArgs& args, const T* folded, int first) {
     const int lane = int(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
     POM_UNROLL
     for (int j = 0; j < 4; ++j) {
       const int out = first + g / 2 * kRunLength + 2 * j + g % 2;
-      const T* const row = folded + int64_t(out) * (sixteens * kHeadsAtOnce) + 4 * q;
+      const T* const row = folded + int64_t(out) * (sixteens * kHeadsPerProduct) + 4 * q;
       POM_UNROLL
       for (int i = 0; i < sixteens; ++i) {
         inputs[j][i] = {};
-        if (out < args.out_dim) inputs[j][i] = *reinterpret_cast<const Words<8>*>(row + i * kHeadsAtOnce);
+        if (out < args.out_dim) inputs[j][i] = *reinterpret_cast<const Words<8>*>(row + i * kHeadsPerProduct);
       }
     }
     bias = {};
@@ -181,13 +182,13 @@ struct Outputs {
   }
 };
 
-// A block takes 16 queries. Its four warps add up the gates of a quarter of the channels each, and then write a quarter
-// of the outputs each. The quarters depend on `dim` and `out_dim` alone, so the bits on nothing else of the call.
+// A block takes 16 queries. Each of its four warps computes the gates' part of a quarter of the input channels, and
+// then a quarter of the outputs. The quarters depend on `dim` and `out_dim` only, and so do the bits of the results.
 template <class Gate, class T, int sixteens>
 __global__ void __launch_bounds__(kHasTensorCores ? kReadThreads : kWarp, sixteens == 1 ? 4 : 2)
-    read_folded(Reading args) {
+    folded_readout_kernel(ReadArgs args) {
   if constexpr (kHasTensorCores) {
-    constexpr int kGates = 2 * sixteens, kPadded = sixteens * kHeadsAtOnce;
+    constexpr int kGates = 2 * sixteens, kPadded = sixteens * kHeadsPerProduct;
     POM_SHARED(memory);
     float* const parts = reinterpret_cast<float*>(memory);  // (kParts, kGates * 4, kWarp)
     const unsigned b = blockIdx.x / args.slots;
@@ -195,11 +196,11 @@ __global__ void __launch_bounds__(kHasTensorCores ? kReadThreads : kWarp, sixtee
     if (piece.begin >= piece.end) return;
     const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
     const int64_t query[] = {piece.begin + g, piece.begin + g + 8};
-    const bool there[] = {query[0] < piece.end, query[1] < piece.end};
+    const bool valid[] = {query[0] < piece.end, query[1] < piece.end};
 
     const T *const x = static_cast<const T*>(args.x) + b * args.x_batch_stride, *rows[2];
     POM_UNROLL
-    for (int i = 0; i < 2; ++i) rows[i] = there[i] ? x + query[i] * args.x_token_stride : nullptr;
+    for (int i = 0; i < 2; ++i) rows[i] = valid[i] ? x + query[i] * args.x_token_stride : nullptr;
     float gates[kGates][4] = {};
     if (warp == 0 && args.gate_bias) {
       POM_UNROLL
@@ -218,7 +219,7 @@ __global__ void __launch_bounds__(kHasTensorCores ? kReadThreads : kWarp, sixtee
     POM_UNROLL
     for (int i = 0; i < kGates * 4; ++i) parts[(warp * kGates * 4 + i) * kWarp + lane] = gates[i / 4][i % 4];
 
-    // A warp's next outputs are on their way while it writes the ones before; the first ones, while it waits here.
+    // A warp loads its next outputs while it writes the previous ones, and the first ones while it waits here.
     constexpr int kStep = 4 * kRunLength * kParts;
     const int64_t group = int64_t(b) * args.pieces.groups + piece.group;
     const T* const folded = static_cast<const T*>(args.folded) + group * args.out_dim * kPadded;
@@ -226,7 +227,7 @@ __global__ void __launch_bounds__(kHasTensorCores ? kReadThreads : kWarp, sixtee
     outputs.load(args, folded, warp * 4 * kRunLength);
     __syncthreads();
 
-    // The sums of two products are, two neighbours to a word, the inputs of the next one.
+    // The sums of two products, two neighbours per word, are the inputs of the next product.
     uint32_t values[sixteens][4];
     POM_UNROLL
     for (int i = 0; i < kGates; ++i) {
@@ -257,7 +258,7 @@ __global__ void __launch_bounds__(kHasTensorCores ? kReadThreads : kWarp, sixtee
       if (out >= args.out_dim) continue;
       POM_UNROLL
       for (int i = 0; i < 2; ++i) {
-        if (!there[i]) continue;
+        if (!valid[i]) continue;
         float numbers[kRunLength];
         POM_UNROLL
         for (int n = 0; n < kRunLength; ++n) numbers[n] = sums[n / 2][2 * i + n % 2] + bias[n];
@@ -272,14 +273,14 @@ static_assert(kParts == 4, "the parts of a gate are added by name");
 
 struct FoldedPlan {
   Arena arena;
-  Folding fold;
-  Reading read;
+  FoldArgs fold;
+  ReadArgs read;
   int64_t slots;  // of all samples
 
   FoldedPlan(const FoldedReadoutArgs& args, void* workspace) : arena(workspace) {
-    const int padded = int(ceil_div(args.heads, kHeadsAtOnce)) * kHeadsAtOnce;
+    const int padded = int(ceil_div(args.heads, kHeadsPerProduct)) * kHeadsPerProduct;
     fold.rows = args.batch * args.groups;
-    fold.channels = args.channels, fold.width = args.channels / most(1, args.heads);
+    fold.channels = args.channels, fold.width = args.channels / max(1, args.heads);
     fold.heads = int(args.heads), fold.padded = padded, fold.out_dim = int(args.out_dim);
     fold.state = args.state;
     fold.weight = args.out_weight;
@@ -299,19 +300,19 @@ struct FoldedPlan {
 
 template <class Gate, class T, class Body>
 Status with_heads(int64_t heads, Body body) {
-  switch (ceil_div(heads, kHeadsAtOnce)) {
+  switch (ceil_div(heads, kHeadsPerProduct)) {
     case 1:
-      return body(fold_heads<T>, read_folded<Gate, T, 1>);
+      return body(fold_weight_kernel<T>, folded_readout_kernel<Gate, T, 1>);
     case 2:
-      return body(fold_heads<T>, read_folded<Gate, T, 2>);
+      return body(fold_weight_kernel<T>, folded_readout_kernel<Gate, T, 2>);
     case 3:
-      return body(fold_heads<T>, read_folded<Gate, T, 3>);
+      return body(fold_weight_kernel<T>, folded_readout_kernel<Gate, T, 3>);
     default:
-      return body(fold_heads<T>, read_folded<Gate, T, 4>);
+      return body(fold_weight_kernel<T>, folded_readout_kernel<Gate, T, 4>);
   }
 }
 
-// body(the kernels)
+// Calls body(fold kernel, readout kernel).
 template <class Body>
 Status with_kernels(const FoldedReadoutArgs& args, Body body) {
   auto with_type = [&](auto type) {
@@ -324,16 +325,18 @@ Status with_kernels(const FoldedReadoutArgs& args, Body body) {
 
 Status check(const FoldedReadoutArgs& args) {
   if (args.dtype != Dtype::bf16 && args.dtype != Dtype::f16) return Status::bad_dtype;
-  if (args.batch < 0 || args.queries < 1 || args.groups < 1 || args.dim < 1 || args.out_dim < 1) return Status::bad_size;
-  if (args.heads < 1 || args.heads > kMostHeads || args.channels % args.heads) return Status::bad_size;
-  if (args.channels < 1 || args.channels > kMostFolded || (args.channels / args.heads) % kRunLength) return Status::bad_size;
+  if (args.batch < 0 || args.queries < 1 || args.groups < 1 || args.dim < 1 || args.out_dim < 1)
+    return Status::bad_size;
+  if (args.heads < 1 || args.heads > kMaxFoldedHeads || args.channels % args.heads) return Status::bad_size;
+  if (args.channels < 1 || args.channels > kMaxFoldedChannels || (args.channels / args.heads) % kRunLength)
+    return Status::bad_size;
   if (!args.offsets && args.queries % args.groups) return Status::bad_size;
   const bool aligned = Alignment(args.dtype)
                            .pointers({args.x, args.gate_weight, args.out_weight, args.out_bias, args.y})
                            .sizes({args.dim, args.out_dim, args.x_batch_stride, args.x_token_stride})
                            .vec() == 8;
   const FoldedPlan plan(args, nullptr);
-  bool fits = true;  // in 32 bits
+  bool fits = true;  // all sizes fit in 32 bits
   for (const int64_t n : {args.queries, args.dim, args.out_dim, plan.slots, plan.fold.rows * args.out_dim})
     fits = fits && n <= kMaxBlocks;
   if (!aligned || !fits) return Status::bad_size;
@@ -365,7 +368,8 @@ Status folded_readout(const FoldedReadoutArgs& args, void* workspace, size_t byt
     const size_t shared = plan.fold.channels * (1 + kWarps / kRunLength) * sizeof(float);
     const Status s = launch(fold, plan.fold.rows * ceil_div(args.out_dim, kWarps), kThreads, shared, stream, plan.fold);
     if (s != Status::ok) return s;
-    const size_t parts = sizeof(float) * kReadThreads * plan.fold.padded / 2;  // of four, eight numbers for 16 heads
+    // Of four warps; eight numbers per lane for 16 heads.
+    const size_t parts = sizeof(float) * kReadThreads * plan.fold.padded / 2;
     return launch(read, plan.slots, kReadThreads, parts, stream, plan.read);
   });
 }

@@ -1,4 +1,4 @@
-// Descriptions of tensors for the copies of tiles, and what the driver says when it refuses one.
+// Tensor maps for the copies of tiles, and the driver's message if it refuses one.
 
 #include "cuda/hopper.cuh"
 
@@ -7,8 +7,8 @@
 namespace pom::cuda {
 namespace {
 
-// A function of the driver, found when it is first needed: the library itself is linked to no driver. One that is not
-// found is looked for again.
+// A function of the driver, looked up at first use, since the library is not linked to a driver. A failed lookup is
+// repeated.
 template <class Function>
 class DriverFunction {
  public:
@@ -41,7 +41,7 @@ class DriverFunction {
 DriverFunction<decltype(&cuTensorMapEncodeTiled)> encode_tiled("cuTensorMapEncodeTiled", 12000);
 DriverFunction<decltype(&cuGetErrorString)> error_string("cuGetErrorString", 6000);
 
-// The driver's own words, which last as long as it does.
+// The driver's message, a static string.
 Status refusal(CUresult code) {
   decltype(&cuGetErrorString) say;
   const char* words = nullptr;
@@ -58,8 +58,8 @@ Status make_tile_map(const Tensor16& tensor, int rows, TileMap& map) {
   const cuuint64_t sizes[] = {cuuint64_t(tensor.elements), cuuint64_t(tensor.rows), cuuint64_t(tensor.samples)};
   const cuuint64_t bytes[] = {cuuint64_t(tensor.row_stride) * 2, cuuint64_t(tensor.sample_stride) * 2};
   const cuuint32_t box[] = {kDepth, cuuint32_t(rows), 1}, every[] = {1, 1, 1};
-  const CUresult made = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(tensor.data), sizes, bytes, box,
-                               every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+  const CUresult made = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(tensor.data), sizes, bytes,
+                               box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return made == CUDA_SUCCESS ? Status::ok : refusal(made);
 }

@@ -1,14 +1,14 @@
-// What GPUs of compute capability 9.0 bring for products of matrices: barriers that count bytes, copies of tiles into
-// shared memory that such a barrier waits for, products that a group of four warps takes straight from there, and
-// clusters, blocks that can do all this in each other's shared memory.
+// Matrix products on GPUs of compute capability 9.0: barriers that count bytes (mbarrier), asynchronous copies of tiles
+// into shared memory (TMA), products of four warps straight from there (wgmma), and clusters of blocks that can do all
+// this in each other's shared memory.
 //
-// A row of a tile is 128 bytes, whose eight chunks of 16 lie swapped (chunk i of row r at i ^ r % 8), so that neither
-// copies nor products meet a bank of shared memory twice. Tiles start at multiples of 1,024 bytes.
+// A row of a tile is 128 bytes. Its eight chunks of 16 bytes are swizzled (chunk i of row r at i ^ r % 8), so that
+// neither copies nor products have bank conflicts. Tiles start at multiples of 1,024 bytes.
 #pragma once
 
 #include "cuda/launch.h"
 
-// POM_HOPPER: whether this is compiled for such a GPU. For others there are kernels too, which are never started.
+// POM_HOPPER: whether this pass compiles for such a GPU. Other GPUs get empty kernels, which are never launched.
 #ifdef __CUDACC__
 #include <cuda.h>
 #if CUDA_VERSION < 12000
@@ -33,15 +33,16 @@ using TileMap = CUtensorMap;
 constexpr int kWarpGroup = 128;     // threads
 constexpr int kTileRowBytes = 128;  // of a tile
 constexpr int kTileAlignment = 1024;
-constexpr int kDepth = 64;  // elements of a row: inputs that one step of a product takes, 16 at a time
-constexpr int kProductRows = 64, kProductColumns = 256;  // of a product: tokens by channels
-constexpr int kProductNumbers = kProductRows * kProductColumns / kWarpGroup;  // of it that a thread holds
+constexpr int kDepth = 64;  // elements of a row: inputs of one step of a product, which takes 16 at a time
+constexpr int kProductRows = 64, kProductColumns = 256;  // tokens by channels
+// Numbers of a product that a thread holds.
+constexpr int kProductNumbers = kProductRows * kProductColumns / kWarpGroup;
 
 #ifdef __CUDACC__
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// In shared memory. A phase ends when `count` threads have arrived and all bytes that they expect are there.
+// Lies in shared memory. A phase ends when `count` threads have arrived and all bytes they expect are there.
 class Barrier {
  public:
   __device__ void init(int count) {
@@ -54,14 +55,14 @@ class Barrier {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
                  : "memory");
   }
-  // At the barrier of the same place in another block of the cluster, or this one.
+  // Arrives at the same barrier of another block of the cluster, or of this one.
   __device__ void arrive_in(unsigned rank) {
     asm volatile(
         "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there]; }"
         ::"r"(shared_address(this)), "r"(rank)
         : "memory");
   }
-  // Until a phase of this parity has ended; phases count from 0.
+  // Waits until a phase of this parity has ended. Phases count from 0.
   __device__ void wait(unsigned parity) {
     unsigned done;
     do asm volatile(
@@ -76,13 +77,13 @@ class Barrier {
   uint64_t state_;
 };
 
-// Initialised barriers are seen by copies from here on.
+// Makes initialised barriers visible to copies.
 __device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Starts the copy of a tile whose first element is (element, row, sample); what lies outside is zeros.
+// Starts the copy of the tile whose first element is (element, row, sample). Elements outside the tensor become zeros.
 __device__ __forceinline__ void load_tile(const TileMap& map, void* tile, int element, int row, int sample,
                                           Barrier& barrier) {
   asm volatile(
@@ -92,10 +93,10 @@ __device__ __forceinline__ void load_tile(const TileMap& map, void* tile, int el
       : "memory");
 }
 
-// The same into all blocks of a cluster, at the same place; the barrier of this place in each counts its bytes.
+// The same into all blocks of the cluster. The barrier at the same address of each block counts its bytes.
 template <int blocks>
-__device__ __forceinline__ void load_tile_in_all(const TileMap& map, void* tile, int element, int row, int sample,
-                                                 Barrier& barrier) {
+__device__ __forceinline__ void load_tile_multicast(const TileMap& map, void* tile, int element, int row, int sample,
+                                                    Barrier& barrier) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(tile)),
@@ -109,42 +110,38 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return rank;
 }
 
-// Waits for all threads of the cluster, and sees what they have written. Blocks in a cluster may reach into each other
-// from the first such meeting, and not behind the last one.
-__device__ __forceinline__ void meet_cluster() {
+// Waits for all threads of the cluster and makes their writes visible. Blocks may access each other's shared memory
+// only between the first and the last of these calls.
+__device__ __forceinline__ void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Waits for `threads` threads of the block, whole warps, at the barrier of that number, from 1 to 15.
+// Waits for `threads` threads of the block (whole warps) at named barrier `number`, 1 to 15.
 __device__ __forceinline__ void sync_threads(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// Registers of each thread of a warp group from here on, a multiple of 8.
+// Changes how many registers each thread of a warp group has: a multiple of 8.
 template <int registers>
-__device__ __forceinline__ void drop_registers() {
+__device__ __forceinline__ void dealloc_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
 }
 template <int registers>
-__device__ __forceinline__ void take_registers() {
+__device__ __forceinline__ void alloc_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
-// Products are queued between open_products() and close_products(), and there are no others than the last n of these
-// when wait_for_products<n>() returns. Until then nobody may touch their sums and tiles.
-__device__ __forceinline__ void open_products() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void close_products() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
+// Products are queued between fence_products() and commit_products(). After wait_for_products<n>() at most the last n
+// batches are unfinished. Until a batch is finished, nobody may touch its sums and tiles.
+__device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int n>
 __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory");
 }
 
-// No use of the sums moves from behind this to before it: to the compiler, waiting does not concern them.
-__device__ __forceinline__ void keep_behind(float (&sums)[kProductNumbers]) {
+// Keeps the compiler from moving uses of the sums before this point; it does not know that waiting concerns them.
+__device__ __forceinline__ void fence_sums(float (&sums)[kProductNumbers]) {
   POM_UNROLL
   for (int i = 0; i < kProductNumbers; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
@@ -169,7 +166,7 @@ __device__ __forceinline__ void keep_behind(float (&sums)[kProductNumbers]) {
       : POM_SUMS32(0), POM_SUMS32(32), POM_SUMS32(64), POM_SUMS32(96) \
       : "l"(tokens), "l"(weight), "r"(int(add)))
 
-// One product by its descriptors: 16 inputs of 64 rows and of 256.
+// One product: 16 inputs of 64 rows by 256 columns, given by two tile descriptors.
 template <class T>
 __device__ __forceinline__ void queue_product(float (&sums)[kProductNumbers], uint64_t tokens, uint64_t weight,
                                               bool add) {
@@ -185,30 +182,30 @@ __device__ __forceinline__ void queue_product(float (&sums)[kProductNumbers], ui
 
 #endif  // __CUDACC__
 
-// How a product finds a tile: its address, eight rows every 1,024 bytes, chunks swapped within 128.
-__device__ inline uint64_t describe_tile(const char* tile) {
-  const uint64_t address = shared_address(tile) & 0x3ffff, eight_rows = 8 * kTileRowBytes, swapped = 1;
-  return address >> 4 | uint64_t(1) << 16 | eight_rows >> 4 << 32 | swapped << 62;
+// The wgmma descriptor of a tile: its address, 1,024 bytes between groups of eight rows, 128-byte swizzle.
+__device__ inline uint64_t tile_descriptor(const char* tile) {
+  const uint64_t address = shared_address(tile) & 0x3ffff, eight_rows = 8 * kTileRowBytes, swizzled = 1;
+  return address >> 4 | uint64_t(1) << 16 | eight_rows >> 4 << 32 | swizzled << 62;
 }
 
-// sums (+)= tokens weightᵀ over one step, whose first product replaces the sums unless they are to be added to.
-// Thread t of the group holds row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2.
+// sums (+)= tokens weightᵀ over one step. Without `add` the first product replaces the sums. Thread t of the group
+// holds row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2.
 template <class T>
 __device__ __forceinline__ void queue_step(float (&sums)[kProductNumbers], const char* tokens, const char* weight,
                                            bool add) {
-  constexpr int kBytes = 16 * 2;  // of 16 inputs in a row
-  const uint64_t first_tokens = describe_tile(tokens), first_weight = describe_tile(weight);
+  constexpr int kBytes = 16 * 2;  // 16 inputs of a row
+  const uint64_t first_tokens = tile_descriptor(tokens), first_weight = tile_descriptor(weight);
   POM_UNROLL
   for (int i = 0; i < kTileRowBytes / kBytes; ++i)
     queue_product<T>(sums, first_tokens + i * (kBytes >> 4), first_weight + i * (kBytes >> 4), add || i > 0);
 }
 
-// A tensor (samples, rows, elements) of a 16-bit type. Strides in elements, multiples of 8; the address one of 16 bytes.
+// A tensor (samples, rows, elements) of a 16-bit type, aligned to 16 bytes. Strides in elements, multiples of 8.
 struct Tensor16 {
   const void* data;
   int64_t elements, rows, samples, row_stride, sample_stride;
 };
-// On the host: what load_tile needs to copy tiles of `rows` rows. If the driver refuses, error() has its words.
+// Host only: the map with which load_tile() copies tiles of `rows` rows. If the driver refuses, see error().
 Status make_tile_map(const Tensor16& tensor, int rows, TileMap& map);
 
 }  // namespace pom::cuda

@@ -1,4 +1,4 @@
-// What CUDA says when it refuses a call, and which versions of it meet here.
+// Error messages of CUDA calls, and the versions of runtime and driver.
 
 #include "cuda/launch.h"
 
@@ -9,7 +9,7 @@ namespace {
 
 thread_local char words[256] = "no error";
 
-// The first driver that serves every CUDA of a major version; 0 where that is not known.
+// The first driver that supports every CUDA release of a major version; 0 if unknown.
 int first_driver(int runtime) {
   switch (runtime / 1000) {
     case 11:
@@ -23,7 +23,7 @@ int first_driver(int runtime) {
   }
 }
 
-// CUDA's own words say neither which driver it takes nor what to do.
+// CUDA's own message names neither the driver it needs nor a remedy.
 void say_driver_is_old() {
   const Versions v = versions();
   char found[64] = "there is no NVIDIA driver that loads", needed[32] = "a later driver";
@@ -53,7 +53,7 @@ void say_no_code(cudaError_t code) {
 Status checked(cudaError_t code) {
   if (code == cudaSuccess) return Status::ok;
   const bool no_code = code == cudaErrorNoKernelImageForDevice || code == cudaErrorInvalidDeviceFunction;
-  cudaGetLastError();  // said here: nobody else's check should find it again
+  cudaGetLastError();  // clears it: no later check should report it again
   if (no_code)
     say_no_code(code);
   else if (code == cudaErrorInsufficientDriver)

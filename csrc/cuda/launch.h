@@ -1,9 +1,9 @@
-// How kernels are started: by nvcc on a GPU; by a test's stand-in for CUDA where the same sources are compiled as C++.
+// Launches kernels: on a GPU with nvcc, or in the tests' stand-in for CUDA if the same sources are compiled as C++.
 #pragma once
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
-// Dynamic shared memory of a block, aligned to 16 bytes.
+// Declares a block's dynamic shared memory, aligned to 16 bytes.
 #define POM_SHARED(name) extern __shared__ __align__(16) char name[]
 #else
 #include "cuda_on_cpu.h"
@@ -16,25 +16,25 @@
 namespace pom::cuda {
 
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;  // of a grid's first dimension
-constexpr size_t kUnaskedShared = 48 << 10;  // bytes of shared memory that a block may have unless its kernel asks
+constexpr size_t kDefaultSharedBytes = 48 << 10;        // shared memory that a block may use without asking for more
 
-// Keeps CUDA's own words, or clearer ones, for `error()`.
+// Turns a CUDA error into a status and stores its message, or a clearer one, for error().
 Status checked(cudaError_t code);
-// Keeps other words for it: Status::device_error, or another status.
+// Stores a message of the caller.
 Status refused(const char* words, Status status = Status::device_error);
 
 template <class T>
-struct given {  // keeps a parameter's type from being deduced from its argument
+struct non_deduced {  // keeps template argument deduction from using a parameter
   using type = T;
 };
 
-// Queues a kernel on a one-dimensional grid. No blocks, no launch.
+// Queues a kernel on a one-dimensional grid. Does nothing if there are no blocks.
 template <class... Parameters>
 Status launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
-              typename given<Parameters>::type... arguments) {
+              typename non_deduced<Parameters>::type... arguments) {
   if (blocks == 0) return Status::ok;
   if (blocks > kMaxBlocks) return Status::bad_size;
-  if (shared_bytes > kUnaskedShared) {
+  if (shared_bytes > kDefaultSharedBytes) {
     const cudaFuncAttribute room = cudaFuncAttributeMaxDynamicSharedMemorySize;
     if (const Status s = checked(cudaFuncSetAttribute(kernel, room, int(shared_bytes))); s != Status::ok) return s;
   }
@@ -46,15 +46,15 @@ Status launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t
   (void)stream;
   if (cuda_on_cpu::refusal != cudaSuccess) return checked(cuda_on_cpu::refusal);
   const void* const function = reinterpret_cast<const void*>(kernel);
-  cuda_on_cpu::asked_shared = cuda_on_cpu::allowed_shared(function);
+  cuda_on_cpu::requested_shared = cuda_on_cpu::allowed_shared(function);
   cuda_on_cpu::launch(unsigned(blocks), threads, shared_bytes, [=] { kernel(arguments...); }, function);
   return Status::ok;
 #endif
 }
 
-// Blocks that run together, and can reach into each other's shared memory: on GPUs of compute capability 9.0 or later.
+// Blocks that run together and can access each other's shared memory: compute capability 9.0 or later.
 struct Clusters {
-  int blocks, threads;  // of a cluster, of a block
+  int blocks, threads;  // of a cluster; of a block
   size_t shared_bytes;  // of a block
 };
 
@@ -77,7 +77,7 @@ struct ClusterLaunch {
 };
 #endif
 
-// How many clusters of a kernel the current GPU runs at once, at least 1.
+// Counts how many clusters of a kernel the current GPU runs at a time; an error if none fits.
 template <class... Parameters>
 Status count_clusters(void (*kernel)(Parameters...), const Clusters& shape, int& count) {
 #ifdef __CUDACC__
@@ -93,7 +93,7 @@ Status count_clusters(void (*kernel)(Parameters...), const Clusters& shape, int&
 
 template <class... Parameters>
 Status launch_clusters(void (*kernel)(Parameters...), int64_t clusters, const Clusters& shape, void* stream,
-                       typename given<Parameters>::type... arguments) {
+                       typename non_deduced<Parameters>::type... arguments) {
   if (clusters == 0) return Status::ok;
   if (clusters > kMaxBlocks / shape.blocks) return Status::bad_size;
 #ifdef __CUDACC__
@@ -104,15 +104,15 @@ Status launch_clusters(void (*kernel)(Parameters...), int64_t clusters, const Cl
   (void)stream;
   if (cuda_on_cpu::refusal != cudaSuccess) return checked(cuda_on_cpu::refusal);
   const void* const function = reinterpret_cast<const void*>(kernel);
-  cuda_on_cpu::asked_shared = cuda_on_cpu::allowed_shared(function);
+  cuda_on_cpu::requested_shared = cuda_on_cpu::allowed_shared(function);
   const unsigned blocks = unsigned(clusters * shape.blocks);
   cuda_on_cpu::launch(blocks, shape.threads, shape.shared_bytes, [=] { kernel(arguments...); }, function, shape.blocks);
   return Status::ok;
 #endif
 }
 
-// Whether there is code of a kernel for the current GPU that blocks of so many threads can run. Where a GPU lacks a
-// kernel's instructions, there is a kernel of the same name in their place that does nothing, of fewer threads.
+// Whether the current GPU has code for a kernel with blocks of this many threads. GPUs that lack the instructions get
+// an empty kernel of the same name, with fewer threads.
 template <class... Parameters>
 Status check_kernel(void (*kernel)(Parameters...), int threads) {
   cudaFuncAttributes attributes;
@@ -121,7 +121,7 @@ Status check_kernel(void (*kernel)(Parameters...), int threads) {
   return refused("this GPU lacks the instructions that the kernel is made of", Status::no_device_code);
 }
 
-// Whether a call for which check_kernel says this is worth a try: what is wrong with the device, the call itself tells.
+// Whether to try a call for which check_kernel() returned this: the call reports what is wrong with the device.
 inline bool is_worth_a_try(Status status) { return status == Status::ok || status == Status::device_error; }
 
 }  // namespace pom::cuda

@@ -1,4 +1,4 @@
-// States with a dense mask: φ of every token, and the product of a mask and a matrix in tiles of 64 by 64 numbers.
+// State with a dense mask: φ of every token, then the product of mask and φ in tiles of 64 by 64 numbers.
 
 #include "cuda/mask.cuh"
 
@@ -7,27 +7,28 @@ namespace {
 
 constexpr int kDepth = 16;  // of a tile in shared memory
 constexpr int kSide = 4;    // a thread sums 4 by 4 numbers
-constexpr int kStride = kMaskTile + 4;  // of a tile's rows: a multiple of 16 bytes, and few threads meet at a bank
+// Between rows of a tile: a multiple of 16 bytes that avoids most bank conflicts.
+constexpr int kStride = kMaskTile + 4;
 
 template <class Acc>
-struct EveryToken {
+struct FeatureArgs {
   Features features;
-  Slabs slabs;
+  ChannelTiles channel_tiles;
   Pieces pieces;
   Acc* phi = nullptr;  // (batch, tokens, C)
 };
 
 template <class I>
-constexpr int kFeatureBlocks = (I::turned && is_along<typename I::Form>) || sizeof(typename I::T) == 8 ? 1 : 2;
+constexpr int kFeatureBlocks = (I::rotated && has_tangent<typename I::Form>) || sizeof(typename I::T) == 8 ? 1 : 2;
 
 template <class I>
-__global__ void __launch_bounds__(kThreads, kFeatureBlocks<I>) features_of_tokens(EveryToken<typename I::Acc> args) {
+__global__ void __launch_bounds__(kThreads, kFeatureBlocks<I>) features_kernel(FeatureArgs<typename I::Acc> args) {
   using Acc = typename I::Acc;
   using Tokens = FeatureTokens<I>;
   constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers, kUnroll = kNumbers > 16 ? 1 : 2;
   const int rows = int(blockDim.x) / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
-  const BlockIndex block(args.slabs.count);
-  const Place place = args.slabs.place(block.slab, lane);
+  const BlockIndex block(args.channel_tiles.count);
+  const Place place = args.channel_tiles.place(block.tile, lane);
   const unsigned slots = unsigned(args.pieces.slots()), b = block.row / slots;
   const Piece piece = args.pieces.at(block.row - b * slots);
   const Features& f = args.features;
@@ -43,12 +44,12 @@ __global__ void __launch_bounds__(kThreads, kFeatureBlocks<I>) features_of_token
       });
 }
 
-// Four neighbours of a row of `width` numbers from column `at` on, zeros where none are.
+// Loads four neighbours of a row of `width` numbers from column `at` on; zeros outside.
 template <class Acc>
-__device__ inline void load_four(const Acc* row, int64_t at, int64_t width, bool there, bool aligned, Acc (&x)[4]) {
+__device__ inline void load_four(const Acc* row, int64_t at, int64_t width, bool valid, bool aligned, Acc (&x)[4]) {
   POM_UNROLL
   for (int i = 0; i < 4; ++i) x[i] = Acc(0);
-  if (!there) return;
+  if (!valid) return;
   if (aligned) {
     if (at < width) load_numbers<4>(row + at, x);
     return;
@@ -58,19 +59,19 @@ __device__ inline void load_four(const Acc* row, int64_t at, int64_t width, bool
     if (at + i < width) x[i] = row[at + i];
 }
 
-// A block makes 64 rows by 64 channels of the product, over one cut of the depth. Sums are in the order of the depth:
-// in Acc over 64 products each, and over those in double.
+// A block computes 64 rows by 64 channels of the product over one cut of the depth. It adds in the order of the depth:
+// 64 products each in Acc, these sums in double.
 template <class Acc, bool transposed>
-__global__ void __launch_bounds__(kThreads, sizeof(Acc) == 8 ? 1 : 2) multiply_tiles(MaskProduct<Acc> args) {
+__global__ void __launch_bounds__(kThreads, sizeof(Acc) == 8 ? 1 : 2) masked_matmul_kernel(MaskProduct<Acc> args) {
   POM_SHARED(memory);
-  Acc(*const of_mask)[kDepth][kStride] = reinterpret_cast<Acc(*)[kDepth][kStride]>(memory);  // two, taken in turn
+  Acc(*const of_mask)[kDepth][kStride] = reinterpret_cast<Acc(*)[kDepth][kStride]>(memory);  // double-buffered
   Acc(*const of_x)[kDepth][kStride] = of_mask + 2;
   const BlockIndex block(args.channel_tiles);
   const unsigned cut = block.row % unsigned(args.cuts), above = block.row / unsigned(args.cuts);
   const unsigned b = above / unsigned(args.row_tiles);
   const int64_t first_row = int64_t(above - b * unsigned(args.row_tiles)) * kMaskTile;
-  const int64_t first_channel = int64_t(block.slab) * kMaskTile;
-  const int64_t begin = cut * args.length, end = least(args.depth, begin + args.length);
+  const int64_t first_channel = int64_t(block.tile) * kMaskTile;
+  const int64_t begin = cut * args.length, end = min(args.depth, begin + args.length);
   const int thread = int(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   const int at_row = (warp / 2 * 4 + lane / 8) * kSide, at_channel = (warp % 2 * 8 + lane % 8) * kSide;
   const int sixteenth = thread / 16, four = thread % 16 * 4, quarter = thread / 4, of_quarter = thread % 4 * 4;
@@ -97,8 +98,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Acc) == 8 ? 1 : 2) multiply_t
     }
   };
 
-  // The blocks of the first channels also add up the weights of their rows, one to a thread.
-  const bool counts = !transposed && block.slab == 0 && thread < kMaskTile;
+  // The blocks of the first channels also sum the weights of their rows, one row per thread.
+  const bool counts = !transposed && block.tile == 0 && thread < kMaskTile;
   double totals[kSide][kSide] = {}, count = 0;
   Acc sums[kSide][kSide] = {};
   if (begin < end) {
@@ -152,9 +153,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(Acc) == 8 ? 1 : 2) multiply_t
     } else {
       POM_UNROLL
       for (int j = 0; j < kSide; ++j) {
-        double sum = totals[i][j], rest = 0;
-        if (channel + j < args.channels) rest = add_prior<Acc>(args.prior, b * args.channels + channel + j, sum);
-        split(sum, rest, total[j], residual[j]);
+        double sum = totals[i][j], remainder = 0;
+        if (channel + j < args.channels) remainder = add_prior<Acc>(args.prior, b * args.channels + channel + j, sum);
+        split(sum, remainder, total[j], residual[j]);
       }
     }
     const int64_t of_batch = b * args.rows + row;
@@ -187,11 +188,12 @@ Status MaskProduct<Acc>::launch(void* stream) const {
                      .vec() > 1;
   const int64_t blocks = batch * row_tiles * channel_tiles * cuts;
   const size_t shared = sizeof(Acc) * 4 * kDepth * kStride;
-  const Status s = transposed ? cuda::launch(multiply_tiles<Acc, true>, blocks, kThreads, shared, stream, args)
-                              : cuda::launch(multiply_tiles<Acc, false>, blocks, kThreads, shared, stream, args);
+  const Status s = transposed ? cuda::launch(masked_matmul_kernel<Acc, true>, blocks, kThreads, shared, stream, args)
+                              : cuda::launch(masked_matmul_kernel<Acc, false>, blocks, kThreads, shared, stream, args);
   if (s != Status::ok || cuts == 1) return s;
-  return join(Join<Acc>{Pieces::rows(rows, cuts), batch, channels, partial, partial_weights, prior, nullptr, out},
-              stream);
+  return reduce_groups(
+      ReduceArgs<Acc>{Pieces::rows(rows, cuts), batch, channels, partial, partial_weights, prior, nullptr, out},
+      stream);
 }
 
 template <class Acc>
@@ -199,14 +201,14 @@ Status masked_state(const StateArgs& args, void* workspace, void* stream) {
   const Features& f = args.features;
   if (f.batch * args.groups.count == 0) return Status::ok;
   const MaskedStatePlan<Acc> plan(args, workspace);
-  const Slabs slabs = slabs_of(f, f.rotary, alignment_of(f).vec());
-  const EveryToken<Acc> tokens = {f, slabs, Pieces(f.tokens, 6, 1, nullptr), plan.phi};
+  const ChannelTiles channel_tiles = make_channel_tiles(f, f.rotary, alignment_of(f).vec());
+  const FeatureArgs<Acc> tokens = {f, channel_tiles, Pieces(f.tokens, 6, 1, nullptr), plan.phi};
   if (f.tokens) {
-    const Status s = with_instance(f, f.rotary.axes > 0, slabs.vec, [&](auto instance) {
+    const Status s = with_instance(f, f.rotary.axes > 0, channel_tiles.vec, [&](auto instance) {
       using I = decltype(instance);
       if constexpr (std::is_same_v<typename I::Acc, Acc>)
-        return launch(features_of_tokens<I>, tokens.slabs.count * f.batch * tokens.pieces.slots(), kThreads, 0, stream,
-                      tokens);
+        return launch(features_kernel<I>, tokens.channel_tiles.count * f.batch * tokens.pieces.slots(), kThreads, 0,
+                      stream, tokens);
       return Status::bad_dtype;
     });
     if (s != Status::ok) return s;

@@ -1,17 +1,17 @@
-// A dense mask: who sees whom as a matrix. φ is made once for every token, and a state is a product of matrices,
-// total (groups, C) = mask (groups, tokens) φ (tokens, C); on the way back dφ = maskᵀ grad.
+// A dense mask says which group sums which token. φ is computed once per token, and the state is a matrix product,
+// total (groups, C) = mask (groups, tokens) φ (tokens, C); the backward is dφ = maskᵀ grad.
 #pragma once
 
-#include "cuda/rows.cuh"
-#include "cuda/sums.cuh"
+#include "cuda/partial_sums.cuh"
+#include "cuda/reduce.cuh"
 
 namespace pom::cuda {
 
 constexpr int kMaskTile = 64;         // rows and channels of a block
-constexpr int kMaskChunk = 64;        // products that are added up in Acc before they are added up in double
-constexpr int kMaskBlocks = 2 * 132;  // of a sample, that keep a large GPU busy: with fewer the sums are cut
+constexpr int kMaskChunk = 64;        // products that are added in Acc before they are added in double
+constexpr int kMaskBlocks = 2 * 132;  // per sample, which keep a large GPU busy; with fewer the depth is cut
 
-// out = A x, where A is the mask of a sample, or its transpose.
+// out = A x. A is the mask of a sample, or its transpose.
 template <class Acc>
 struct MaskProduct {
   int64_t batch = 0, rows = 0, depth = 0, channels = 0;
@@ -19,13 +19,13 @@ struct MaskProduct {
   bool transposed = false, aligned = false;
   const Acc* x = nullptr;  // (batch, depth, channels)
   int row_tiles = 0, channel_tiles = 0, cuts = 1;
-  int64_t length = 0;  // of a cut of the depth, a multiple of kMaskChunk
-  Acc* partial = nullptr;              // (batch, rows, cuts, channels), and
-  double* partial_weights = nullptr;   // (batch, rows, cuts), where the depth is cut
-  StateView prior;                     // added to every row; any pointer may be null
-  StateOut out;  // (batch, rows, channels); residual and count may be null, and count is null where A is transposed
+  int64_t length = 0;                 // of a cut of the depth; a multiple of kMaskChunk
+  Acc* partial = nullptr;             // (batch, rows, cuts, channels), if the depth is cut
+  double* partial_weights = nullptr;  // (batch, rows, cuts), if the depth is cut
+  StateView prior;                    // added to every row; pointers may be null
+  StateOut out;  // (batch, rows, channels); residual and count may be null, and count is null if A is transposed
 
-  // How it is cut, which depends on the shapes of one sample alone, and workspace for that.
+  // Chooses the cuts by the shape of one sample alone, and takes workspace for them.
   MaskProduct(int64_t batch, int64_t rows, int64_t depth, int64_t channels, const void* mask, bool transposed,
               Arena& arena)
       : batch(batch),
@@ -36,20 +36,20 @@ struct MaskProduct {
         transposed(transposed),
         row_tiles(int(ceil_div(rows, kMaskTile))),
         channel_tiles(int(ceil_div(channels, kMaskTile))) {
-    const int64_t tiles = most(1, int64_t(row_tiles) * channel_tiles), chunks = most(1, ceil_div(depth, kMaskChunk));
-    cuts = int(most(1, least(kMaskBlocks / tiles, ceil_div(chunks, 4))));
+    const int64_t tiles = max(1, int64_t(row_tiles) * channel_tiles), chunks = max(1, ceil_div(depth, kMaskChunk));
+    cuts = int(max(1, min(kMaskBlocks / tiles, ceil_div(chunks, 4))));
     length = ceil_div(chunks, cuts) * kMaskChunk;
-    cuts = int(most(1, ceil_div(depth, length)));  // without empty ones
+    cuts = int(max(1, ceil_div(depth, length)));  // leaves out empty cuts
     if (cuts == 1) return;
     partial = arena.take<Acc>(batch * rows * cuts * channels);
     if (!transposed) partial_weights = arena.take<double>(batch * rows * cuts);
   }
 
-  // In one launch, or where the depth is cut in two.
+  // One launch, or two if the depth is cut.
   Status launch(void* stream) const;
 };
 
-// The way of a state with a dense mask.
+// State with a dense mask.
 template <class Acc>
 struct MaskedStatePlan {
   Arena arena;

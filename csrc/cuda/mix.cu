@@ -1,20 +1,20 @@
-// Whole-context mix, and the update of a running state: for short contexts in one launch, a block per slab of channels
-// that sums its slab over all tokens and then gates it. Longer contexts go through the state and the readout.
+// Whole-context mix, and the update of a running state. Short contexts take one launch: a block sums a tile of channels
+// over all tokens and then gates it. Longer contexts take the kernels of state and readout.
 
-#include "cuda/gated.cuh"
-#include "cuda/rows.cuh"
-#include "cuda/sums.cuh"
+#include "cuda/gates.cuh"
+#include "cuda/partial_sums.cuh"
+#include "cuda/reduce.cuh"
 
 namespace pom::cuda {
 namespace {
 
-constexpr int kMixLanes = 4;      // slabs are narrow, so that one image has enough of them
-constexpr int64_t kShort = 1024;  // tokens that a block can take alone
+constexpr int kMixLanes = 4;               // narrow tiles, so that a single image has enough of them
+constexpr int64_t kMaxFusedTokens = 1024;  // tokens that one block can take
 
-struct Mix {
+struct MixKernelArgs {
   Features features;
   Gates gates;
-  Slabs slabs;
+  ChannelTiles channel_tiles;
   StateView prior;
   StateOut out;  // may be the prior
   uint32_t* ticket = nullptr;
@@ -22,26 +22,26 @@ struct Mix {
 };
 
 template <class I>
-__global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kRanges > 3 ? 1 : 2) mix_slab(Mix args) {
+__global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kRanges > 3 ? 1 : 2) mix_kernel(MixKernelArgs args) {
   using Acc = typename I::Acc;
   using Tokens = FeatureTokens<I>;
   constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers, kUnroll = kNumbers > 16 ? 1 : 2;
   using Gates = GateTokens<typename GateOf<typename I::Form>::type, typename I::T, I::Vec, kRanges>;
   POM_SHARED(memory);
-  const int lanes = args.slabs.lanes, thread = int(threadIdx.x), threads = int(blockDim.x);
+  const int lanes = args.channel_tiles.lanes, thread = int(threadIdx.x), threads = int(blockDim.x);
   const int rows = threads / lanes, row = thread / lanes, lane = thread % lanes;
   double* const new_count = reinterpret_cast<double*>(memory);
   Acc* const numbers = reinterpret_cast<Acc*>(memory + 16);  // (numbers, lanes): sums, then means
   Acc* const scratch = numbers + kNumbers * lanes;
 
-  const BlockIndex block(args.slabs.count);
+  const BlockIndex block(args.channel_tiles.count);
   const int64_t b = block.row;
-  const Place place = args.slabs.place(block.slab, lane);
+  const Place place = args.channel_tiles.place(block.tile, lane);
   const Features& f = args.features;
   const Tokens tokens(f, b, place);
 
-  // One thread for each number of the slab's state. What came before is on its way while the tokens are summed.
-  const Place owned = args.slabs.place(block.slab, thread % lanes);
+  // One thread for each number of the tile's state. The prior is in flight while the tokens are summed.
+  const Place owned = args.channel_tiles.place(block.tile, thread % lanes);
   const int number = thread / lanes, range = number / I::Vec;
   const bool owns = number < kNumbers && range < owned.ranges;
   const int64_t at = b * f.channels() + owned.channel + range * owned.stride + number % I::Vec;
@@ -91,26 +91,26 @@ __global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kRanges > 3 ? 1 : 
         y.store(token, value);
       });
 
-  // The state last of all, each block its own channels. The count belongs to all of them: the block that comes last,
-  // when every other has read it, writes it.
+  // The state is written last. The count belongs to all blocks: the last one writes it, when all others have read it.
   if (owns) {
     static_cast<Acc*>(args.out.total)[at] = total;
     static_cast<Acc*>(args.out.residual)[at] = residual;
   }
   if (thread != 0) return;
   if (!args.ticket) {
-    if (block.slab == 0) args.out.count[b] = *new_count;
+    if (block.tile == 0) args.out.count[b] = *new_count;
     return;
   }
   __threadfence();
-  if (atomicAdd(args.ticket + b, 1u) + 1 == unsigned(args.slabs.count)) {
+  if (atomicAdd(args.ticket + b, 1u) + 1 == unsigned(args.channel_tiles.count)) {
     args.out.count[b] = *new_count;
     args.ticket[b] = 0;
   }
 }
 
 template <class Acc>
-__global__ void __launch_bounds__(kThreads) copy_state(StateView from, StateOut to, int64_t channels, int64_t batch) {
+__global__ void __launch_bounds__(kThreads)
+    copy_state_kernel(StateView from, StateOut to, int64_t channels, int64_t batch) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i < batch) to.count[i] = from.count[i];
   if (i >= batch * channels) return;
@@ -118,36 +118,36 @@ __global__ void __launch_bounds__(kThreads) copy_state(StateView from, StateOut 
   static_cast<Acc*>(to.residual)[i] = static_cast<const Acc*>(from.residual)[i];
 }
 
-// In one launch where the context is short, and features and gates do not turn in different pairs.
-bool in_one_launch(const Features& f, const Gates& g) {
+// Whether the context is short, and features and gates are rotated in the same pairs or one of them not at all.
+bool fits_one_launch(const Features& f, const Gates& g) {
   const bool together =
-      !f.rotary.axes || !turns_channels(g) || (f.rotary.axes == g.rotary.axes && f.rotary.half == g.rotary.half);
-  return f.tokens <= kShort && g.tokens <= kShort && together;
+      !f.rotary.axes || !rotates_channels(g) || (f.rotary.axes == g.rotary.axes && f.rotary.half == g.rotary.half);
+  return f.tokens <= kMaxFusedTokens && g.tokens <= kMaxFusedTokens && together;
 }
 
 template <class Acc>
-Status run_in_one_launch(const Mix& given, void* stream) {
-  const Features& f = given.features;
-  const bool turned = f.rotary.axes || turns_channels(given.gates);
-  const Alignment alignment = alignment_of(f).with(alignment_of(given.gates, {})).pointers({given.y});
-  const Rotary rotary = f.rotary.axes ? f.rotary : turned ? given.gates.rotary : Rotary{};
-  Mix args = given;
-  args.slabs = slabs_of(f, rotary, alignment.vec(), kMixLanes);
-  return with_instance<false>(f, turned, args.slabs.vec, [&](auto instance) {
+Status run_in_one_launch(const MixKernelArgs& call, void* stream) {
+  const Features& f = call.features;
+  const bool rotated = f.rotary.axes || rotates_channels(call.gates);
+  const Alignment alignment = alignment_of(f).with(alignment_of(call.gates, {})).pointers({call.y});
+  const Rotary rotary = f.rotary.axes ? f.rotary : rotated ? call.gates.rotary : Rotary{};
+  MixKernelArgs args = call;
+  args.channel_tiles = make_channel_tiles(f, rotary, alignment.vec(), kMixLanes);
+  return with_instance<false>(f, rotated, args.channel_tiles.vec, [&](auto instance) {
     using I = decltype(instance);
     if constexpr (std::is_same_v<typename I::Acc, Acc>) {
       constexpr int kNumbers = FeatureTokens<I>::kNumbers;
-      const size_t scratch = most(kNumbers * sizeof(Acc), sizeof(double)) * kThreads / 2;
-      return launch(mix_slab<I>, int64_t(args.slabs.count) * f.batch, kThreads,
+      const size_t scratch = max(kNumbers * sizeof(Acc), sizeof(double)) * kThreads / 2;
+      return launch(mix_kernel<I>, int64_t(args.channel_tiles.count) * f.batch, kThreads,
                     16 + kNumbers * kMixLanes * sizeof(Acc) + scratch, stream, args);
     }
     return Status::bad_dtype;
   });
 }
 
-// What a long context needs; the state is kept aside until y is written.
+// Workspace of a long context. The new state stays here until y is written.
 template <class Acc>
-struct LongPlan {
+struct LongContextPlan {
   Arena arena;
   Pieces pieces;
   PieceSums<Acc> sums;
@@ -156,8 +156,8 @@ struct LongPlan {
   size_t readout_bytes = 0;
 
   template <class Args>
-  LongPlan(const Args& args, void* workspace) : LongPlan(args.features, args.gates, workspace) {}
-  LongPlan(const Features& f, const Gates& g, void* workspace)
+  LongContextPlan(const Args& args, void* workspace) : LongContextPlan(args.features, args.gates, workspace) {}
+  LongContextPlan(const Features& f, const Gates& g, void* workspace)
       : arena(workspace),
         pieces(f.tokens, chunk_shift(f.tokens), 1, nullptr),
         sums(f, pieces, true, arena),
@@ -169,24 +169,25 @@ struct LongPlan {
 };
 
 template <class Acc>
-Status run(const Mix& args, void* workspace, void* stream) {
+Status run(const MixKernelArgs& args, void* workspace, void* stream) {
   const Features& f = args.features;
   if (f.batch == 0) return Status::ok;
-  if (in_one_launch(f, args.gates)) return run_in_one_launch<Acc>(args, stream);
-  const LongPlan<Acc> plan(f, args.gates, workspace);
-  // Where the state that came before is to be replaced, it is kept until y is written.
+  if (fits_one_launch(f, args.gates)) return run_in_one_launch<Acc>(args, stream);
+  const LongContextPlan<Acc> plan(f, args.gates, workspace);
+  // If the new state replaces the prior, the prior stays until y is written.
   const StateOut& state = args.out.total == args.prior.total ? plan.state : args.out;
   if (const Status s = plan.sums.launch(stream, args.prior, state); s != Status::ok) return s;
   const ReadoutArgs readout_args = {args.gates, 1, nullptr, state.view(), args.y};
   const Status read = readout(readout_args, plan.readout_memory, plan.readout_bytes, stream);
   if (read != Status::ok || state.total == args.out.total) return read;
-  return launch(copy_state<Acc>, ceil_div(f.batch * f.channels(), kThreads), kThreads, 0, stream, state.view(),
+  return launch(copy_state_kernel<Acc>, ceil_div(f.batch * f.channels(), kThreads), kThreads, 0, stream, state.view(),
                 args.out, f.channels(), f.batch);
 }
 
 template <class Args>
 size_t workspace_of(const Args& args) {
-  return in_one_launch(args.features, args.gates) ? Arena().used() : planned_bytes<LongPlan>(args, args.features.dtype);
+  return fits_one_launch(args.features, args.gates) ? Arena().used()
+                                                    : planned_bytes<LongContextPlan>(args, args.features.dtype);
 }
 
 }  // namespace
@@ -196,7 +197,7 @@ size_t workspace(const UpdateArgs& args) { return workspace_of(args); }
 
 Status mix(const MixArgs& args, void* workspace, size_t bytes, void* stream) {
   return checked_run(args, args.features.dtype, workspace, bytes, [&](auto acc, void* memory) {
-    const Mix kernel = {args.features, args.gates, {}, args.prior, args.out, nullptr, args.y};
+    const MixKernelArgs kernel = {args.features, args.gates, {}, args.prior, args.out, nullptr, args.y};
     return run<decltype(acc)>(kernel, memory, stream);
   });
 }
@@ -204,7 +205,7 @@ Status mix(const MixArgs& args, void* workspace, size_t bytes, void* stream) {
 Status update(const UpdateArgs& args, void* workspace, size_t bytes, void* stream) {
   if (args.features.batch > 0 && !args.ticket) return Status::null_pointer;
   return checked_run(args, args.features.dtype, workspace, bytes, [&](auto acc, void* memory) {
-    const Mix kernel = {args.features, args.gates, {}, args.state.view(), args.state, args.ticket, args.y};
+    const MixKernelArgs kernel = {args.features, args.gates, {}, args.state.view(), args.state, args.ticket, args.y};
     return run<decltype(acc)>(kernel, memory, stream);
   });
 }

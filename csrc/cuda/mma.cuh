@@ -1,4 +1,4 @@
-// A product by the tensor cores that a warp takes together: 16 rows by 8 columns of 16 products each.
+// A tensor-core product of one warp: 16 rows by 8 columns over 16 inputs.
 #pragma once
 
 #include "cuda/launch.h"
@@ -12,10 +12,10 @@ namespace pom::cuda {
 
 #ifdef __CUDACC__
 
-// sums += a b. With g = lane / 4 and q = lane % 4 a lane holds, each word two neighbours of a 16-bit type T,
-//   a: rows g and g + 8 at inputs 2q, 2q + 1, then both rows at inputs 2q + 8, 2q + 9;
-//   b: column g at inputs 2q, 2q + 1 and at 2q + 8, 2q + 9;
-//   sums: row g at columns 2q, 2q + 1, then row g + 8.
+// sums += a b. With g = lane / 4 and q = lane % 4 a lane holds, two neighbours of a 16-bit type T per word,
+//  a: rows g and g + 8 at inputs 2q, 2q + 1, then both rows at inputs 2q + 8, 2q + 9;
+//  b: column g at inputs 2q, 2q + 1 and at 2q + 8, 2q + 9;
+//  sums: row g at columns 2q, 2q + 1, then row g + 8.
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800

@@ -1,5 +1,4 @@
-// How an operation is cut into blocks. The cut depends on the shapes of one sample alone, so that results are the same
-// bits from run to run and whatever else is in the batch.
+// Splits an operation into blocks. The split depends only on the shape of one sample, and so do the bits of the result.
 #pragma once
 
 #include <initializer_list>
@@ -11,35 +10,36 @@
 
 namespace pom::cuda {
 
-constexpr int kLanes = 32;     // threads side by side in a row of a block: a warp reads 512 neighbouring bytes
+constexpr int kLanes = 32;     // threads side by side in a row of a block: a warp reads 512 contiguous bytes
 constexpr int kThreads = 256;  // of most blocks: 8 rows
 constexpr int kWarp = 32;
-constexpr int64_t kMaxTokens = (int64_t(1) << 31) - 1024;  // of a sample, and channels: their numbers fit in 32 bits
+// Of a sample; channels likewise: their numbers fit in 32 bits.
+constexpr int64_t kMaxTokens = (int64_t(1) << 31) - 1024;
 
 POM_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-POM_HD constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-POM_HD constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+POM_HD constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+POM_HD constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Groups of consecutive tokens cut at the borders of chunks of `length` tokens: pieces, each with a partial sum of its
-// own. Piece `slot` is the slot-th step of a walk that passes one border, of a chunk or of a group, at a time; pieces
-// between borders that coincide are empty. The slots of a group are consecutive, and all of them are filled.
+// Groups of consecutive tokens, cut at the borders of chunks of 2^shift tokens: pieces, each with a partial sum in a
+// slot. Slots count the borders, of chunks and of groups, in the order of tokens; pieces between coinciding borders are
+// empty. The slots of a group are consecutive, and all of them are written.
 struct Piece {
   int64_t group, begin, end;
 };
 struct Pieces {
   int64_t tokens = 0, chunks = 1, groups = 1;
   int shift = 0;                     // a chunk has 2^shift tokens
-  int64_t group_length = 0;          // without offsets
+  int64_t group_length = 0;          // if there are no offsets
   const int64_t* offsets = nullptr;  // (groups + 1), or null: groups of equal length
-  bool apart = false;                // every group has `chunks` rows of its own, whatever they are of
+  bool apart = false;                // every group has `chunks` rows of its own, whatever they hold
 
   Pieces() = default;
   Pieces(int64_t tokens, int shift, int64_t groups, const int64_t* offsets)
       : tokens(tokens),
-        chunks(most(1, ceil_div(tokens, int64_t(1) << shift))),
+        chunks(max(1, ceil_div(tokens, int64_t(1) << shift))),
         groups(groups),
         shift(shift),
-        group_length(tokens / most(1, groups)),
+        group_length(tokens / max(1, groups)),
         offsets(offsets) {}
   static Pieces rows(int64_t groups, int64_t of_each = 1) {
     Pieces pieces;
@@ -49,23 +49,24 @@ struct Pieces {
 
   POM_HD int64_t slots() const { return apart ? chunks * groups : groups ? chunks + groups - 1 : 0; }
 
-  // Offsets come from the caller's device memory and were never seen by the host: no token outside may be touched.
+  // Offsets lie in the caller's device memory and the host never saw them: no token outside the sample may be touched.
   POM_HD int64_t border(int64_t group) const {
-    if (offsets) return most(0, least(tokens, offsets[group]));
+    if (offsets) return max(0, min(tokens, offsets[group]));
     return group < groups ? group * group_length : tokens;
   }
-  POM_HD int64_t passed(int64_t token) const { return token > 0 ? (token - 1) >> shift : 0; }  // chunks that end before
+  // Chunks that end before the token.
+  POM_HD int64_t passed(int64_t token) const { return token > 0 ? (token - 1) >> shift : 0; }
   POM_HD int64_t first_slot(int64_t group) const {
-    return apart ? group * chunks : least(group + passed(border(group)), chunks + group - 1);
+    return apart ? group * chunks : min(group + passed(border(group)), chunks + group - 1);
   }
   POM_HD int64_t last_slot(int64_t group) const {
-    return apart ? group * chunks + chunks - 1 : least(group + passed(border(group + 1)), chunks + group - 1);
+    return apart ? group * chunks + chunks - 1 : min(group + passed(border(group + 1)), chunks + group - 1);
   }
 
   POM_HD int64_t group_of(int64_t slot) const {
     if (groups == 1) return 0;
-    int64_t low = most(0, slot - (chunks - 1)), high = least(slot, groups - 1);
-    while (low < high) {  // the first group whose slots do not end before this one
+    int64_t low = max(0, slot - (chunks - 1)), high = min(slot, groups - 1);
+    while (low < high) {  // finds the first group whose slots do not end before this one
       const int64_t middle = (low + high) / 2;
       if (last_slot(middle) < slot)
         low = middle + 1;
@@ -75,59 +76,59 @@ struct Pieces {
     return low;
   }
   POM_HD Piece at(int64_t slot, int64_t group) const {
-    const int64_t chunk = slot - group, begin = chunk << shift, end = least(tokens, (chunk + 1) << shift);
+    const int64_t chunk = slot - group, begin = chunk << shift, end = min(tokens, (chunk + 1) << shift);
     if (groups == 1) return {group, begin, end};
-    return {group, most(begin, border(group)), least(end, border(group + 1))};
+    return {group, max(begin, border(group)), min(end, border(group + 1))};
   }
   POM_HD Piece at(int64_t slot) const { return at(slot, group_of(slot)); }
-  // The last slot, at most `end`, up to which the pieces from `slot` on are tokens of one group without a gap. Slots of
-  // no group, which offsets that do not run from 0 to all tokens leave, are taken one at a time.
+  // The last slot, at most `end`, such that the pieces from `slot` on are consecutive tokens of one group. Offsets that
+  // do not run from 0 to all tokens leave slots without a group; these are taken one at a time.
   POM_HD int64_t last_of_run(int64_t slot, int64_t end, int64_t group) const {
-    return slot < first_slot(group) ? slot : most(slot, least(end, last_slot(group)));
+    return slot < first_slot(group) ? slot : max(slot, min(end, last_slot(group)));
   }
 };
 
-// The length of a chunk, as a power of two: from 64 tokens for many blocks to 512, where partial sums cost nothing
-// beside the tokens and a thread still adds few numbers in single precision.
+// log2 of the tokens of a chunk: from 64 tokens, for many blocks, to 512, where writing partial sums takes no time
+// beside reading tokens and a thread still adds few numbers in single precision.
 inline int chunk_shift(int64_t tokens) {
   int shift = 6;
   while (shift < 9 && tokens > int64_t(256) << shift) ++shift;
   return shift;
 }
 
-// Where the channels of one thread lie: `ranges` runs of Vec, `stride` apart.
+// The channels of one thread: `ranges` runs of Vec channels, `stride` apart.
 struct Place {
   int64_t channel = 0, stride = 0;
-  int ranges = 0;     // none where the thread is outside
-  int64_t pair = -1;  // column of the angle tables, or -1 where nothing turns
+  int ranges = 0;     // 0 if the thread has no channels
+  int64_t pair = -1;  // column of the angle tables; -1 if not rotated
 };
 
-// Channels dealt to rows of threads, slab by slab. The factors of the product form lie in ranges `width` apart; with
-// rotary positions a thread holds the two ranges that turn into each other.
-struct Slabs {
+// Splits the channels into tiles, one per row of threads. The factors of the product form lie in ranges `width` apart;
+// with rotary positions a thread holds the two ranges of a rotated pair.
+struct ChannelTiles {
   int64_t width = 0;  // of one range
   int ranges = 1, vec = 1, lanes = kLanes;
   int64_t half = 0;    // pairs of one axis
-  int axis_slabs = 0;  // of one axis
-  int turned_slabs = 0, count = 0;
+  int axis_tiles = 0;  // tiles of one axis
+  int rotated_tiles = 0, count = 0;
 
-  Slabs() = default;
-  Slabs(int64_t width, int ranges, const Rotary& rotary, int vec, int lanes)
+  ChannelTiles() = default;
+  ChannelTiles(int64_t width, int ranges, const Rotary& rotary, int vec, int lanes)
       : width(width), ranges(ranges), vec(vec), lanes(lanes), half(rotary.half) {
-    if (rotary.axes) axis_slabs = int(ceil_div(half, lanes * vec));
-    turned_slabs = axis_slabs * rotary.axes;
-    count = turned_slabs + int(ceil_div(width - 2 * half * rotary.axes, lanes * vec));
+    if (rotary.axes) axis_tiles = int(ceil_div(half, lanes * vec));
+    rotated_tiles = axis_tiles * rotary.axes;
+    count = rotated_tiles + int(ceil_div(width - 2 * half * rotary.axes, lanes * vec));
   }
 
-  POM_HD Place place(unsigned slab, int lane) const {
+  POM_HD Place place(unsigned channel_tile, int lane) const {
     Place place;
-    if (int(slab) < turned_slabs) {
-      const int axis = int(slab) / axis_slabs;
-      const int64_t low = (int64_t(slab) - axis * axis_slabs) * lanes * vec + int64_t(lane) * vec;
+    if (int(channel_tile) < rotated_tiles) {
+      const int axis = int(channel_tile) / axis_tiles;
+      const int64_t low = (int64_t(channel_tile) - axis * axis_tiles) * lanes * vec + int64_t(lane) * vec;
       place = {2 * half * axis + low, half, low < half ? 2 : 0, low < half ? half * axis + low : -1};
     } else {
-      const int64_t turned = axis_slabs ? 2 * half * (turned_slabs / axis_slabs) : 0;
-      place.channel = turned + (int64_t(slab) - turned_slabs) * lanes * vec + int64_t(lane) * vec;
+      const int64_t rotated = axis_tiles ? 2 * half * (rotated_tiles / axis_tiles) : 0;
+      place.channel = rotated + (int64_t(channel_tile) - rotated_tiles) * lanes * vec + int64_t(lane) * vec;
       place.stride = width;
       place.ranges = place.channel < width ? ranges : 0;
     }
@@ -135,23 +136,22 @@ struct Slabs {
   }
 };
 
-// Elements of the widest access, of 16 bytes at most. Turned channels come in pairs, with coefficients for both, and
-// tangents double everything: half as many keep to the registers.
+// Elements of the widest access, at most 16 bytes. Rotated channels come in pairs, with coefficients for both, and
+// tangents double everything: these take half as many, to stay in registers.
 constexpr int widest_vec(size_t size, bool paired = false) { return size == 8 ? 1 : size == 4 || paired ? 4 : 8; }
 
-// How many elements every access of a call may be of, 8, 4 or 1: all its pointers, strides and widths must be multiples
-// of so many.
+// How many elements (8, 4 or 1) each access can take: all pointers, strides and widths must be multiples of that.
 class Alignment {
  public:
   explicit Alignment(Dtype dtype)
       : size_(dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2), vec_(widest_vec(size_)) {}
 
-  // To elements.
+  // Pointers to elements.
   Alignment& pointers(std::initializer_list<const void*> pointers) {
     for (const void* p : pointers) narrow(int64_t(reinterpret_cast<uintptr_t>(p)), size_);
     return *this;
   }
-  // To numbers of the accumulator's type, of which a vector is loaded in 16 bytes, or several times 16.
+  // Pointers to numbers of the accumulator's type. A vector of these is one or several loads of 16 bytes.
   Alignment& numbers(std::initializer_list<const void*> pointers) {
     for (const void* p : pointers)
       if (reinterpret_cast<uintptr_t>(p) % 16) vec_ = 1;
@@ -162,7 +162,7 @@ class Alignment {
     return *this;
   }
   Alignment& with(const Alignment& other) {
-    vec_ = int(least(vec_, other.vec_));
+    vec_ = int(min(vec_, other.vec_));
     return *this;
   }
   int vec() const { return vec_; }
@@ -176,33 +176,33 @@ class Alignment {
   int vec_;
 };
 
-// A form whose features are derivatives along a tangent, or gates that are.
+// A form whose features, or a gate whose values, are derivatives along a tangent.
 template <class Value>
-struct Along : Value {
+struct WithTangent : Value {
   using Value::Value;
 };
-// A form beside gates that are derivatives along a tangent.
+// A form without a tangent beside gates that have one.
 template <class Form>
-struct GatesAlong : Form {
+struct WithGateTangent : Form {
   using Form::Form;
 };
 template <class Value>
-constexpr bool is_along = false;
+constexpr bool has_tangent = false;
 template <class Value>
-constexpr bool is_along<Along<Value>> = true;
+constexpr bool has_tangent<WithTangent<Value>> = true;
 
-// One instance of a kernel. Instances are few: eight or four elements at once for degrees 2, 3 and 4 (with tangents,
-// four for 2 and 3), and one for all else.
-template <class Form_, class T_, int Vec_, bool turned_>
+// One instance of a kernel. There are few: eight or four elements per access for degrees 2, 3 and 4 (with tangents
+// four, for 2 and 3), and one for everything else.
+template <class Form_, class T_, int Vec_, bool rotated_>
 struct Instance {
   using Form = Form_;
   using T = T_;
   using Acc = typename accumulator<T>::type;
   static constexpr int Vec = Vec_;
-  static constexpr bool turned = turned_;
+  static constexpr bool rotated = rotated_;
 };
 
-// body(std::integral_constant<int, vec>{}), for one of 8, 4 and 1 that is not above `widest`.
+// Calls body(std::integral_constant<int, vec>{}) for a vec of 8, 4 or 1 that is at most `widest`.
 template <int widest, class Body>
 Status with_vec(int vec, Body body) {
   if constexpr (widest == 8)
@@ -212,32 +212,32 @@ Status with_vec(int vec, Body body) {
   return body(std::integral_constant<int, 1>{});
 }
 
-template <template <int> class Form, bool turned, class T, class Body>
+template <template <int> class Form, bool rotated, class T, class Body>
 Status with_degree(int degree, int vec, Body body) {
-  return with_vec<widest_vec(sizeof(T), turned)>(vec, [&](auto elements) {
+  return with_vec<widest_vec(sizeof(T), rotated)>(vec, [&](auto elements) {
     constexpr int Vec = decltype(elements)::value;
     if constexpr (Vec == 1) {
-      return body(Instance<Form<0>, T, 1, turned>{});
+      return body(Instance<Form<0>, T, 1, rotated>{});
     } else {
-      if (degree == 2) return body(Instance<Form<2>, T, Vec, turned>{});
-      if (degree == 3) return body(Instance<Form<3>, T, Vec, turned>{});
-      return body(Instance<Form<4>, T, Vec, turned>{});
+      if (degree == 2) return body(Instance<Form<2>, T, Vec, rotated>{});
+      if (degree == 3) return body(Instance<Form<3>, T, Vec, rotated>{});
+      return body(Instance<Form<4>, T, Vec, rotated>{});
     }
   });
 }
 
-// With tangents vectors are for what models are trained in.
-constexpr bool is_general_along(Dtype dtype, int degree) {
+// With tangents there are vector instances only for the dtypes and degrees that models are trained in.
+constexpr bool is_general_with_tangent(Dtype dtype, int degree) {
   return (dtype != Dtype::f32 && dtype != Dtype::bf16) || degree < 2 || degree > 3;
 }
 
-template <template <int> class Form, bool turned, class T, class Body>
-Status with_degree_along(int degree, int vec, Body body) {
+template <template <int> class Form, bool rotated, class T, class Body>
+Status with_degree_and_tangent(int degree, int vec, Body body) {
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, bf16>) {
-    if (vec == 4 && degree == 2) return body(Instance<Along<Form<2>>, T, 4, turned>{});
-    if (vec == 4 && degree == 3) return body(Instance<Along<Form<3>>, T, 4, turned>{});
+    if (vec == 4 && degree == 2) return body(Instance<WithTangent<Form<2>>, T, 4, rotated>{});
+    if (vec == 4 && degree == 3) return body(Instance<WithTangent<Form<3>>, T, 4, rotated>{});
   }
-  return body(Instance<Along<Form<0>>, T, 1, turned>{});
+  return body(Instance<WithTangent<Form<0>>, T, 1, rotated>{});
 }
 
 template <class Body>
@@ -254,16 +254,17 @@ Status with_dtype(Dtype dtype, Body body) {
   }
 }
 
-// body(Instance{}) for these features; `turned` where a thread must hold pairs of channels, `vec` as the slabs have it.
-// An operation that takes no tangents says so.
+// Calls body(Instance{}) for these features. `rotated`: a thread must hold pairs of channels; `vec`: from the channel
+// tiles. tangents = false leaves out the instances with tangents.
 template <bool tangents = true, class Body>
-Status with_instance(const Features& f, bool turned, int vec, Body body) {
+Status with_instance(const Features& f, bool rotated, int vec, Body body) {
   return with_dtype(f.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (tangents) {
-      if (f.u_tangent && f.form == Form::product) return with_degree_along<Product, false, T>(f.degree, vec, body);
-      if (f.u_tangent && turned) return with_degree_along<Power, true, T>(f.degree, vec, body);
-      if (f.u_tangent) return with_degree_along<Power, false, T>(f.degree, vec, body);
+      if (f.u_tangent && f.form == Form::product)
+        return with_degree_and_tangent<Product, false, T>(f.degree, vec, body);
+      if (f.u_tangent && rotated) return with_degree_and_tangent<Power, true, T>(f.degree, vec, body);
+      if (f.u_tangent) return with_degree_and_tangent<Power, false, T>(f.degree, vec, body);
     }
     if (f.form == Form::product) {
       if constexpr (sizeof(T) == 2)
@@ -271,13 +272,12 @@ Status with_instance(const Features& f, bool turned, int vec, Body body) {
       else
         return with_degree<Product, false, T>(f.degree, vec, body);
     }
-    if (turned) return with_degree<Power, true, T>(f.degree, vec, body);
+    if (rotated) return with_degree<Power, true, T>(f.degree, vec, body);
     return with_degree<Power, false, T>(f.degree, vec, body);
   });
 }
 
-// The bytes of a plan in the accumulator's type; none for arguments that the operation will refuse. Arrays may be
-// missing when a workspace is asked for.
+// The workspace bytes of a plan; 0 for arguments that will be refused. Pointers may be null at this point.
 template <template <class> class Plan, class Args>
 size_t planned_bytes(const Args& args, Dtype dtype) {
   const Status status = check(args);
@@ -285,7 +285,7 @@ size_t planned_bytes(const Args& args, Dtype dtype) {
   return dtype == Dtype::f64 ? Plan<double>(args, nullptr).arena.used() : Plan<float>(args, nullptr).arena.used();
 }
 
-// Checks, then body(accumulator{}, aligned workspace).
+// Checks the arguments, then calls body(accumulator{}, aligned workspace).
 template <class Args, class Body>
 Status checked_run(const Args& args, Dtype dtype, void* memory, size_t bytes, Body body) {
   if (const Status s = check(args); s != Status::ok) return s;

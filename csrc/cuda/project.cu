@@ -1,8 +1,8 @@
-// The state of tokens that this kernel projects itself: u = x Wᵀ + b goes from the product's registers through the
-// polynomial into sums over tokens, and to no memory. For GPUs of compute capability 9.0, 16-bit types.
+// State of tokens that the kernel projects itself: u = x Wᵀ + b goes from the registers of the product through the
+// polynomial into sums over tokens, and is never stored. Compute capability 9.0, 16-bit types.
 
 #include "cuda/project.cuh"
-#include "cuda/rows.cuh"
+#include "cuda/reduce.cuh"
 
 #include <map>
 #include <mutex>
@@ -10,28 +10,28 @@
 namespace pom::cuda {
 namespace {
 
-// Adds up the numbers of the eight threads of a warp that hold the same columns, each of which keeps the sums of an
-// eighth of them: those that x[0 … 7] were `offset` further on.
+// Sums over the eight threads of a warp that hold the same columns. Each thread ends with an eighth of the sums, in x[0
+// … 7]; returns their offset within the original x.
 template <int half = kProductNumbers / 4>
 __device__ inline int sum_lanes(float (&x)[kProductNumbers / 2], int lane, int offset = 0) {
   const bool upper = lane & half / 2;
   POM_UNROLL
   for (int i = 0; i < half; ++i) {
-    const float kept = upper ? x[i + half] : x[i], given = upper ? x[i] : x[i + half];
-    x[i] = kept + __shfl_xor_sync(0xffffffffu, given, half / 2);
+    const float own = upper ? x[i + half] : x[i], other = upper ? x[i] : x[i + half];
+    x[i] = own + __shfl_xor_sync(0xffffffffu, other, half / 2);
   }
   if (upper) offset += half;
   if constexpr (half > 8) return sum_lanes<half / 2>(x, lane, offset);
   return offset;
 }
 
-// What a thread of a group needs to sum its products: its two tokens' weights, zero behind the piece's end.
+// The work of a group, and the weights of this thread's two tokens: zero after the end of the piece.
 struct Sum {
   Work work;
   float of_token[2] = {};
 
   Sum() = default;
-  __device__ Sum(const ProjectSums& args, unsigned round, int group) : work(args, round, group) {
+  __device__ Sum(const ProjectKernelArgs& args, unsigned round, int group) : work(args, round, group) {
     const float* const weights = args.token_weight ? args.token_weight + work.b * args.tokens : nullptr;
     POM_UNROLL
     for (int row = 0; row < 2; ++row) {
@@ -46,16 +46,16 @@ struct Sum {
   }
 };
 
-// The polynomial of a group's products, summed over the piece's tokens, into its row; and the tokens' weights.
+// Applies the polynomial to a group's products and sums over the piece's tokens; also sums the tokens' weights.
 template <class Form, class T>
-__device__ void sum_features(const ProjectSums& args, ProjectShared& shared, const Sum& prepared,
+__device__ void sum_features(const ProjectKernelArgs& args, ProjectShared& shared, const Sum& prepared,
                              float (&u)[kProductNumbers], int group, unsigned round_parity) {
   const int thread = int(threadIdx.x) % kWarpGroup, warp = thread / kWarp, lane = thread % kWarp;
   const Work& work = prepared.work;
   float(*const sums)[kProductColumns] = shared.sums[group];
   const Form form(0);
   constexpr int degree = decltype(form.degree)::capacity;
-  if (work.piece.end - work.piece.begin < kProductRows) {  // the others are somebody else's, and maybe no numbers
+  if (work.piece.end - work.piece.begin < kProductRows) {  // other rows belong to other pieces, and may hold no numbers
     POM_UNROLL
     for (int i = 0; i < kProductNumbers; ++i)
       if (prepared.token(i / 2 % 2) >= work.piece.end) u[i] = 0;
@@ -65,7 +65,7 @@ __device__ void sum_features(const ProjectSums& args, ProjectShared& shared, con
   const float* const biases = shared.bias + 2 * (lane % 4);
   float x[kProductNumbers / 2];
   POM_UNROLL
-  for (int pair = 0; pair < kProductNumbers / 4; ++pair) {  // neighbouring channels, of two tokens
+  for (int pair = 0; pair < kProductNumbers / 4; ++pair) {  // neighbouring channels of two tokens
     float coeff[2 * degree], bias[2];
     POM_UNROLL
     for (int i = 0; i < degree; ++i) load_pair(coeffs + 8 * pair * degree + 2 * i, coeff + 2 * i);
@@ -98,7 +98,7 @@ __device__ void sum_features(const ProjectSums& args, ProjectShared& shared, con
     }
     store_pair(total, args.rows + int64_t(work.slot) * args.channels + work.column + own);
   }
-  sync_threads(1 + group, kWarpGroup);  // the sums are free
+  sync_threads(1 + group, kWarpGroup);  // the sums may be overwritten
   if (warp > 0 || work.column > 0 || !args.weight_rows || work.slot >= args.all_slots) return;
   const float* const weights = args.token_weight + work.b * args.tokens;
   double weight = 0;
@@ -109,45 +109,46 @@ __device__ void sum_features(const ProjectSums& args, ProjectShared& shared, con
 }
 
 template <class Form, class T>
-__device__ void multiply(const ProjectSums& args, ProjectShared& shared, int group) {
+__device__ void multiply(const ProjectKernelArgs& args, ProjectShared& shared, int group) {
   const unsigned lane = threadIdx.x % kWarp;
-  const int ahead = int(least(kBehind, args.steps / 2));
+  const int ahead = int(min(kBehind, args.steps / 2));
   TokenRing::Barriers& token_barriers = shared.token_barriers[group];
   unsigned step = 0, parity = 0;
   auto release = [&](unsigned step) {
-    if (lane < kCluster) shared.weight_barriers.empty[Turn<kWeightStages>(step).stage].arrive_in(lane);
-    if (lane == 0) token_barriers.empty[Turn<kTokenStages>(step).stage].arrive();
+    if (lane < kCluster) shared.weight_barriers.empty[RingPosition<kWeightStages>(step).stage].arrive_in(lane);
+    if (lane == 0) token_barriers.empty[RingPosition<kTokenStages>(step).stage].arrive();
   };
   each_round(args, [&](unsigned round) {
-    // A group begins when the other one is a few steps ahead: the first in the round before, the second in this one.
+    // A group begins when the other is a few steps ahead: the first group waits for the round before, the second for
+    // this one.
     shared.ahead[1 - group].wait(group == 0 ? parity ^ 1 : parity);
     float u[kProductNumbers];
     Sum sum;
     for (int i = 0; i < args.steps; ++i, ++step) {
-      const Turn<kWeightStages> weight(step);
-      const Turn<kTokenStages> tokens(step);
+      const RingPosition<kWeightStages> weight(step);
+      const RingPosition<kTokenStages> tokens(step);
       token_barriers.full[tokens.stage].wait(tokens.parity);
       shared.weight_barriers.full[weight.stage].wait(weight.parity);
-      open_products();
+      fence_products();
       queue_step<T>(u, shared.tokens[group].tiles[tokens.stage], shared.weight.tiles[weight.stage], i > 0);
-      close_products();
+      commit_products();
       if (i == 0) sum = Sum(args, round, group);  // while the tensor cores are busy
       wait_for_products<1>();
       if (i > 0) release(step - 1);
       if (i == ahead && lane == 0) shared.ahead[group].arrive();
     }
     wait_for_products<0>();
-    keep_behind(u);
+    fence_sums(u);
     release(step - 1);
     sum_features<Form, T>(args, shared, sum, u, group, parity);
     parity ^= 1;
   });
 }
 
-// For other GPUs of one warp that does nothing (check_kernel).
+// For other GPUs a kernel of one warp that does nothing (see check_kernel()).
 template <class Form, class T>
 __global__ void __launch_bounds__(POM_HOPPER ? kProjectThreads : kWarp, 1)
-    project_pieces(const POM_GRID_CONSTANT ProjectSums args) {
+    project_state_kernel(const POM_GRID_CONSTANT ProjectKernelArgs args) {
   if constexpr (POM_HOPPER) {
     POM_SHARED(memory);
     ProjectShared& shared = *reinterpret_cast<ProjectShared*>(memory + -shared_address(memory) % kTileAlignment);
@@ -156,9 +157,9 @@ __global__ void __launch_bounds__(POM_HOPPER ? kProjectThreads : kWarp, 1)
       shared.init();
       publish_barriers();
     }
-    meet_cluster();
+    sync_cluster();
     if (group == kGroups) {
-      drop_registers<kCopierRegisters>();
+      dealloc_registers<kCopierRegisters>();
       const int copier = int(threadIdx.x) % kWarpGroup / kWarp;
       const bool first = threadIdx.x % kWarp == 0;
       if (copier == kCopiesCoefficients)
@@ -168,16 +169,16 @@ __global__ void __launch_bounds__(POM_HOPPER ? kProjectThreads : kWarp, 1)
       else if (copier >= kCopiesTokens && first)
         copy_tokens(args, shared, copier - kCopiesTokens);
     } else {
-      take_registers<kProductRegisters>();
+      alloc_registers<kProductRegisters>();
       multiply<Form, T>(args, shared, group);
     }
-    meet_cluster();  // neither block's memory is gone while the other one copies to it, or arrives there
+    sync_cluster();  // a block's shared memory must last while the other one copies to it or arrives at its barriers
   }
 }
 
 struct ProjectPlan {
   Arena arena;
-  ProjectSums sums;
+  ProjectKernelArgs sums;
   int64_t slots, rounds;  // of all samples
 
   ProjectPlan(const ProjectStateArgs& args, void* workspace) : arena(workspace) {
@@ -196,10 +197,10 @@ struct ProjectPlan {
   }
 };
 
-using ProjectKernel = void (*)(ProjectSums);
+using ProjectKernel = void (*)(ProjectKernelArgs);
 
-// Makes a kernel ready on the current device, the first time that it is asked for there: later calls find how many
-// clusters of it a device runs at once, which takes the driver microseconds to say.
+// Prepares a kernel on the current device at its first use and counts the clusters that the device runs at a time.
+// Later calls look this up: the driver takes microseconds to count them.
 Status prepare(ProjectKernel kernel, int& clusters) {
   static std::mutex mutex;
   static std::map<std::pair<ProjectKernel, int>, int> prepared;  // by kernel and device
@@ -219,18 +220,18 @@ Status prepare(ProjectKernel kernel, int& clusters) {
   return Status::ok;
 }
 
-Status launch_project(ProjectKernel kernel, const ProjectSums& sums, int clusters, void* stream) {
+Status launch_project(ProjectKernel kernel, const ProjectKernelArgs& sums, int clusters, void* stream) {
   const Clusters shape = {kCluster, kProjectThreads, kProjectBytes};
-  return launch_clusters(kernel, least(sums.all_rounds, clusters), shape, stream, sums);
+  return launch_clusters(kernel, min(sums.all_rounds, clusters), shape, stream, sums);
 }
 
 template <class Body>
 Status with_project(const Features& f, Body body) {
   auto with_type = [&](auto type) {
     using T = decltype(type);
-    if (f.degree == 2) return body(project_pieces<Power<2>, T>);
-    if (f.degree == 3) return body(project_pieces<Power<3>, T>);
-    return body(project_pieces<Power<4>, T>);
+    if (f.degree == 2) return body(project_state_kernel<Power<2>, T>);
+    if (f.degree == 3) return body(project_state_kernel<Power<3>, T>);
+    return body(project_state_kernel<Power<4>, T>);
   };
   return f.dtype == Dtype::bf16 ? with_type(bf16{}) : with_type(f16{});
 }
@@ -250,7 +251,7 @@ Status check(const ProjectStateArgs& args) {
                            .sizes({f.width, args.dim, args.x_batch_stride, args.x_token_stride})
                            .vec() == 8;
   const ProjectPlan plan(args, nullptr);
-  bool fits = true;  // in 32 bits, steps of all rounds too
+  bool fits = true;  // all sizes fit in 32 bits, and so do the steps of all rounds
   for (const int64_t n : {f.tokens, f.batch, f.width, args.dim, plan.slots, plan.rounds * plan.sums.steps})
     fits = fits && n <= kMaxBlocks;
   const bool strided = (f.batch <= 1 || args.x_batch_stride > 0) && (f.tokens <= 1 || args.x_token_stride > 0);
@@ -264,16 +265,16 @@ Status run(const ProjectStateArgs& args, void* workspace, void* stream) {
   int clusters;
   const Status found = with_project(f, [&](auto kernel) { return prepare(kernel, clusters); });
   if (found != Status::ok) return found;
-  const int64_t token_stride = most(8, args.x_token_stride), batch_stride = most(8, args.x_batch_stride);
+  const int64_t token_stride = max(8, args.x_token_stride), batch_stride = max(8, args.x_batch_stride);
   const Tensor16 x = {args.x, args.dim, f.tokens, f.batch, token_stride, batch_stride};
   const Tensor16 weight = {args.weight, args.dim, f.width, 1, args.dim, args.dim * f.width};
   if (const Status s = make_tile_map(x, kProductRows, plan.sums.x); s != Status::ok) return s;
   if (const Status s = make_tile_map(weight, kShareRows, plan.sums.weight); s != Status::ok) return s;
   const Status s = with_project(f, [&](auto kernel) { return launch_project(kernel, plan.sums, clusters, stream); });
   if (s != Status::ok) return s;
-  const Join<float> joined = {plan.sums.pieces, f.batch, f.width, plan.sums.rows, plan.sums.weight_rows,
-                              args.prior, nullptr, args.out};
-  return args.groups.cumulative ? scan(joined, false, stream) : join(joined, stream);
+  const ReduceArgs<float> reduce = {plan.sums.pieces,      f.batch,    f.width, plan.sums.rows,
+                                    plan.sums.weight_rows, args.prior, nullptr, args.out};
+  return args.groups.cumulative ? scan_groups(reduce, false, stream) : reduce_groups(reduce, stream);
 }
 
 }  // namespace

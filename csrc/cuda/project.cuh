@@ -1,15 +1,16 @@
-// How project.cu brings tiles to its products: what a block is made of, and what it holds in shared memory.
+// How project.cu loads tiles: the warps of a block, its shared memory, and its copies.
 //
 // A block has two groups of four warps that multiply, each a piece of up to 64 tokens by the same 256 channels, and a
-// group of four warps that bring what these need: the weight's tiles, either piece's tiles, the channels' coefficients.
-// The second piece stays two steps behind the first, so that while one group makes sums of its products, those of the
-// other keep the tensor cores busy. Two blocks, a cluster, share the channels: each copies half of the weight to both.
+// third group whose warps copy the tiles of the weight, the tiles of either piece, and the coefficients of the
+// channels. The second group stays two steps behind the first, so that one group's products keep the tensor cores busy
+// while the other applies the polynomial. The two blocks of a cluster share the channels: each copies half of the
+// weight to both.
 //
-// Why not tiles of their own for both groups, one multiplying while the other sums: what a multiprocessor can take in.
-// A step of 64 tokens by 256 channels by 64 inputs keeps the tensor cores busy for 512 cycles. With tiles of its own a
-// group takes in 8 + 32 KiB for it, 80 bytes a cycle where about 64 are the most that reach a multiprocessor; and its
-// products read 80 more from shared memory, which gives 128. With the weight shared by both it is 48 KiB in 1,024
-// cycles, of which the cluster leaves 32 KiB to be read from L2: 32 bytes a cycle.
+// Why both groups share the weight's tiles: a step of 64 tokens by 256 channels by 64 inputs keeps the tensor cores
+// busy for 512 cycles. With weight tiles of its own a group would load 8 + 32 KiB for it, 80 bytes a cycle, where an SM
+// receives at most about 64; its products read another 80 from shared memory, which delivers 128. With shared tiles
+// both groups together load 48 KiB in 1,024 cycles, of which the cluster leaves 32 KiB to read from L2: 32 bytes a
+// cycle.
 #pragma once
 
 #include "cuda/hopper.cuh"
@@ -20,7 +21,8 @@ namespace pom::cuda {
 constexpr int kGroups = 2;   // that multiply
 constexpr int kCluster = 2;  // blocks
 constexpr int kWeightStages = 5, kTokenStages = 3;
-constexpr int kBehind = 2;  // steps, of the second group; then there is a stage of the weight on its way
+// Steps that the second group stays behind; one stage of the weight can then still be in flight.
+constexpr int kBehind = 2;
 constexpr int kPieceShift = 6;
 constexpr int kGroupWarps = kWarpGroup / kWarp;
 constexpr int kProjectThreads = (kGroups + 1) * kWarpGroup;
@@ -29,19 +31,19 @@ constexpr int kShareRows = kProductColumns / kCluster;  // of the weight's tile 
 static_assert(kProductRows == 1 << kPieceShift, "a group multiplies a piece");
 static_assert(kBehind + 2 < kWeightStages, "that of the second group's last product is held, too");
 
-// What the warps of the third group do.
+// The tasks of the third group's warps.
 enum Copier { kCopiesWeight, kCopiesTokens, kCopiesCoefficients = kCopiesTokens + kGroups };
 static_assert(kCopiesCoefficients + 1 == kGroupWarps);
 
-// Where a step lies in a ring of stages.
+// A step's stage in a ring, and the parity of its barriers' phase.
 template <int stages>
-struct Turn {
+struct RingPosition {
   int stage;
   unsigned parity;
-  __device__ explicit Turn(unsigned step) : stage(int(step % stages)), parity(step / stages & 1) {}
+  __device__ explicit RingPosition(unsigned step) : stage(int(step % stages)), parity(step / stages & 1) {}
 };
 
-// A ring of tiles, with what says that one is there, and that it is needed no more.
+// A ring of tiles, with barriers that say when a tile is full and when it may be overwritten.
 template <int rows, int stages_>
 struct Ring {
   static constexpr int stages = stages_, bytes = rows * kTileRowBytes;
@@ -61,7 +63,7 @@ struct ProjectShared {
   WeightRing weight;
   TokenRing tokens[kGroups];
   float sums[kGroups][kGroupWarps][kProductColumns];
-  float coeff[kProductColumns * 4], bias[kProductColumns];  // of the channels, zeros behind the last one
+  float coeff[kProductColumns * 4], bias[kProductColumns];  // zeros after the last channel
   WeightRing::Barriers weight_barriers;
   TokenRing::Barriers token_barriers[kGroups];
   Barrier coeff_full, coeff_empty;
@@ -75,36 +77,37 @@ struct ProjectShared {
     coeff_empty.init(kGroups);
   }
 };
-constexpr size_t kProjectBytes = sizeof(ProjectShared) + kTileAlignment;  // memory of a block is less aligned
+constexpr size_t kProjectBytes = sizeof(ProjectShared) + kTileAlignment;  // dynamic shared memory is less aligned
 static_assert(kProjectBytes <= 227 << 10, "a block has no more");
 
-struct ProjectSums {
+struct ProjectKernelArgs {
   TileMap x, weight;
   Pieces pieces;
   int64_t tokens = 0;
   int channels = 0, steps = 0;                 // steps of kDepth inputs
-  unsigned slots = 0, all_slots = 0;           // of a sample, of all
-  unsigned column_blocks = 0, all_rounds = 0;  // of kProductColumns channels; these times fours of slots, one a cluster
+  unsigned slots = 0, all_slots = 0;           // of one sample; of all samples
+  // Blocks of kProductColumns channels; these times fours of slots, one per cluster.
+  unsigned column_blocks = 0, all_rounds = 0;
   const void* bias = nullptr;
   const float *coeff = nullptr, *token_weight = nullptr;
   float* rows = nullptr;          // (batch, slots, channels)
-  double* weight_rows = nullptr;  // (batch, slots), null for ones
+  double* weight_rows = nullptr;  // (batch, slots); null if all weights are 1
 };
 
-// A cluster's rounds: a few slots and 256 channels in each.
+// Calls body(round) for each round of this cluster: a few slots and 256 channels.
 template <class Body>
-__device__ __forceinline__ void each_round(const ProjectSums& args, Body body) {
+__device__ __forceinline__ void each_round(const ProjectKernelArgs& args, Body body) {
   for (unsigned round = blockIdx.x / kCluster; round < args.all_rounds; round += gridDim.x / kCluster) body(round);
 }
 
-// What one group makes of a round.
+// What one group does in a round.
 struct Work {
-  Piece piece = {};          // empty where there is none
-  unsigned slot = 0, b = 0;  // of all, of which sample
-  int column = 0;            // the first
+  Piece piece = {};          // empty if there is none
+  unsigned slot = 0, b = 0;  // slot among those of all samples; sample
+  int column = 0;            // the first channel
 
   Work() = default;
-  __device__ Work(const ProjectSums& args, unsigned round, int group)
+  __device__ Work(const ProjectKernelArgs& args, unsigned round, int group)
       : slot((round / args.column_blocks * kCluster + cluster_rank()) * kGroups + group),
         b(slot / args.slots),
         column(int(round % args.column_blocks) * kProductColumns) {
@@ -112,47 +115,48 @@ struct Work {
   }
 };
 
-// Both blocks' halves of the weight's tiles come at one barrier each.
-__device__ inline void copy_weight(const ProjectSums& args, ProjectShared& shared) {
+// Copies the weight. Both blocks' halves of a tile arrive at one barrier in each block.
+__device__ inline void copy_weight(const ProjectKernelArgs& args, ProjectShared& shared) {
   const int share = int(cluster_rank());
   unsigned step = 0;
   each_round(args, [&](unsigned round) {
     const int row = int(round % args.column_blocks) * kProductColumns + share * kShareRows;
     for (int i = 0; i < args.steps; ++i, ++step) {
-      const Turn<kWeightStages> turn(step);
-      Barrier& full = shared.weight_barriers.full[turn.stage];
-      shared.weight_barriers.empty[turn.stage].wait(turn.parity ^ 1);  // in both blocks
+      const RingPosition<kWeightStages> position(step);
+      Barrier& full = shared.weight_barriers.full[position.stage];
+      shared.weight_barriers.empty[position.stage].wait(position.parity ^ 1);  // waits for both blocks
       full.arrive_expecting(WeightRing::bytes);
-      char* const tile = shared.weight.tiles[turn.stage] + share * kShareRows * kTileRowBytes;
-      load_tile_in_all<kCluster>(args.weight, tile, i * kDepth, row, 0, full);
+      char* const tile = shared.weight.tiles[position.stage] + share * kShareRows * kTileRowBytes;
+      load_tile_multicast<kCluster>(args.weight, tile, i * kDepth, row, 0, full);
     }
   });
 }
 
-__device__ inline void copy_tokens(const ProjectSums& args, ProjectShared& shared, int group) {
+__device__ inline void copy_tokens(const ProjectKernelArgs& args, ProjectShared& shared, int group) {
   TokenRing::Barriers& barriers = shared.token_barriers[group];
   unsigned step = 0;
   each_round(args, [&](unsigned round) {
     const Work work(args, round, group);
     for (int i = 0; i < args.steps; ++i, ++step) {
-      const Turn<kTokenStages> turn(step);
-      Barrier& full = barriers.full[turn.stage];
-      barriers.empty[turn.stage].wait(turn.parity ^ 1);
+      const RingPosition<kTokenStages> position(step);
+      Barrier& full = barriers.full[position.stage];
+      barriers.empty[position.stage].wait(position.parity ^ 1);
       full.arrive_expecting(TokenRing::bytes);
-      // Tokens of samples that are not there are zeros.
-      load_tile(args.x, shared.tokens[group].tiles[turn.stage], i * kDepth, int(work.piece.begin), int(work.b), full);
+      // The copy fills tokens of samples that do not exist with zeros.
+      load_tile(args.x, shared.tokens[group].tiles[position.stage], i * kDepth, int(work.piece.begin), int(work.b),
+                full);
     }
   });
 }
 
-// By a warp. Products read the coefficients at the end of a round.
+// Copies coefficients and biases; called by a whole warp. Products use them at the end of a round.
 template <class T, int degree>
-__device__ inline void copy_coefficients(const ProjectSums& args, ProjectShared& shared) {
+__device__ inline void copy_coefficients(const ProjectKernelArgs& args, ProjectShared& shared) {
   const int lane = int(threadIdx.x) % kWarp;
   unsigned parity = 0;
   each_round(args, [&](unsigned round) {
     const int column = int(round % args.column_blocks) * kProductColumns;
-    const int channels = int(least(kProductColumns, args.channels - column));  // a multiple of 8
+    const int channels = int(min(kProductColumns, args.channels - column));  // a multiple of 8
     shared.coeff_empty.wait(parity ^ 1);
     POM_UNROLL_4
     for (int j = 0; j < kProductColumns * degree / 4; j += kWarp) {

@@ -1,5 +1,5 @@
 // Projected tokens as one thread sees them: Vec channels in each of a few ranges, with weights and rotary positions
-// taken care of. Numbers of a thread are arrays [range * Vec + i].
+// applied. The numbers of a thread are arrays [range * Vec + i].
 #pragma once
 
 #include "cuda/block.cuh"
@@ -7,7 +7,7 @@
 
 namespace pom::cuda {
 
-// Turns the pairs (x[i], x[Vec + i]) by the angles of a token, backwards if `transpose`.
+// Rotates the pairs (x[i], x[Vec + i]) by a token's angles; by the inverse if `transpose`.
 template <int Vec, class Acc>
 POM_HD void rotate(const Rotary& rotary, int64_t token, int64_t pair, bool transpose, Acc* x) {
   Acc cos[Vec], sin[Vec];
@@ -26,9 +26,9 @@ POM_HD void rotate(const Rotary& rotary, int64_t token, int64_t pair, bool trans
 template <class T, int Vec, int ranges>
 struct RowsOf {
   using Raw = Packed<T, Vec>[ranges];
-  T* row0 = nullptr;  // the first token's first channel
+  T* row0 = nullptr;  // first channel of the first token
   int64_t token_stride = 0, range_stride = 0;
-  int count = 0;  // ranges that are there
+  int count = 0;  // ranges that the thread has
 
   POM_HD RowsOf(const void* p, int64_t offset, int64_t token_stride, const Place& place)
       : row0(static_cast<T*>(const_cast<void*>(p)) + offset + place.channel),
@@ -60,15 +60,14 @@ struct RowsOf {
   }
 };
 
-// load(j, token) for the first `count` of every step-th token from `first` on.
+// Calls load(j, token) for the first `count` of every step-th token from `first` on.
 template <int count, class Index, class Load>
 POM_HD void load_tokens(Index first, Index end, int step, Load load) {
   POM_UNROLL
   for (int j = 0; j < count; ++j)
     if (first + j * step < end) load(j, first + j * step);
 }
-// use(j, token) for all of them, the first `count` of which are loaded, and `count` more before the first of these is
-// used.
+// Calls use(j, token) for all of them. The first `count` are already loaded; after each `count` tokens the next are.
 template <int count, class Index, class Load, class Use>
 POM_HD void use_tokens(Index first, Index end, int step, Load load, Use use) {
   while (first < end) {
@@ -87,7 +86,7 @@ POM_HD void for_tokens(Index first, Index end, int step, Load load, Use use) {
   use_tokens<count>(first, end, step, load, use);
 }
 
-// One row of numbers that all tokens share, at the thread's channels; zero where it has none.
+// Loads a row that all tokens share, at the thread's channels; zero if it has none.
 template <int Vec, int ranges, class Acc>
 POM_HD void load_row(const Acc* row, const Place& place, Acc* x) {
   POM_UNROLL
@@ -104,39 +103,39 @@ POM_HD void store_row(Acc* row, const Place& place, const Acc* x) {
     if (r < place.ranges) store_numbers<Vec>(row + place.channel + r * place.stride, x + r * Vec);
 }
 
-// What a thread has loaded of a token, and where there is a tangent, of that.
-template <class Rows, bool along>
+// Registers of one token: its values and, if present, its tangent.
+template <class Rows, bool dual>
 struct Loaded {
-  typename Rows::Raw at;
+  typename Rows::Raw primal;
 };
 template <class Rows>
 struct Loaded<Rows, true> {
-  typename Rows::Raw at, along;
+  typename Rows::Raw primal, tangent;
 };
 
-// Numbers of a thread: plain ones, or dual ones where there is a tangent.
-template <class Acc, bool along>
-using Number = std::conditional_t<along, Dual<Acc>, Acc>;
+// A number of a thread: plain, or dual if there is a tangent.
+template <class Acc, bool dual>
+using Number = std::conditional_t<dual, Dual<Acc>, Acc>;
 
 template <class Rows, int count, class Acc>
 POM_HD void unpack(const Loaded<Rows, false>& raw, Acc (&x)[count]) {
-  Rows::unpack(raw.at, x);
+  Rows::unpack(raw.primal, x);
 }
 template <class Rows, int count, class Acc>
 POM_HD void unpack(const Loaded<Rows, true>& raw, Dual<Acc> (&x)[count]) {
-  Acc at[count], along[count];
-  Rows::unpack(raw.at, at);
-  Rows::unpack(raw.along, along);
+  Acc primal[count], tangent[count];
+  Rows::unpack(raw.primal, primal);
+  Rows::unpack(raw.tangent, tangent);
   POM_UNROLL
-  for (int i = 0; i < count; ++i) x[i] = {at[i], along[i]};
+  for (int i = 0; i < count; ++i) x[i] = {primal[i], tangent[i]};
 }
 
 template <class Acc>
-POM_HD void hold_fixed(Acc x, Acc& number) {
+POM_HD void lift(Acc x, Acc& number) {
   number = x;
 }
 template <class Acc>
-POM_HD void hold_fixed(Acc x, Dual<Acc>& number) {
+POM_HD void lift(Acc x, Dual<Acc>& number) {
   number = {x, Acc(0)};
 }
 
@@ -147,13 +146,13 @@ struct FeatureTokens {
   using T = typename I::T;
   using Acc = typename I::Acc;
   static constexpr int Vec = I::Vec;
-  static constexpr int kRanges = I::turned ? 2 : Form::capacity;
+  static constexpr int kRanges = I::rotated ? 2 : Form::capacity;
   static constexpr int kNumbers = kRanges * Vec;
   static constexpr int kCoeffs = Form::has_coeff ? decltype(Form::degree)::capacity : 1;
-  static constexpr bool along = is_along<Form>;
-  using Num = Number<Acc, along>;
+  static constexpr bool kDual = has_tangent<Form>;
+  using Num = Number<Acc, kDual>;
   using Rows = RowsOf<T, Vec, kRanges>;
-  struct Raw : Loaded<Rows, along> {
+  struct Raw : Loaded<Rows, kDual> {
     Acc weight;
   };
 
@@ -161,7 +160,7 @@ struct FeatureTokens {
   const Place place;
   const Rows u, u_tangent;
   const Rotary rotary;
-  const Acc* const weights;  // of the sample's tokens, or null
+  const Acc* const weights;  // of the sample's tokens, or null for ones
   Num c[kRanges][Vec][kCoeffs] = {};
 
   POM_HD FeatureTokens(const Features& f, int64_t batch, const Place& place)
@@ -176,34 +175,34 @@ struct FeatureTokens {
       for (int r = 0; r < kRanges; ++r) {
         if (r >= place.ranges) continue;
         const int64_t offset = (place.channel + r * place.stride) * form.degree;
-        const Acc *given = static_cast<const Acc*>(f.coeff) + offset,
+        const Acc *coeff = static_cast<const Acc*>(f.coeff) + offset,
                   *tangent = static_cast<const Acc*>(f.coeff_tangent) + offset;
-        if constexpr (along) {
+        if constexpr (kDual) {
           POM_UNROLL
           for (int i = 0; i < Vec; ++i) {
             POM_UNROLL
             for (int k = 0; k < form.degree; ++k)
-              c[r][i][k] = {given[i * form.degree + k], tangent[i * form.degree + k]};
+              c[r][i][k] = {coeff[i * form.degree + k], tangent[i * form.degree + k]};
           }
         } else if constexpr (Vec > 1) {
-          load_numbers<Vec * kCoeffs>(given, &c[r][0][0]);
+          load_numbers<Vec * kCoeffs>(coeff, &c[r][0][0]);
         } else {
-          for (int k = 0; k < form.degree; ++k) c[r][0][k] = given[k];
+          for (int k = 0; k < form.degree; ++k) c[r][0][k] = coeff[k];
         }
       }
     }
   }
 
   POM_HD void load(int64_t token, Raw& raw) const {
-    u.load(token, raw.at);
-    if constexpr (along) u_tangent.load(token, raw.along);
+    u.load(token, raw.primal);
+    if constexpr (kDual) u_tangent.load(token, raw.tangent);
     raw.weight = weight(token);
   }
 
   POM_HD Acc weight(int64_t token) const { return weights ? weights[token] : Acc(1); }
-  POM_HD bool turns() const { return I::turned && place.pair >= 0 && rotary.axes; }
+  POM_HD bool rotates() const { return I::rotated && place.pair >= 0 && rotary.axes; }
 
-  // φ, turned, not weighted
+  // φ, rotated, not weighted.
   POM_HD void value(int64_t token, const Raw& raw, Acc* phi) const {
     Num x[kNumbers];
     unpack<Rows>(raw, x);
@@ -214,7 +213,7 @@ struct FeatureTokens {
         for (int i = 0; i < Vec; ++i) {
           Num value;
           form.value(x + r * Vec + i, c[r][i], &value);
-          phi[r * Vec + i] = outcome(value);
+          phi[r * Vec + i] = primal_or_tangent(value);
         }
       }
     } else {
@@ -226,7 +225,7 @@ struct FeatureTokens {
         scatter(products, i, phi);
       }
     }
-    if (turns()) rotate<Vec>(rotary, token, place.pair, false, phi);
+    if (rotates()) rotate<Vec>(rotary, token, place.pair, false, phi);
   }
 
   // sum += w φ
@@ -237,11 +236,11 @@ struct FeatureTokens {
     for (int i = 0; i < kNumbers; ++i) sum[i] += raw.weight * phi[i];
   }
 
-  // du from dφ (which is overwritten), and dc += a^i dφ
+  // Computes du from dφ, which is overwritten, and adds a^i dφ to dc.
   POM_HD void slope(int64_t token, const Raw& raw, Acc* dphi, Acc* du, Acc (&dc)[kRanges][Vec][kCoeffs]) const {
     POM_UNROLL
     for (int i = 0; i < kNumbers; ++i) dphi[i] *= raw.weight;
-    if (turns()) rotate<Vec>(rotary, token, place.pair, true, dphi);
+    if (rotates()) rotate<Vec>(rotary, token, place.pair, true, dphi);
     Num x[kNumbers];
     unpack<Rows>(raw, x);
     if constexpr (Form::has_coeff) {
@@ -250,11 +249,11 @@ struct FeatureTokens {
         POM_UNROLL
         for (int i = 0; i < Vec; ++i) {
           Num back, slope, terms[kCoeffs];
-          hold_fixed(dphi[r * Vec + i], back);
+          lift(dphi[r * Vec + i], back);
           form.slope(x + r * Vec + i, c[r][i], &back, &slope, terms);
-          du[r * Vec + i] = outcome(slope);
+          du[r * Vec + i] = primal_or_tangent(slope);
           POM_UNROLL
-          for (int k = 0; k < form.degree; ++k) dc[r][i][k] += outcome(terms[k]);
+          for (int k = 0; k < form.degree; ++k) dc[r][i][k] += primal_or_tangent(terms[k]);
         }
       }
     } else {
@@ -263,7 +262,7 @@ struct FeatureTokens {
         Num factors[kRanges], dproducts[kRanges], dfactors[kRanges];
         gather(x, i, factors);
         POM_UNROLL
-        for (int r = 0; r < form.factors(); ++r) hold_fixed(dphi[r * Vec + i], dproducts[r]);
+        for (int r = 0; r < form.factors(); ++r) lift(dphi[r * Vec + i], dproducts[r]);
         form.slope(factors, static_cast<const Num*>(nullptr), dproducts, dfactors, static_cast<Num*>(nullptr));
         scatter(dfactors, i, du);
       }
@@ -277,11 +276,11 @@ struct FeatureTokens {
   }
   POM_HD void scatter(const Num* factors, int i, Acc* x) const {
     POM_UNROLL
-    for (int r = 0; r < form.factors(); ++r) x[r * Vec + i] = outcome(factors[r]);
+    for (int r = 0; r < form.factors(); ++r) x[r * Vec + i] = primal_or_tangent(factors[r]);
   }
 };
 
-// H = (total + residual) / count of one row of a state; 0 where the count is 0.
+// H = (total + residual) / count of one row of a state; 0 if the count is 0.
 template <int Vec, int ranges, class Acc>
 POM_HD void load_mean(const StateView& state, int64_t row, int64_t channels, const Place& place, Acc* mean) {
   const double scale = inverse(state.count[row]);
@@ -289,7 +288,7 @@ POM_HD void load_mean(const StateView& state, int64_t row, int64_t channels, con
   load_row<Vec, ranges>(static_cast<const Acc*>(state.total) + row * channels, place, mean);
   load_row<Vec, ranges>(static_cast<const Acc*>(state.residual) + row * channels, place, residual);
   POM_UNROLL
-  for (int i = 0; i < ranges * Vec; ++i)  // of infinite sums too
+  for (int i = 0; i < ranges * Vec; ++i)  // for infinite sums too
     mean[i] = scale != 0 ? Acc((double(mean[i]) + double(residual[i])) * scale) : Acc(0);
 }
 

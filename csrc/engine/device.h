@@ -8,7 +8,7 @@
 
 // A build without CUDA does not even name its functions.
 #ifdef POM_CUDA
-#include "cuda/memory.h"
+#include "cuda/allocate.h"
 #define POM_ON_DEVICE(place, gpu, cpu) ((place).device == POM_DEVICE_CUDA ? (gpu) : (cpu))
 #else
 #define POM_ON_DEVICE(place, gpu, cpu) (cpu)

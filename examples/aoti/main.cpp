@@ -1,6 +1,7 @@
 // Draws video with libtorch and a package that `pom-ext export --aoti` wrote, as raw rgb24 on standard output:
 //   ./frames clip.pt2 pom_ext/_C.abi3.so | ffplay -f rawvideo -pixel_format rgb24 -video_size 64x64 -
-// Videos of a batch stand side by side. noise: a file of float32 with that of all frames; without it the program's own.
+// The videos of a batch stand side by side. noise: a float32 file with the noise of all frames; else the program draws
+// it.
 
 #include <ATen/ATen.h>
 #include <dlfcn.h>
@@ -23,18 +24,18 @@ int main(int argc, char** argv) try {
   const int64_t frames = number(3, 64), steps = number(4, 8), label = number(5, 0);
   TORCH_CHECK(steps > 0, "steps: expected at least 1, got ", steps);
   std::ifstream noise(argc > 6 ? argv[6] : "", std::ios::binary);
-  // Loading it registers the operations with torch. Lazily, since it is a Python module too, and nothing calls Python.
+  // Loading it registers the operations with torch. Lazily, since it is also a Python module, and nothing calls Python.
   TORCH_CHECK(dlopen(argv[2], RTLD_LAZY), "library: ", dlerror());
-  std::signal(SIGPIPE, SIG_IGN);  // when nobody reads any more, the loop below ends and the package is tidied away
+  std::signal(SIGPIPE, SIG_IGN);  // when nobody reads any more, the loop below ends and the package is cleaned up
   setenv("AOTI_RUNTIME_CHECK_INPUTS", "1", 0);
   torch::inductor::AOTIModelPackageLoader package(argv[1]);
   auto notes = package.get_metadata();
   TORCH_CHECK(notes["objective"] == "flow", "package: expected flow matching, got '", notes["objective"], "'");
   TORCH_CHECK(label >= 0 && label <= std::stoll(notes["n_classes"]), "label: expected 0 to ", notes["n_classes"]);
   const double shift = std::stod(notes["shift"]);
-  const bool shared = notes["context"] == "shared";  // frames see each other's noise, at every step by itself
+  const bool shared = notes["context"] == "shared";  // frames see each other's noise at the same step
 
-  // The inputs, a line each of name, dtype and sizes: frame, time, labels where there are classes, state (0 at first).
+  // The inputs, one line each of name, dtype and sizes: frame, time, labels if there are classes, state (0 at first).
   std::istringstream lines(notes["inputs"]);
   Tensors inputs, state;
   for (std::string line, name, dtype; std::getline(lines, line);) {

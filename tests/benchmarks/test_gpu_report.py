@@ -158,7 +158,7 @@ def test_the_sanitizers_keep_the_newest_kernel_apart(world):
     *others, newest = group
     assert [after(process, "--tool") for process in group] == ["memcheck", "racecheck", "synccheck", "memcheck"]
     for process in others:
-        assert after(process, "--kernel-name-exclude") == "kernel_substring=project_pieces"
+        assert after(process, "--kernel-name-exclude") == "kernel_substring=project_state_kernel"
         assert words(process)[-4:] == [str(ROOT / "tests/sanitized.py"), "cuda", "--only", "cases"]
     assert words(newest)[-1] == "at_once" and "--kernel-name-exclude" not in words(newest)
     assert after(others[1], "--racecheck-report") == "all"
@@ -219,10 +219,10 @@ def feed(reader, text):
 
 MEMCHECK = """========= COMPUTE-SANITIZER
 ========= Invalid __global__ read of size 4 bytes
-=========     at pom::cuda::join_groups(Join)+0x70
+=========     at pom::cuda::reduce_groups_kernel(ReduceArgs)+0x70
 =========     by thread (0,0,0) in block (1,0,0)
 ========= Invalid __shared__ write of size 8 bytes
-=========     at pom::cuda::scan_groups(Join)+0x10
+=========     at pom::cuda::scan_groups_kernel(ReduceArgs)+0x10
 """
 RACECHECK = (
     "========= Error: Race reported between Write access at a(int)+0x90 and Read access at a(int)+0xa0 [16 hazards]\n"
@@ -232,7 +232,10 @@ RACECHECK = (
 def test_sanitizers_are_counted_as_they_come():
     cut_short = feed(read.Sanitizer(), MEMCHECK).found("timed out")
     assert cut_short["errors"] == 2 and not cut_short["finished"]
-    assert cut_short["records"][0] == "Invalid __global__ read of size 4 bytes at pom::cuda::join_groups(Join)+0x70"
+    assert (
+        cut_short["records"][0]
+        == "Invalid __global__ read of size 4 bytes at pom::cuda::reduce_groups_kernel(ReduceArgs)+0x70"
+    )
     whole = feed(read.Sanitizer(), MEMCHECK + "========= ERROR SUMMARY: 12 errors").found(1)
     assert whole["errors"] == 12 and whole["finished"]
     none = feed(read.Sanitizer(), "39 cases on cuda\n========= ERROR SUMMARY: 0 errors").found(0)
@@ -259,23 +262,29 @@ def test_the_table_of_ncu_is_read():
         ["", "", "", "ns", "%", "%", "%", "%", "register/thread", "inst", "inst", "inst"],
         [
             "0",
-            "void pom::cuda::<unnamed>::slopes<float>(Args)",
+            "void pom::cuda::<unnamed>::state_backward_kernel<float>(Args)",
             "(1,1,1)",
             *["33,500", "80", "70", "60", "50", "64", "1.5", "2.5", "9"],
         ],
         [
             "1",
-            "void pom::cuda::<unnamed>::slopes<float>(Args)",
+            "void pom::cuda::<unnamed>::state_backward_kernel<float>(Args)",
             "(1,1,1)",
             *["34,500", "80", "70", "60", "50", "64", "1.5", "2.5", "9"],
         ],
-        ["2", "mix_slab", "(2,1,1)", *["nan?", "80", "70", "60", "50", "64", "1.5", "0.5", "9"]],
+        ["2", "mix_kernel", "(2,1,1)", *["nan?", "80", "70", "60", "50", "64", "1.5", "0.5", "9"]],
     ]
     text = "\n".join(",".join(f'"{cell}"' for cell in row) for row in rows)
-    reader = feed(read.Ncu(), f'==PROF== Profiling "slopes" - 0: 0%....100% - 12 passes\nprofiled state\n{text}')
+    reader = feed(
+        read.Ncu(), f'==PROF== Profiling "state_backward_kernel" - 0: 0%....100% - 12 passes\nprofiled state\n{text}'
+    )
     first, second = reader.table()
-    assert reader.profiled == ["slopes"] and reader.refused() is None
-    assert first["kernel"] == "slopes<float>" and first["us"] == pytest.approx(33.5) and first["dram_percent"] == 70
+    assert reader.profiled == ["state_backward_kernel"] and reader.refused() is None
+    assert (
+        first["kernel"] == "state_backward_kernel<float>"
+        and first["us"] == pytest.approx(33.5)
+        and first["dram_percent"] == 70
+    )
     assert (first["top_stall"], first["stalled_cycles"]) == ("barrier", 2.5)
     assert second["us"] is None and second["top_stall"] == "wait"
     refused = feed(read.Ncu(), "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission")

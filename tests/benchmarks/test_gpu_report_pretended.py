@@ -77,11 +77,11 @@ def test_what_hangs_is_stopped_and_what_it_had_found_stays(tmp_path, briefly):
     assert steps["layers"]["status"] == "not run" and "project" in steps["layers"]["why"]
     assert [case["name"] for case in report["benchmark"]["cases"]] == ["state-pretended", "mix-pretended"]
     assert report["benchmark"]["wrong"] == ["readout-pretended: hung, and was ended"]
-    assert report["ncu"]["profiled"] == ["features_of_pieces"] and steps["ncu"]["status"] == "timed out"
+    assert report["ncu"]["profiled"] == ["sum_features_kernel"] and steps["ncu"]["status"] == "timed out"
     assert report["tests"]["passed"] == 3 and "test_pretended.py::test_first_failure" in report["tests"]["failed_tests"]
     assert "as told, in the middle of the run" in (tmp_path / "out/failed.txt").read_text()
     assert report["sanitizers"]["memcheck"]["errors"] == 1 and not report["sanitizers"]["memcheck"]["finished"]
-    assert "join_groups" in text and "memcheck          1 errors, then came to no end" in text
+    assert "reduce_groups_kernel" in text and "memcheck          1 errors, then came to no end" in text
     assert report["sanitizers"]["racecheck"]["errors"] == 0 and steps["rest"]["ok"]
 
 

@@ -84,7 +84,7 @@ def test_vectorised_kernels_load_whole_vectors(arch, kernels):
     for eight in (name for name in names if "f16, 8, " in name):
         assert eight.endswith("f16, 8, false>") and eight.replace("f16, 8, ", "f16, 4, ") in names
     for four in (name for name in names if "f16, 4, " in name):
-        assert re.search(r"f16, 4, true|Along<", four) or four.replace("f16, 4, ", "f16, 8, ") in names
+        assert re.search(r"f16, 4, true|WithTangent<", four) or four.replace("f16, 4, ", "f16, 8, ") in names
     narrow = [kernel for kernel in vectorised if kernel.loads.get(kernel.vector_bits, 0) < 2]
     assert not narrow, "\n".join(["these load less at once:", *resources.table(narrow)])
 
@@ -173,18 +173,18 @@ def test_machine_code_is_read():
 
 
 def test_names_are_short():
-    mangled = "_ZN3pom4cuda44_GLOBAL__N__5272068c_7_rows_cu_23d1b3cd_417315join_coeff_rowsIdEEvPKT_lllPS3_"
+    mangled = "_ZN3pom4cuda46_GLOBAL__N__5272068c_9_reduce_cu_23d1b3cd_417319reduce_coeff_kernelIdEEvPKT_lllPS3_"
     instance = (
-        "_ZN3pom4cuda40_GLOBAL__N__f0225677_8_state_cu_8e1425d06slopesINS0_8InstanceINS_5PowerILi4EEENS_3f16ELi8ELb0EEEEE"
-        "vNS1_8BackwardINT_3AccEEE"
+        "_ZN3pom4cuda40_GLOBAL__N__f0225677_8_state_cu_8e1425d021state_backward_kernelINS0_8InstanceINS_5PowerILi4EEE"
+        "NS_3f16ELi8ELb0EEEEEvNS1_18BackwardKernelArgsINT_3AccEEE"
     )
     names = resources.demangled([mangled, instance])
-    assert names == {mangled: "join_coeff_rows<double>", instance: "slopes<Power<4>, f16, 8, false>"}
+    assert names == {mangled: "reduce_coeff_kernel<double>", instance: "state_backward_kernel<Power<4>, f16, 8, false>"}
 
 
 def test_an_instance_is_known_by_its_name():
     general, vector, other = (
-        Kernel(f"slopes<{arguments}>", "9.0")
+        Kernel(f"state_backward_kernel<{arguments}>", "9.0")
         for arguments in ("Power<0>, bf16, 1, false", "Power<3>, bf16, 8, false", "double")
     )
     assert general.is_general and not vector.is_general and not other.is_general

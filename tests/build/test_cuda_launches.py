@@ -105,7 +105,7 @@ def test_the_command(tmp_path):
     found = json.loads((tmp_path / "counts.json").read_text())
     assert "sectors of 32 bytes" in found["model"]
     mix, *projected = found["cases"].values()
-    assert [kernel["kernel"] for kernel in mix["kernels"]] == ["mix_slab<Product<2, GeluOf<true>>, bf16, 8, false>"]
+    assert [kernel["kernel"] for kernel in mix["kernels"]] == ["mix_kernel<Product<2, GeluOf<true>>, bf16, 8, false>"]
     assert mix["bytes"] == mix["bytes_loaded"] + mix["bytes_stored"] and mix["operators"] == {}
     assert len(projected) == 2 and all(row["operators"]["pom_ext::linear"] == 1 for row in projected)
     done = subprocess.run([*command, "--case", "none"], cwd=ROOT, check=False, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-// Checks that print what they saw and go on. A program runs sections, and returns what finish() says.
+// Checks that print failures and continue. A program runs sections and returns finish().
 #pragma once
 
 #include <cinttypes>
@@ -8,21 +8,21 @@
 
 namespace check {
 
-constexpr int64_t kShown = 5;  // failures of one section that are printed
+constexpr int64_t kMaxPrinted = 5;  // failures printed per section
 
-inline const char* name = nullptr;  // of the section that runs
+inline const char* name = nullptr;  // of the current section
 inline int64_t checks = 0, failures = 0;
-inline bool failed = false;  // any section
+inline bool failed = false;  // in any section
 
-// A section that checked nothing has failed too.
+// A section without checks fails too.
 inline void end_section() {
   if (!name) return;
-  if (failures > kShown) std::printf("  … and %" PRId64 " more\n", failures - kShown);
+  if (failures > kMaxPrinted) std::printf("  … and %" PRId64 " more\n", failures - kMaxPrinted);
   std::printf("  %" PRId64 " checks, %" PRId64 " failed\n", checks, failures);
   failed = failed || failures || !checks;
 }
 
-// The name is printed at once, so that a crash is seen where it happens.
+// The name is flushed first, so that a crash shows its section.
 inline void section(const char* next) {
   end_section();
   name = next;
@@ -33,7 +33,7 @@ inline void section(const char* next) {
 
 __attribute__((format(printf, 2, 3))) inline void expect(bool ok, const char* format, ...) {
   ++checks;
-  if (ok || ++failures > kShown) return;
+  if (ok || ++failures > kMaxPrinted) return;
   std::printf("  FAILED: ");
   va_list arguments;
   va_start(arguments, format);

@@ -1,17 +1,17 @@
 // Counts the bytes of global memory that kernels load and store in the stand-in for CUDA.
 //
-// The kernels are compiled with -fsanitize=thread, which puts a call before every load and store. The functions that it
-// calls are these: they take the place of the sanitizer's library. Not counted is what is no global memory on a GPU:
-// the threads' stacks, shared memory, a kernel's parameters, thread-local variables (registers of the stand-in) and
+// The kernels are compiled with -fsanitize=thread, which inserts a call before every load and store. The functions
+// below receive these calls, in place of the sanitizer's library. Not counted is what a GPU would not keep in global
+// memory: stacks of threads, shared memory, kernel parameters, thread-local variables (registers of the stand-in) and
 // constants of the program.
 //
-// A byte moves in sectors of 32 bytes. A sector counts when a block touches it and has not touched it within its last
-// 64 KiB of sectors that counted: about what a block has of a multiprocessor's L1 cache. So the lanes of a warp that
-// read one number move one sector, coefficients that a block reads again and again are moved once, and a second pass
-// over more than the cache holds moves everything again. Loads and stores are kept apart; a store moves its sector
-// once, an atomic operation loads and stores it. Threads take turns with every sector, as they do on a GPU, or one would
-// be through with its tokens before its neighbour touches the other half of their sectors. There is no L2: what two
-// blocks load counts twice. Copies of tiles by Hopper's own unit (hopper_on_cpu.h) are not counted.
+// Memory moves in sectors of 32 bytes. A sector counts if a block touches it and has not touched it within its last 64
+// KiB of counted sectors, about a block's share of the L1 cache of an SM. So lanes of a warp that read the same number
+// move one sector, coefficients that a block reads repeatedly move once, and a second pass over more than the cache
+// moves everything again. Loads and stores are counted separately; an atomic operation is both. Threads switch at every
+// counted sector, as they do on a GPU; otherwise one would finish its tokens before its neighbour touches the other
+// half of their sectors. There is no L2: what two blocks load counts twice. Tile copies (hopper_on_cpu.h) are not
+// counted.
 
 #include "count_on_cpu.h"
 
@@ -31,9 +31,9 @@ using cuda_on_cpu::here;
 using cuda_on_cpu::Range;
 
 constexpr int kSectorBits = 5;                           // 32 bytes
-constexpr uint64_t kKept = (64 << 10) >> kSectorBits;  // sectors that a block finds again
+constexpr uint64_t kCacheSectors = (64 << 10) >> kSectorBits;  // sectors in a block's cache
 
-// The sectors that a block has touched lately.
+// The sectors that a block touched recently.
 class Sectors {
  public:
   void start_block() {
@@ -42,7 +42,7 @@ class Sectors {
   }
   uint64_t counted() const { return counted_; }
 
-  // Whether it counts.
+  // Returns whether the access counts.
   bool touch(uint64_t sector) {
     const uint64_t before = counted_;
     Entry* entry = find(sector);
@@ -61,9 +61,9 @@ class Sectors {
 
  private:
   struct Entry {
-    uint64_t sector, stamp, block;  // another block's are empty
+    uint64_t sector, stamp, block;  // entries of another block are empty
   };
-  bool is_old(const Entry& entry) const { return counted_ - entry.stamp > kKept; }
+  bool is_old(const Entry& entry) const { return counted_ - entry.stamp > kCacheSectors; }
 
   // The sector's entry, or the empty one where it belongs.
   Entry* find(uint64_t sector) {
@@ -73,7 +73,7 @@ class Sectors {
     return &entries_[i];
   }
 
-  // Makes room, in a larger table if most are still found.
+  // Removes old entries; doubles the table if most are recent.
   void drop_old() {
     std::vector<Entry> kept;
     for (const Entry& entry : entries_)
@@ -84,25 +84,25 @@ class Sectors {
     used_ = kept.size() + 1;
   }
 
-  std::vector<Entry> entries_ = std::vector<Entry>(8 * kKept);
+  std::vector<Entry> entries_ = std::vector<Entry>(8 * kCacheSectors);
   uint64_t block_ = 0, counted_ = 0;
   size_t used_ = 0;
 };
 
-// What a block on this thread of the operating system moves.
+// What blocks on this OS thread move.
 struct Traffic {
   Sectors loads, stores;
   Range thread_local_variables;
 };
-thread_local Traffic* traffic = nullptr;  // a constant to begin with: every access asks for it
+thread_local Traffic* traffic = nullptr;  // constant-initialised: every access reads it
 
-// Of the grid that runs: one at a time.
+// Of the running grid; only one runs at a time.
 Range parameters, program;
 
-std::mutex mutex;  // of what follows
+std::mutex mutex;  // guards the launches
 std::vector<CountedLaunch> launches;
 
-// Calls of(its description, Range of its code and constants) for the program or library that this is part of.
+// Calls of(description, Range of code and constants) for the program or library that contains this file.
 template <class F>
 void with_program(F of) {
   auto each = [](dl_phdr_info* info, size_t, void* f) {
@@ -141,7 +141,7 @@ void find_thread_local_variables() {
 
 void start_block() {
   if (!traffic) {
-    traffic = new Traffic;  // for as long as the thread, which serves until the program ends
+    traffic = new Traffic;  // never freed: the thread lives until the program ends
     find_thread_local_variables();
   }
   traffic->loads.start_block();
@@ -177,7 +177,7 @@ void access(const void* address, size_t bytes, bool loads, bool stores) {
   Traffic& own = *traffic;
   if (own.thread_local_variables.has(p) || cuda_on_cpu::in_shared(p) || parameters.has(p) || program.has(p)) return;
   const bool counts = (loads && touch(own.loads, p, bytes)) | (stores && touch(own.stores, p, bytes));
-  if (counts) cuda_on_cpu::make_room();
+  if (counts) cuda_on_cpu::yield_thread();
 }
 
 }  // namespace
@@ -195,7 +195,7 @@ size_t count_on_cpu_launches(CountedLaunch* found, size_t room) {
   return launches.size();
 }
 
-// By the names that the compiler calls.
+// The names that the compiler calls.
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

@@ -1,4 +1,4 @@
-// The device of cuda_on_cpu.h: grids dealt to threads of the operating system, and faults explained.
+// The device of cuda_on_cpu.h: runs grids on OS threads and explains faults.
 
 #include "cuda_on_cpu.h"
 
@@ -24,13 +24,13 @@ namespace cuda_on_cpu {
 namespace {
 
 constexpr int kMaxThreads = 1024;           // of a block
-constexpr size_t kMaxShared = 48 << 10;     // bytes that a launch may have without asking for more
-constexpr size_t kAllShared = 227 << 10;    // that it may have at all
-constexpr int64_t kWorthSharing = 1 << 13;  // threads of a grid from which several processors run it
+constexpr size_t kMaxShared = 48 << 10;     // bytes that a launch may use without asking for more
+constexpr size_t kAllShared = 227 << 10;    // bytes that it may use at all
+constexpr int64_t kMinParallelThreads = 1 << 13;  // threads of a grid from which several processors run it
 
 struct sigaction earlier_action;
 
-// Names the thread that made an invalid access. Then the access is repeated, which ends the program.
+// Names the thread that made an invalid access. The access is then repeated and ends the program.
 void explain_fault(int signal, siginfo_t* info, void*) {
   if (running)
     std::fprintf(stderr, "cuda_on_cpu: block %u, thread %u: %s\n", here.block.x, here.thread.x,
@@ -38,7 +38,7 @@ void explain_fault(int signal, siginfo_t* info, void*) {
   sigaction(signal, &earlier_action, nullptr);
 }
 
-// A stack for explain_fault, which the fibers' may be too full for. Sanitizers bring one.
+// A stack for explain_fault(), since a fiber's stack may be full. Sanitizers install their own.
 void make_signal_stack() {
   thread_local bool made = false;
   stack_t stack;
@@ -49,7 +49,7 @@ void make_signal_stack() {
   made = true;
 }
 
-// All processors. Its threads serve until the program ends, so it is never destroyed.
+// All processors. Its threads run until the program ends, so it is never destroyed.
 class Device {
  public:
   static Device& get() {
@@ -72,8 +72,8 @@ class Device {
       std::iota(grid.order.begin(), grid.order.end(), 0u);
       Random(grid.seed).shuffle(grid.order);
     }
-    // Threads do not survive a fork.
-    const bool shared = int64_t(grid.blocks) * grid.threads >= kWorthSharing && getpid() == process_;
+    // OS threads do not survive a fork.
+    const bool shared = int64_t(grid.blocks) * grid.threads >= kMinParallelThreads && getpid() == process_;
     if (shared) offer(grid);
     run_on(processors_[0], grid);
     if (shared) wait_for_others();
@@ -125,7 +125,7 @@ class Device {
   uint64_t seed_ = 0, launches_ = 0;
   std::vector<Multiprocessor> processors_;
 
-  std::mutex mutex_;  // of what follows
+  std::mutex mutex_;  // guards the members below
   std::condition_variable changed_;
   Grid* offered_ = nullptr;
   uint64_t offers_ = 0;
@@ -137,15 +137,17 @@ class Device {
 void wait(const Wait& wait) { running->wait(wait); }
 void poll(const Wait& wait) { running->poll(wait); }
 void note_progress() { running->note_progress(); }
-void doze() { running->doze(); }
-void make_room() { running->make_room(); }
-void meet(int number, int threads, const char* file, int line) { running->meet(number, threads, file, line); }
+void back_off() { running->back_off(); }
+void yield_thread() { running->yield_thread(); }
+void sync_barrier(int number, int threads, const char* file, int line) {
+  running->sync_barrier(number, threads, file, line);
+}
 void fail_here(const char* message) { running->fail_here(message); }
 char* in_block(int rank, const void* p) { return running->in_block(rank, p); }
 bool in_shared(const char* p) { return running->in_shared(p); }
 int draw_below(int n) { return running->draw_below(n); }
 bool has_ended(int rank) { return running->has_ended(rank); }
-void meet_cluster(const char* file, int line) { running->meet_cluster(file, line); }
+void sync_cluster(const char* file, int line) { running->sync_cluster(file, line); }
 
 size_t& allowed_shared(const void* kernel) {
   static std::mutex mutex;
@@ -162,11 +164,11 @@ void run_grid(unsigned blocks, int threads, size_t shared_bytes, const std::func
     fail("a GPU refuses clusters of " + std::to_string(cluster) + " in " + std::to_string(blocks) + " blocks of " +
          std::to_string(threads) + " threads");
   if (blocks < 1 || threads < 1 || threads > kMaxThreads || shared_bytes > kAllShared ||
-      shared_bytes > std::max(kMaxShared, asked_shared))
+      shared_bytes > std::max(kMaxShared, requested_shared))
     fail("a GPU refuses " + std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads with " +
          std::to_string(shared_bytes) + " bytes of shared memory");
-  asked_shared = 0;  // by the kernel that starts
-  // The function is the launch's own, as its parameters are, and lies beside them.
+  requested_shared = 0;  // applies to this launch only
+  // The function belongs to the launch, like its parameters, and lies beside them.
   const char* const function = reinterpret_cast<const char*>(&body);
   parameters = {std::min(parameters.begin, function), std::max(parameters.end, function + sizeof body)};
   Grid grid{blocks, threads, shared_bytes, &body, kernel, parameters, cluster};

@@ -1,12 +1,11 @@
-// As much of CUDA as the kernels use, on a CPU: their sources are compiled as C++ against this header, and each thread
-// of a block is a fiber that runs until it waits for others. A block runs on one thread of the operating system; so do
-// the blocks of a cluster, side by side.
+// The part of CUDA that the kernels use, on a CPU: their sources are compiled as C++ against this header, and each
+// thread of a block is a fiber that runs until it waits for others. A block runs on one OS thread, and so do all blocks
+// of a cluster.
 //
-// What a GPU may let pass ends the program, with the block and the thread that did it: a barrier that not all threads
-// of the block reach, a shuffle or __syncwarp with lanes that have exited or wait elsewhere, a source lane outside the
-// mask, access outside the block's dynamic shared memory, a launch that a GPU refuses. Shared memory is NaNs until it
-// is written. With a seed, threads run in a random order between barriers, and so do blocks: a race then shows in
-// results.
+// Errors that a GPU may let pass end the program and name the block and thread: a barrier that not all threads of the
+// block reach, a shuffle or __syncwarp with lanes that have exited or wait elsewhere, a source lane outside the mask,
+// an access outside the block's dynamic shared memory, a launch that a GPU refuses. Shared memory is NaN until it is
+// written. With a seed, threads run in random order between barriers, and so do blocks: results then show races.
 #pragma once
 
 #include <cmath>
@@ -14,7 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <memory>  // before the macros: the standard library has a __noinline__ of its own
+#include <memory>  // before the macros, since the standard library has a __noinline__ of its own
 #include <type_traits>
 
 #define __global__
@@ -37,13 +36,13 @@ namespace cuda_on_cpu {
 
 constexpr int kWarp = 32;
 
-// What the running thread sees.
+// The running thread and its surroundings.
 struct Here {
   uint3 thread{}, block{};
   dim3 threads, blocks;
   char* shared = nullptr;
-  const char* stack = nullptr;  // its own; null while no thread runs, nor code that stands for the GPU's
-  int rank = 0, cluster = 1;  // of the block in its cluster; blocks of that
+  const char* stack = nullptr;  // of the thread; null while no thread runs, and in code that stands for hardware
+  int rank = 0, cluster = 1;    // the block's rank in its cluster; blocks of the cluster
   int index() const { return rank * int(threads.x) + int(thread.x); }  // of the thread in the cluster
 };
 inline thread_local Here here;
@@ -55,50 +54,50 @@ struct Wait {
   int line;
   bool of_block = true;  // else of the lanes in `mask`
   unsigned mask = 0;
-  int source = 0;         // the lane whose value this one gets
-  void* value = nullptr;  // of `bytes` bytes, replaced by that lane's
+  int source = 0;         // the lane whose value this lane receives
+  void* value = nullptr;  // of `bytes` bytes; replaced by that lane's
   size_t bytes = 0;
 };
 void wait(const Wait& wait);
 
-// Lets the others run, as a thread does that reads a word of memory again and again. That all threads do so, and none of
-// them finds what it waits for, ends the program.
+// Lets other threads run, for a thread that polls a word of memory. Ends the program if all threads poll and none makes
+// progress.
 void poll(const Wait& wait);
-void note_progress();  // of something that a thread may poll for
+void note_progress();  // call after a change that a thread may poll for
 template <class Condition>
 void wait_until(const char* operation, const char* file, int line, Condition condition) {
   while (!condition()) poll({operation, file, line, false});
   note_progress();
 }
 
-// Leaves time to the blocks that other threads of the operating system run. If there are none, what this one looks for
-// between its dozes will never be there, which ends the program.
-void doze();
+// Gives time to blocks on other OS threads. If there are none, a thread that keeps calling this waits for ever, and the
+// program ends.
+void back_off();
 
-// The barrier of that number, for so many threads of the block.
-void meet(int number, int threads, const char* file, int line);
+// Waits at the barrier of that number for so many threads of the block.
+void sync_barrier(int number, int threads, const char* file, int line);
 
-// Of another block of the cluster: what lies there where `p` lies in this block's shared memory, and whether all of its
-// threads have exited, after which nobody may touch that.
+// For another block of the cluster: the address that corresponds to `p` in this block's shared memory, and whether all
+// its threads have exited, after which nobody may access it.
 char* in_block(int rank, const void* p);
 bool has_ended(int rank);
-// All threads of the cluster.
-void meet_cluster(const char* file, int line);
-// A number from 0 to n - 1, always 0 with seed 0.
+// Waits for all threads of the cluster.
+void sync_cluster(const char* file, int line);
+// A random number from 0 to n - 1; always 0 with seed 0.
 int draw_below(int n);
 // Called when the threads of a cluster have exited.
 inline thread_local void (*at_end)() = nullptr;
 
 [[noreturn]] void fail_here(const char* message);
 
-// Threads and blocks run in ascending order with seed 0, and in an order drawn from any other. The first seed is that
-// in the environment variable CUDA_ON_CPU_SEED, if there is one.
+// With seed 0, threads and blocks run in ascending order; with others, in random order. The initial seed is the
+// environment variable CUDA_ON_CPU_SEED, if set.
 void set_seed(uint64_t seed);
 
-// Bytes of shared memory that the kernel which starts next was allowed beyond those that any may have.
-inline thread_local size_t asked_shared = 0;
+// Bytes of shared memory that the next kernel requested beyond the default.
+inline thread_local size_t requested_shared = 0;
 
-// Who is told of what runs: count_on_cpu.cpp, in a program that is linked to it. See there.
+// Told what runs: count_on_cpu.cpp, in a program that links it.
 struct Range {
   const char *begin = nullptr, *end = nullptr;
   bool has(const char* p) const { return p >= begin && p < end; }
@@ -111,12 +110,12 @@ struct Counter {
 };
 inline const Counter* counter = nullptr;
 
-bool in_shared(const char* p);  // of the blocks that run
+bool in_shared(const char* p);  // of the running blocks
 
-// Lets the other threads of the block have their next access to memory first.
-void make_room();
+// Lets the other threads of the block make their next access first.
+void yield_thread();
 
-// Code within its life stands for hardware: its accesses to memory are not the kernel's. No thread may wait in it.
+// During its lifetime the code stands for hardware: its accesses are not the kernel's. No thread may wait within it.
 class Aside {
  public:
   Aside() : stack_(here.stack) { here.stack = nullptr; }
@@ -126,17 +125,17 @@ class Aside {
   const char* const stack_;
 };
 
-// What the device was asked about a kernel, or told: calls of the functions for it.
+// Calls of the functions that ask the device about a kernel or set its limits.
 inline thread_local int questions = 0;
-// The device in use; there are several.
+// The current device; there are several.
 inline thread_local int device = 0;
-// The bytes that a kernel was allowed on the device in use: 0 before that.
+// The shared memory that a kernel was allowed on the current device; 0 before that.
 size_t& allowed_shared(const void* kernel);
 
 void run_grid(unsigned blocks, int threads, size_t shared_bytes, const std::function<void()>& body, const void* kernel,
               Range parameters, int cluster);
 
-// Runs body() in every thread of every block, and returns when all have ended. Every `cluster` blocks run together.
+// Runs body() in every thread of every block, and returns when all have ended. Each `cluster` blocks run together.
 template <class F>
 void launch(unsigned blocks, int threads, size_t shared_bytes, F body, const void* kernel = nullptr, int cluster = 1) {
   const char* const parameters = reinterpret_cast<const char*>(&body);
@@ -145,7 +144,7 @@ void launch(unsigned blocks, int threads, size_t shared_bytes, F body, const voi
 
 inline int lane() { return int(here.thread.x) % kWarp; }
 
-// The lanes of this one's part of the warp: first and last.
+// This lane's segment of the warp: first and last lane.
 struct Segment {
   int first, last;
   explicit Segment(int width) : first(lane() / width * width), last(first + width - 1) {}
@@ -197,25 +196,25 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = cuda_on_c
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = cuda_on_cpu::kWarp, const char* file = __builtin_FILE(),
                   int line = __builtin_LINE()) {
-  const int source = cuda_on_cpu::lane() ^ bits;  // an earlier segment's lanes can be read
+  const int source = cuda_on_cpu::lane() ^ bits;  // lanes of earlier segments can be read
   return cuda_on_cpu::exchange("__shfl_xor_sync", file, line, mask, value,
                                source > cuda_on_cpu::Segment(width).last ? cuda_on_cpu::lane() : source);
 }
 
-// What a thread does between two looks at memory that another block is to write.
-inline void __nanosleep(unsigned) { cuda_on_cpu::doze(); }
+// What a thread does between two reads of memory that another block will write.
+inline void __nanosleep(unsigned) { cuda_on_cpu::back_off(); }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 template <class T>
 T __ldg(const T* p) {
   return *p;
 }
 template <class T>
-T __ldcg(const T* p) {  // from what all blocks share
+T __ldcg(const T* p) {  // from the cache that all blocks share
   return *p;
 }
 
 namespace cuda_on_cpu {
-// *p = next(*p) as one step. Returns what was there.
+// Atomically sets *p = next(*p) and returns the old value.
 template <class T, class Next>
 T update_atomically(T* p, Next next) {
   T old, replaced;
@@ -239,7 +238,7 @@ inline unsigned atomicInc(unsigned* p, unsigned last) {
   return cuda_on_cpu::update_atomically(p, [last](unsigned old) { return old >= last ? 0 : old + 1; });
 }
 
-// Of a graphics card with few multiprocessors, and kernels that were compiled for it.
+// A graphics card with few SMs, and kernels compiled for it.
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
@@ -258,7 +257,7 @@ enum cudaError_t {
   cudaErrorNoKernelImageForDevice = 209
 };
 namespace cuda_on_cpu {
-// What kernels are answered that are launched or asked for from now on, and the versions of the driver and the runtime.
+// The answer to all kernel launches and queries from now on, and the versions of driver and runtime.
 inline thread_local cudaError_t refusal = cudaSuccess;
 inline thread_local int driver = 13000, runtime = 13000;
 }  // namespace cuda_on_cpu
@@ -283,13 +282,13 @@ cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
   return cuda_on_cpu::allowed_shared(reinterpret_cast<const void*>(kernel)) = size_t(bytes), cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = cuda_on_cpu::device, cudaSuccess; }
-// Unlike CUDA's: of so many blocks.
+// Unlike CUDA's: for clusters of so many blocks.
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, int blocks) {
   return ++cuda_on_cpu::questions, *clusters = blocks <= 8 ? 3 : 0, cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  // Few, unless the environment says otherwise.
+  // few, unless the environment says otherwise
   const char* const multiprocessors = std::getenv("CUDA_ON_CPU_MULTIPROCESSORS");
   ++cuda_on_cpu::questions;
   return *value = attribute == cudaDevAttrMultiProcessorCount      ? multiprocessors ? std::atoi(multiprocessors) : 3

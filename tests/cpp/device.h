@@ -1,4 +1,4 @@
-// The device that a test program is compiled for: the CPU, or with POM_TEST_CUDA the CUDA kernels, run by
+// The device that a test program is compiled for: the CPU or, with POM_TEST_CUDA, the CUDA kernels run by
 // cuda_on_cpu.h.
 #pragma once
 
@@ -18,8 +18,8 @@
 namespace device = pom::cuda;
 constexpr bool kCuda = true;
 
-// Exactly as many bytes as asked for. Kernels that use accesses of 16 bytes do so from addresses that are multiples of
-// 16; with an `offset` the address is that far from one.
+// Exactly as many bytes as requested, starting `offset` bytes after a multiple of 16, the alignment that vector
+// accesses need.
 class Memory {
  public:
   explicit Memory(size_t bytes, size_t offset = 0, bool guard_end = true)
@@ -71,13 +71,13 @@ inline void run_reversed(void*, int64_t n, void (*body)(void*, int64_t), void* a
   for (std::thread& thread : threads) thread.join();
 }
 
-// Task after task, or reversed on several threads.
+// Runs one task after the other, or in reverse on several threads.
 using Order = pom::Executor;
 inline Order in_order(bool ascending) { return ascending ? Order{} : Order{run_reversed}; }
 
 #endif
 
-// The operation that takes these arguments.
+// Calls the operation that takes these arguments.
 inline pom::Status call(const pom::StateArgs& args, void* memory, size_t bytes, const Order& order) {
   return device::state(args, memory, bytes, order);
 }

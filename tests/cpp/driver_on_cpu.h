@@ -1,5 +1,5 @@
-// What csrc/cuda/hopper.cu takes from CUDA's driver, on a CPU: functions that are looked up by name, and descriptions
-// of tensors, which it refuses as a driver does.
+// What csrc/cuda/hopper.cu uses of CUDA's driver, on a CPU: functions looked up by name, and tensor maps, which it
+// refuses as a driver does.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_128B
 enum CUtensorMapL2promotion { CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3 };
 enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE };
 
-// Of 16-bit elements, whose tiles have rows of 128 bytes, their chunks swapped.
+// A map of 16-bit elements; tiles have rows of 128 bytes with swizzled chunks.
 struct CUtensorMap {
   const uint16_t* data = nullptr;
   int64_t elements = 0, rows = 0, samples = 0, row_stride = 0, sample_stride = 0;
@@ -26,7 +26,7 @@ struct CUtensorMap {
 };
 
 namespace cuda_on_cpu {
-// What a test asks of the driver: an answer to every description, and to have none of its functions.
+// Set by tests: the answer to every tensor map, and whether the driver lacks its functions.
 inline thread_local CUresult map_refusal = CUDA_SUCCESS;
 inline thread_local bool has_entry_points = true;
 }  // namespace cuda_on_cpu

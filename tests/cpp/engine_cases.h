@@ -1,4 +1,4 @@
-// Streams and frames that the engine is tested with, made of the inputs of the operations' tests.
+// Streams and frames for tests of the engine, built from the inputs of the operations' tests.
 #pragma once
 
 #include <memory>
@@ -6,7 +6,7 @@
 #include "expectations.h"
 #include "pom/engine.hpp"
 
-// Frames of a layer, and what `inputs.h` knows of them.
+// Frames of a layer, and their Inputs.
 struct Frame {
   Inputs in;
   Buffer y;
@@ -45,7 +45,7 @@ inline pom_place place(bool ascending = true) {
 #endif
 }
 
-// An open stream in memory of its own, exactly as much as it asks for.
+// An open stream with exactly as much memory as it asks for.
 struct OpenStream {
   std::vector<pom_layer> layers;
   pom_shape shape;
@@ -61,7 +61,7 @@ struct OpenStream {
   }
   OpenStream(const OpenStream& other) = delete;
 
-  // All that it remembers.
+  // The whole stream as saved bytes.
   std::string bits() const {
     std::string file(stream.saved_bytes(), 0);
     const Status status = stream.save(file.data(), file.size());
@@ -72,11 +72,11 @@ struct OpenStream {
 
 enum class Act { peek, commit };
 
-// Reads or keeps a frame. The state is what `y` says afterwards.
+// Peeks at or commits a frame; `y` then holds the readout of the state.
 inline void act(const std::string& name, Act act, OpenStream& s, int64_t layer, Frame& frame, int64_t evaluation = 0,
                 bool ascending = true) {
   s.stream.place() = place(ascending);
-  frame.y.forget();
+  frame.y.clear();
   const size_t bytes = s.stream.workspace(layer, frame.view);
   const Workspace workspace(bytes);
   const Status status = act == Act::peek ? s.stream.peek(layer, frame.view, workspace.data(), bytes, evaluation)

@@ -1,17 +1,17 @@
-// Whether results are those of naive.h, to what rounding may cost.
+// Compares results with naive.h, within rounding errors.
 #pragma once
 
 #include <string>
 
 #include "inputs.h"
 
-// What rounding may cost: once for the result, and in every factor of a polynomial.
+// The allowed error: rounding of the result, and of every factor of a polynomial.
 inline double tolerance(const Case& c, const Buffer& result) {
   constexpr double kResult[] = {2e-6, 1e-14, 0x1.1p-8, 0x1.1p-11}, kFactor[] = {6e-7, 1e-15, 0x1p-19, 0x1p-19};
   return kResult[int(result.dtype())] + c.degree * kFactor[int(c.dtype)];
 }
 
-// Results that have the features' channels last, and others.
+// Results whose last dimension is the features' channels; then coefficients and gates.
 inline void expect_channels(const Case& c, const std::string& name, const Buffer& got, const Array& wanted) {
   expect_close(name, got, wanted, c.channels(), c.form == Form::product ? c.degree : 1, tolerance(c, got));
 }
@@ -34,7 +34,7 @@ inline void expect_state(const Case& c, const std::string& name, const StateBuff
   }
 }
 
-// The numbers of a state with one group, and what the tokens of a problem add to it: for every group of theirs.
+// The state after adding the tokens of a problem to a state of one group, for every group of the problem.
 inline naive::State added(const naive::State& before, const naive::Problem& p) {
   naive::State state = naive::state(p);
   const int64_t channels = p.channels(), of_sample = p.groups * channels;

@@ -1,4 +1,4 @@
-// What tests of the stand-in for CUDA expect it to say of kernels that have a mistake.
+// For tests of the stand-in for CUDA: runs kernels with a mistake and expects its message.
 #pragma once
 
 #include <sys/wait.h>
@@ -11,7 +11,7 @@
 
 constexpr uint64_t kSeeds[] = {0, 1, 2, 3};
 
-// What is left of `body` in another process: what it wrote to stderr, if a signal ended it.
+// Runs `body` in another process and returns what it wrote to stderr, if a signal ended it.
 template <class F>
 std::string last_words(F body) {
   int ends[2];

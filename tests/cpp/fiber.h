@@ -1,4 +1,4 @@
-// A stack to switch to and back from: the threads of cuda_on_cpu.cpp.
+// A fiber: a stack to switch to and back from. Runs the threads of cuda_on_cpu.cpp.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,7 @@
 #endif
 
 #if FIBER_SWITCH
-// Saves what a function must preserve, changes stacks, and restores it from there.
+// Saves callee-saved registers, switches stacks, and restores them from the new stack.
 extern "C" void fiber_switch(void** save_stack, void* stack);
 asm(R"(
 .pushsection .text.fiber_switch, "axG", @progbits, fiber_switch, comdat
@@ -44,14 +44,14 @@ fiber_switch:
 )");
 #endif
 
-// Where the program goes on. One of them is the stack that it came with.
+// A context of execution; one of them is the OS thread's own stack.
 class Fiber {
  public:
-  // Room for large arrays in unoptimised and sanitized code; only the pages in use become memory.
+  // Enough for large arrays in unoptimised and sanitized code; only pages in use become memory.
   static constexpr size_t kStack = 256 << 10;  // bytes
 
-  // The next switch to this fiber calls entry(), which must never return. `colour` staggers the tops of the stacks, or
-  // all would lie in the same few lines of the cache.
+  // The next switch to this fiber calls entry(), which must never return. `colour` staggers the tops of the stacks, so
+  // that they do not share a few cache lines.
   void start(void (*entry)(), int colour) {
     if (!stack_) stack_ = map_guarded(kStack);
     size_ = kStack;
@@ -71,7 +71,7 @@ class Fiber {
 #endif
   }
 
-  // Leaves this fiber for another one, for good if it is at its end.
+  // Leaves this fiber for another one; for good if `at_end`.
   void switch_to(Fiber& other, bool at_end = false) {
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_start_switch_fiber(at_end ? nullptr : &fake_stack_, other.stack_, other.size_);
@@ -86,13 +86,13 @@ class Fiber {
     arrived(*this, other);
   }
 
-  // To be called once on the new stack, with the fiber that switched to it.
+  // Call once on the new stack, with the fiber that switched to it.
   void begin(Fiber& from) { arrived(*this, from); }
 
   const char* stack() const { return stack_; }
 
  private:
-  // The sanitizer says where the stack that was left lies: the program's own has no other way to know.
+  // The sanitizer tells where the stack that was left lies, which is otherwise unknown for the OS thread's own.
   static void arrived(Fiber& here, Fiber& from) {
 #ifdef __SANITIZE_ADDRESS__
     const void* stack;

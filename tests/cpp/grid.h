@@ -1,17 +1,17 @@
-// The cases that every operation is tested with: each form, degree, dtype and context, at a drawn shape and layout.
+// The cases that every operation is tested with: each form, degree, dtype and context, with random shape and layout.
 #pragma once
 
 #include <initializer_list>
 
 #include "inputs.h"
 
-// Shapes that nothing divides, and shapes that the CUDA kernels take several elements at a time: eight or four.
+// Shapes that no vector width divides, and shapes that the CUDA kernels can access eight or four elements at a time.
 constexpr Shape kShapes[] = {{1, 1, 17},  {3, 1, 30},  {2, 7, 5},   {2, 12, 1}, {5, 2, 3}, {1, 70, 33},
                              {2, 130, 9}, {1, 9, 530}, {1, 300, 4}, {2, 0, 5},  {0, 4, 5}};
 constexpr Shape kFriendlyShapes[] = {{3, 1, 8},   {2, 70, 8},  {1, 300, 16}, {2, 9, 64},   {1, 37, 128}, {1, 3, 256},
                                      {2, 5, 264}, {2, 0, 16},  {1, 12, 272}, {3, 1, 4},    {2, 70, 12},  {1, 37, 36},
                                      {1, 9, 100}, {2, 5, 132}, {1, 3, 260}};
-constexpr int64_t kLargest = 20'000;  // features of a drawn case, times the degree
+constexpr int64_t kLargest = 20'000;  // most features of a random case, times the degree
 
 template <size_t n>
 Shape drawn_shape(const Case& c, const Shape (&shapes)[n]) {
@@ -21,7 +21,7 @@ Shape drawn_shape(const Case& c, const Shape (&shapes)[n]) {
   return shape;
 }
 
-// Fills in what the grid leaves open.
+// Draws everything that the grid leaves open.
 inline Case drawn(Case c, bool friendly) {
   c.shape = friendly ? drawn_shape(c, kFriendlyShapes) : drawn_shape(c, kShapes);
   constexpr int64_t kHeads[] = {1, 1, 1, 3, 5, 10, 17}, kFriendlyHeads[] = {1, 1, 2, 4, 16};
@@ -49,8 +49,8 @@ void test_grid(Test test, std::initializer_list<Context> contexts) {
                   test(drawn({form, degree, dtype, context, weighted}, friendly));
 }
 
-// Calls that take 16 bytes at a time but for one of their arrays, each in turn: it starts 8 bytes behind a multiple of
-// 16, or its rows or samples do.
+// Calls in which all arrays but one allow accesses of 16 bytes, for each array in turn: it starts 8 bytes after a
+// multiple of 16, or its rows or samples do.
 template <class Test>
 void test_each_odd(Test test, std::initializer_list<Context> contexts) {
   auto each = [](int& until_odd, auto run) {
@@ -66,7 +66,7 @@ void test_each_odd(Test test, std::initializer_list<Context> contexts) {
       Case heads = plain, turned = plain, product = plain;
       heads.heads = 2, turned.axes = 1, product.form = Form::product;
       for (const Case& c : {plain, heads, turned, product}) {
-        if (kCuda) each(Buffer::until_odd, [&] { test(c); });  // other memory is nowhere in particular
+        if (kCuda) each(Buffer::until_odd, [&] { test(c); });  // CPU memory has no known alignment
         for (Layout layout : {Layout::odd_rows, Layout::odd_samples}) {
           Rows::odd = layout;
           each(Rows::until_odd, [&] { test(c); });

@@ -1,4 +1,4 @@
-// Memory between inaccessible pages: access beyond it ends the program where it happens.
+// Memory between inaccessible pages: an access outside ends the program on the spot.
 #pragma once
 
 #include <sys/mman.h>
@@ -33,8 +33,8 @@ inline bool untouched(const char* begin, const char* end) {
 
 inline void unmap_guarded(char* memory, size_t bytes) { munmap(memory - page_size(), bytes + 2 * page_size()); }
 
-// `bytes` bytes that end at an inaccessible page, or `gap` bytes before it, or that begin that far behind one: so at
-// any alignment. All are 0xff at first. That nobody wrote what lies around them is checked when they are given back.
+// `bytes` bytes that end `gap` bytes before an inaccessible page or begin `gap` bytes after one, so at any alignment.
+// All are 0xff at first. The destructor checks that the bytes around them are unchanged.
 class GuardedBuffer {
  public:
   enum class Side { begin, end };

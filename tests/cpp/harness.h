@@ -1,5 +1,5 @@
-// What the tests of the torch-free library call it with: arrays and workspaces that nobody can overrun unseen, and
-// calls whose result must not depend on the order in which things are done.
+// How tests call the torch-free library: with arrays and workspaces in which every overrun shows, and in several orders
+// of execution, which must not change results.
 #pragma once
 
 #include <algorithm>
@@ -29,20 +29,20 @@ inline Array draw(int64_t n, double low, double high) {
 
 inline size_t size_of(pom::Dtype dtype) { return dtype == pom::Dtype::f64 ? 8 : dtype == pom::Dtype::f32 ? 4 : 2; }
 
-// Numbers of one dtype. The bytes are those of NaNs until something is written.
+// Numbers of one dtype. All bytes are 0xff (NaN) until they are written.
 class Buffer {
  public:
-  // Whether the next buffers start at a multiple of 16 bytes, or one element behind it; and how many more are made
-  // before one that starts 8 bytes behind it, if that is not negative.
+  // Whether the next buffers start at a multiple of 16 bytes or one element after it. If until_odd is not negative,
+  // that many buffers are made before one that starts 8 bytes after it.
   inline static bool aligned = true;
   inline static int until_odd = -1;
 
   Buffer() : Buffer(pom::Dtype::f64, 0) {}
   Buffer(pom::Dtype dtype, int64_t size)
       : dtype_(dtype), size_(size), memory_(bytes(), offset(), choose(2) == 0) {
-    forget();
+    clear();
   }
-  // Rounds the values to what the dtype holds.
+  // Rounds the values to the dtype.
   Buffer(pom::Dtype dtype, Array& values) : Buffer(dtype, int64_t(values.size())) {
     for (int64_t i = 0; i < size_; ++i) set(i, values[i]), values[i] = get(i);
   }
@@ -52,7 +52,7 @@ class Buffer {
   pom::Dtype dtype() const { return dtype_; }
   void* data() const { return memory_.data(); }
   double* doubles() const { return static_cast<double*>(data()); }
-  void forget() { std::memset(data(), 0xff, bytes()); }
+  void clear() { std::memset(data(), 0xff, bytes()); }
   bool untouched() const {
     return std::all_of(memory_.data(), memory_.data() + bytes(), [](char c) { return c == '\xff'; });
   }
@@ -100,10 +100,10 @@ class Buffer {
   Memory memory_;
 };
 
-// Rows (batch, tokens, width) at strides of their own.
+// Rows (batch, tokens, width) with strides.
 enum class Layout { dense, padded, spaced, one_sample, one_row, by_four, odd_rows, odd_samples };
 struct Rows {
-  // How many more rows are made before some that have this layout, if that is not negative.
+  // If not negative, that many rows are made before some with layout `odd`.
   inline static int until_odd = -1;
   inline static Layout odd = Layout::odd_rows;
 
@@ -111,7 +111,7 @@ struct Rows {
   int64_t batch_stride = 0, token_stride = 0;
 
   Rows() = default;
-  // The values become what is read at these strides.
+  // Replaces the values by what is read back at these strides.
   Rows(pom::Dtype dtype, Array& values, int64_t batch, int64_t tokens, int64_t width, Layout layout)
       : batch_stride(tokens * width), token_stride(width) {
     const int64_t half = 8 / size_of(dtype);  // of 16 bytes
@@ -133,7 +133,7 @@ struct Rows {
   }
 };
 
-// As many bytes as asked for, at an odd address.
+// Exactly as many bytes as requested, at an odd address.
 class Workspace {
  public:
   explicit Workspace(size_t bytes) : memory_(bytes + 1) { std::memset(memory_.data(), 0xff, bytes + 1); }
@@ -145,7 +145,7 @@ class Workspace {
 
 using Outputs = std::vector<Buffer*>;
 
-// The bytes of one buffer in another one of the same kind.
+// Copies the bytes to another buffer of the same size and dtype.
 inline void copy(const Buffer& from, Buffer& to) { std::memcpy(to.data(), from.data(), from.bytes()); }
 
 inline std::string bits(const Buffer& buffer) { return {static_cast<char*>(buffer.data()), buffer.bytes()}; }
@@ -158,12 +158,12 @@ void run_once(const std::string& name, const Args& args, bool ascending) {
   check::expect(status == pom::Status::ok, "%s: %s", name.c_str(), pom::message(status));
 }
 
-// Fills the outputs twice, in ascending order and in another one: the same bits.
+// Fills the outputs twice, in ascending order and in another one, and expects the same bits.
 template <class Args>
 void run(const std::string& name, const Args& args, const Outputs& outputs) {
   std::vector<std::string> first;
   for (const bool ascending : {true, false}) {
-    for (Buffer* out : outputs) out->forget();
+    for (Buffer* out : outputs) out->clear();
     run_once(name, args, ascending);
     for (size_t i = 0; i < outputs.size(); ++i) {
       if (ascending)
@@ -174,8 +174,9 @@ void run(const std::string& name, const Args& args, const Outputs& outputs) {
   }
 }
 
-// Every number is near the wanted one, relative to it and to the root mean square of its part. The last dimension has
-// `last` numbers in `parts` parts: the factors of the product form, or the powers of the coefficients, differ in size.
+// Expects every number near the wanted one, relative to it and to the root mean square of its part. The last dimension
+// has `last` numbers in `parts` parts, since factors of the product form, or powers of the coefficients, differ in
+// size.
 inline void expect_close(const std::string& name, const Buffer& got, const Array& wanted, int64_t last, int64_t parts,
                          double tolerance) {
   constexpr double kSmallest[] = {0x1p-149, 0, 0x1p-133, 0x1p-24};

@@ -1,10 +1,10 @@
-// What csrc/cuda/hopper.cuh takes from a GPU of compute capability 9.0, on a CPU.
+// What csrc/cuda/hopper.cuh uses of a GPU of compute capability 9.0, on a CPU.
 //
-// Copies and products are done as late as a GPU may do them: a copy when a thread of the block that it lands in has to
-// wait at a barrier, a product when its thread waits for it. So a tile that is used too early is not there yet, and one
-// that is freed too early is another one by then. A copy to all blocks of a cluster lands in each at another time; in
-// random order also when a thread of another block has to wait, before those of its own have seen the copies before it.
-// Nobody may reach into a block that has ended. A descriptor is taken apart as the hardware does it.
+// Copies and products happen as late as a GPU may do them: a copy when a thread of the destination block waits at a
+// barrier, a product when its thread waits for it. So a tile that is used too early is not there yet, and one that is
+// freed too early has been replaced. A copy to all blocks of a cluster arrives in each at a different time; in random
+// order also while a thread of another block waits, before the destination's own threads have seen earlier copies.
+// Access to a block that has ended fails. Descriptors are decoded as the hardware does.
 #pragma once
 
 #include <cstddef>
@@ -22,9 +22,9 @@ inline char* shared_origin(const char* shared = cuda_on_cpu::here.shared) {
   return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(shared) / 1024 * 1024);
 }
 inline uint32_t shared_address(const void* p) { return uint32_t(static_cast<const char*>(p) - shared_origin()); }
-// Of chunks of 16 bytes in 1,024: where the one lies that is meant by an address.
-inline uint32_t swapped_address(uint32_t address) { return address ^ (address >> 3 & 0x70); }
-inline char* swapped(uint32_t address) { return shared_origin() + swapped_address(address); }
+// Where the 16-byte chunk of an address lies after the swizzle.
+inline uint32_t swizzled_address(uint32_t address) { return address ^ (address >> 3 & 0x70); }
+inline char* swizzled(uint32_t address) { return shared_origin() + swizzled_address(address); }
 
 class Barrier {
  public:
@@ -45,7 +45,7 @@ class Barrier {
   }
   void wait(unsigned parity, const char* file = __builtin_FILE(), int line = __builtin_LINE());
 
-  void expect_initialised() const {  // shared memory is all ones before
+  void expect_initialised() const {  // shared memory is all ones at first
     if (count_ == 0x7fff) cuda_on_cpu::fail_here("uses a barrier that is not initialised");
   }
 
@@ -65,16 +65,17 @@ struct Copy {
   int element, row, sample;
   Barrier* barrier;
 
-  void run(int rank) const {  // the block in which it lands
+  void run(int rank) const {  // `rank`: the destination block
     char* const origin = shared_origin(cuda_on_cpu::in_block(rank, cuda_on_cpu::here.shared));
     const uint32_t first = uint32_t(tile - origin);
     if (first % 1024) cuda_on_cpu::fail_here("copies a tile that does not start at 1,024 bytes");
     for (int r = 0; r < map->tile_rows; ++r)
       for (int e = 0; e < 64; ++e) {
         const int64_t at = int64_t(row) + r, i = int64_t(element) + e;
-        const bool inside = i >= 0 && i < map->elements && at >= 0 && at < map->rows && sample >= 0 && sample < map->samples;
+        const bool inside =
+            i >= 0 && i < map->elements && at >= 0 && at < map->rows && sample >= 0 && sample < map->samples;
         const uint16_t value = inside ? map->data[sample * map->sample_stride + at * map->row_stride + i] : 0;
-        std::memcpy(origin + swapped_address(first + r * 128 + e * 2), &value, sizeof value);
+        std::memcpy(origin + swizzled_address(first + r * 128 + e * 2), &value, sizeof value);
       }
     barrier->receive(map->tile_rows * 128);
   }
@@ -86,8 +87,8 @@ struct QueuedProduct {
   bool add;
 };
 
-// Of the cluster that runs: copies that were started, by the block that they land in, and every thread's products, in
-// batches of which the last is open.
+// Of the running cluster: started copies by destination block, and every thread's products in batches, the last of
+// which is open.
 struct Pending {
   std::deque<Copy> copies[8];
   std::vector<std::deque<std::vector<QueuedProduct>>> products;
@@ -119,10 +120,10 @@ inline void Barrier::wait(unsigned parity, const char* file, int line) {
 }
 
 inline unsigned cluster_rank() { return unsigned(cuda_on_cpu::here.rank); }
-inline void meet_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  cuda_on_cpu::meet_cluster(file, line);
+inline void sync_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cuda_on_cpu::sync_cluster(file, line);
 }
-// Where something lies in another block of the cluster.
+// The corresponding address in another block of the cluster.
 template <class T>
 T* in_block(unsigned rank, T* p) {
   if (int(rank) >= cuda_on_cpu::here.cluster) cuda_on_cpu::fail_here("reaches for a block that is not in its cluster");
@@ -138,7 +139,7 @@ inline void load_tile(const CUtensorMap& map, void* tile, int element, int row, 
   pending.copies[cuda_on_cpu::here.rank].push_back({&map, static_cast<char*>(tile), element, row, sample, &barrier});
 }
 template <int blocks>
-void load_tile_in_all(const CUtensorMap& map, void* tile, int element, int row, int sample, Barrier& barrier) {
+void load_tile_multicast(const CUtensorMap& map, void* tile, int element, int row, int sample, Barrier& barrier) {
   if (blocks != cuda_on_cpu::here.cluster) cuda_on_cpu::fail_here("copies to other blocks than its cluster has");
   const cuda_on_cpu::Aside hardware;
   cuda_on_cpu::at_end = expect_all_copied;
@@ -147,24 +148,24 @@ void load_tile_in_all(const CUtensorMap& map, void* tile, int element, int row, 
                                     in_block(rank, &barrier)});
 }
 inline void sync_threads(int number, int threads, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  cuda_on_cpu::meet(number, threads, file, line);
+  cuda_on_cpu::sync_barrier(number, threads, file, line);
 }
 template <int>
-void drop_registers() {}
+void dealloc_registers() {}
 template <int>
-void take_registers() {}
+void alloc_registers() {}
 
 inline std::deque<std::vector<QueuedProduct>>& own_products() {
   const size_t i = size_t(cuda_on_cpu::here.index());
   if (pending.products.size() <= i) pending.products.resize(i + 1024);
   return pending.products[i];
 }
-inline void open_products() {
+inline void fence_products() {
   const cuda_on_cpu::Aside hardware;
   if (!own_products().empty() && own_products().back().empty()) cuda_on_cpu::fail_here("opens products twice");
   own_products().emplace_back();
 }
-inline void close_products() {}  // a batch is closed where the next one opens
+inline void commit_products() {}  // the next fence_products() closes the batch
 template <int n>
 void wait_for_products() {
   __syncwarp();
@@ -175,15 +176,15 @@ void wait_for_products() {
   }
   __syncwarp();
 }
-inline void keep_behind(float (&)[128]) {}
+inline void fence_sums(float (&)[128]) {}
 
-// An element of a tile by its descriptor, as an instruction finds it: rows of 128 bytes, eight of them `eight_rows` apart.
+// Reads an element of a tile by its descriptor, as wgmma does: rows of 128 bytes, eight of them `eight_rows` apart.
 template <class T>
 float tile_element(uint64_t descriptor, int row, int k) {
   const uint32_t start = uint32_t(descriptor & 0x3fff) << 4, eight_rows = uint32_t(descriptor >> 32 & 0x3fff) << 4;
-  if (descriptor >> 62 != 1) cuda_on_cpu::fail_here("describes a tile whose chunks are not swapped within 128 bytes");
+  if (descriptor >> 62 != 1) cuda_on_cpu::fail_here("describes a tile whose chunks are not swizzled within 128 bytes");
   T value;
-  std::memcpy(&value, swapped(start + row / 8 * eight_rows + row % 8 * 128 + k * 2), sizeof value);
+  std::memcpy(&value, swizzled(start + row / 8 * eight_rows + row % 8 * 128 + k * 2), sizeof value);
   return to_float(value);
 }
 template <class T>

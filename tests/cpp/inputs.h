@@ -1,5 +1,4 @@
-// The cases that the library is tested with, and the inputs of a case: as the library takes them, and the same numbers
-// as a naive::Problem.
+// The cases that the library is tested with, and their inputs: as the library takes them, and as a naive::Problem.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +17,7 @@ struct Shape {
   int64_t batch, tokens, width;
 };
 
-// One call of every operation it fits. A readout reads groups, `even` ones or by offsets; a mix is `causal`.
+// A case of any operation it fits. A readout reads `even` groups or groups by offsets; a mix is `causal`.
 struct Case {
   Form form;
   int degree;
@@ -30,7 +29,7 @@ struct Case {
   int axes = 0;
   Layout layout = Layout::dense;
   bool aligned = true;
-  int64_t other_queries = -1;  // as many queries as tokens, or that many
+  int64_t other_queries = -1;  // number of queries; -1: as many as tokens
 
   int64_t queries() const { return other_queries < 0 ? shape.tokens : other_queries; }
   int64_t channels() const { return form == Form::product ? degree * shape.width : shape.width; }
@@ -51,7 +50,7 @@ struct Angles {
   Buffer cos, sin;
 
   Angles() = default;
-  // Where an axis has many pairs, a few are not turned: the last channels stay as they are.
+  // If an axis has many pairs, a few last channels are not rotated.
   Angles(Dtype acc, int64_t tokens, int64_t width, int axes) {
     if (!axes) return;
     const int64_t pairs = width / (2 * axes), few = pairs % 8 == 0 ? 8 : pairs % 4 == 0 ? 4 : 1;
@@ -67,7 +66,7 @@ struct Angles {
   Rotary view() const { return values.axes ? Rotary{cos.data(), sin.data(), values.half, int(values.axes)} : Rotary{}; }
 };
 
-// A state that was there before: a count of zero in the last row of several, and more than a float in its sums.
+// A prior state. Its sums need more than a float; with several rows the last one has count 0.
 struct Before {
   Buffer total, residual, count;
   naive::State values;
@@ -85,7 +84,7 @@ struct Before {
   StateView view() const { return {total.data(), residual.data(), count.doubles()}; }
 };
 
-// Where a state goes.
+// The output arrays of a state.
 struct StateBuffers {
   Buffer total, residual, count;
   StateBuffers(Dtype acc, int64_t rows, int64_t channels)
@@ -143,7 +142,7 @@ struct Inputs {
   }
 
  private:
-  // High powers of small numbers, so that half precision holds them; else also numbers beyond the clamps.
+  // High degrees get small numbers, which half precision can hold; others also get numbers beyond the clamps.
   void draw_numbers(const Case& c) {
     p.u = c.degree > 5 ? draw(p.batch * p.tokens * p.channels(), 0.6, 1.5)
                        : draw(p.batch * p.tokens * p.channels(), -1.5, 2.8);
@@ -163,7 +162,7 @@ struct Inputs {
       offsets = {0, 0, n / 4, n / 4, n - n / 3, n, n};
     p.groups = offsets.empty() ? 1 : int64_t(offsets.size()) - 1;
     if (c.context == Context::even) p.groups = n % 3 ? n % 2 ? n : 2 : 3;
-    if (c.context == Context::mask) p.groups = c.other_queries < 0 ? choose(12) : c.other_queries;  // none, too
+    if (c.context == Context::mask) p.groups = c.other_queries < 0 ? choose(12) : c.other_queries;  // may be 0
     if (c.context == Context::causal) p.groups = n;
     p.reads.resize(p.queries);
     for (int64_t m = 0; m < p.queries; ++m)

@@ -1,4 +1,4 @@
-// What csrc/cuda/mma.cuh takes from the tensor cores, on a CPU: the lanes of a warp show each other what they hold.
+// What csrc/cuda/mma.cuh uses of tensor cores, on a CPU: the lanes of a warp read each other's fragments.
 #pragma once
 
 #include "cuda_on_cpu.h"
@@ -9,7 +9,7 @@ namespace pom::cuda {
 struct Fragments {
   uint32_t a[4], b[2];
 };
-inline thread_local Fragments fragments[1024];  // of the threads of the block that runs
+inline thread_local Fragments fragments[1024];  // of the running block's threads
 
 template <class T>
 float half_of(uint32_t word, int which) {

@@ -1,4 +1,4 @@
-// Runs the blocks of a grid for cuda_on_cpu.cpp: a block, or a cluster of them, at a time, whose threads are fibers.
+// Runs the blocks of a grid for cuda_on_cpu.cpp, one block or cluster at a time; their threads are fibers.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@
 
 namespace cuda_on_cpu {
 
-constexpr int kMeetings = 16;  // barriers of a block
+constexpr int kBarriers = 16;  // named barriers of a block
 
 [[noreturn]] inline void fail(const std::string& message) {
   std::fprintf(stderr, "cuda_on_cpu: %s\n", message.c_str());
@@ -31,7 +31,7 @@ inline std::string place(const Wait& wait) {
   return std::string(wait.operation) + " (" + (slash ? slash + 1 : wait.file) + ":" + std::to_string(wait.line) + ")";
 }
 
-// Numbers in no order (the mixing function of splitmix64).
+// Pseudo-random numbers (splitmix64).
 class Random {
  public:
   explicit Random(uint64_t seed) : state_(seed) {}
@@ -59,7 +59,7 @@ struct Grid {
   Range parameters;
   int cluster;  // blocks that run together
   uint64_t seed = 0;
-  std::vector<unsigned> order = {};  // of the clusters, if it is not the ascending one
+  std::vector<unsigned> order = {};  // of the clusters; empty: ascending
   std::atomic<unsigned> next{0};
   std::atomic<int> running{0};  // clusters
 };
@@ -71,11 +71,11 @@ struct Thread {
   Wait wait{};
 };
 
-// Runs one cluster at a time, mostly of one block. Its memory serves the next launch, too. Threads are numbered through
+// Runs one cluster at a time, usually of one block. Keeps its memory for the next launch. Threads are numbered through
 // the cluster.
 class Multiprocessor {
  public:
-  // Clusters of the grid until none is left.
+  // Runs clusters of the grid until none is left.
   void run(Grid& grid) {
     grid_ = &grid;
     count_ = grid.threads * grid.cluster;
@@ -84,7 +84,7 @@ class Multiprocessor {
     here.cluster = grid.cluster;
     if (int(threads_.size()) < count_) threads_ = std::vector<Thread>(count_);
     if (int(shared_.size()) < grid.cluster) shared_.resize(grid.cluster);
-    meetings_.resize(grid.cluster * kMeetings + 1);
+    barriers_.resize(grid.cluster * kBarriers + 1);
     const unsigned clusters = grid.blocks / grid.cluster;
     for (unsigned i; (i = grid.next++) < clusters;) run_cluster(grid.order.empty() ? i : grid.order[i]);
     grid_ = nullptr;
@@ -96,24 +96,26 @@ class Multiprocessor {
   }
   void poll(const Wait& wait) { stop(wait, Thread::polling); }
   void note_progress() { progress_ = true; }
-  // Whoever is waited for runs beside this cluster, or has ended since the thread last looked: then it dozes once more.
-  void doze() {
-    constexpr int kMost = 100000;  // many more than there are waits in a block
-    if (grid_->running == 1 && ++dozes_alone_ > kMost)
+  // The block that is waited for runs beside this cluster or has just ended, which one more call will show.
+  void back_off() {
+    constexpr int kMaxBackOffs = 100000;  // many more than there are waits in a block
+    if (grid_->running == 1 && ++lone_back_offs_ > kMaxBackOffs)
       fail_in(here.index(), "waits for ever for a block that has not started");
     std::this_thread::yield();
   }
-  void make_room() {
-    made_room_ = true;
+  void yield_thread() {
+    yielded_ = true;
     threads_[here.index()].fiber.switch_to(scheduler_);
   }
 
-  void meet(int number, int threads, const char* file, int line) {
-    if (number < 0 || number >= kMeetings || threads % kWarp)
+  void sync_barrier(int number, int threads, const char* file, int line) {
+    if (number < 0 || number >= kBarriers || threads % kWarp)
       fail_in(here.index(), "a GPU refuses barrier " + std::to_string(number) + " for " + std::to_string(threads));
-    meet(meetings_[here.rank * kMeetings + number], threads, "barrier", file, line);
+    sync_barrier(barriers_[here.rank * kBarriers + number], threads, "barrier", file, line);
   }
-  void meet_cluster(const char* file, int line) { meet(meetings_.back(), count_, "the cluster's barrier", file, line); }
+  void sync_cluster(const char* file, int line) {
+    sync_barrier(barriers_.back(), count_, "the cluster's barrier", file, line);
+  }
 
   char* in_block(int rank, const void* p) const {
     return shared_[rank].data() + (static_cast<const char*>(p) - here.shared);
@@ -132,7 +134,7 @@ class Multiprocessor {
 
   [[noreturn]] void fail_here(const std::string& message) const { fail_in(here.index(), message); }
 
-  // What lies at an address that the running thread had no right to use.
+  // Describes an address that the running thread must not access.
   const char* describe(const char* address) const {
     const char* const below_stack = threads_[here.index()].fiber.stack() - page_size();
     if (address >= below_stack && address < below_stack + page_size()) return "its stack is full";
@@ -144,17 +146,17 @@ class Multiprocessor {
  private:
   static void thread_main();
 
-  struct Meeting {
+  struct BarrierState {
     int arrived = 0;
-    unsigned turn = 0;
+    unsigned phase = 0;
   };
 
-  void meet(Meeting& meeting, int threads, const char* operation, const char* file, int line) {
-    const unsigned turn = meeting.turn;
-    if (++meeting.arrived == threads)
-      meeting = {0, turn + 1}, progress_ = true;
+  void sync_barrier(BarrierState& barrier, int threads, const char* operation, const char* file, int line) {
+    const unsigned phase = barrier.phase;
+    if (++barrier.arrived == threads)
+      barrier = {0, phase + 1}, progress_ = true;
     else
-      wait_until(operation, file, line, [&] { return meeting.turn != turn; });
+      wait_until(operation, file, line, [&] { return barrier.phase != phase; });
   }
 
   void stop(const Wait& wait, Thread::State state) {
@@ -164,7 +166,7 @@ class Multiprocessor {
     thread.fiber.switch_to(scheduler_);
   }
 
-  // What the thread of this number sees.
+  // Sets `here` to the thread with this number.
   void enter(int i) {
     here.rank = i / grid_->threads;
     here.thread = {unsigned(i % grid_->threads), 0, 0};
@@ -176,22 +178,22 @@ class Multiprocessor {
     first_block_ = cluster * grid_->cluster;
     random_ = Random(grid_->seed + first_block_);
     for (int rank = 0; rank < grid_->cluster; ++rank) shared_[rank].clear(grid_->shared_bytes);
-    // In random order a block but the first may start as late as can be.
+    // In random order a block other than the first may start as late as possible.
     const int late = grid_->seed && grid_->cluster > 1 ? int(random_.below(grid_->cluster)) : 0;
     for (int i = 0; i < count_; ++i) {
       threads_[i].fiber.start(thread_main, i);
       threads_[i].state = late > 0 && i / grid_->threads == late ? Thread::held : Thread::ready;
     }
-    for (Meeting& meeting : meetings_) meeting = {};
-    dozes_alone_ = 0;
+    for (BarrierState& barrier : barriers_) barrier = {};
+    lone_back_offs_ = 0;
     ++grid_->running;
     if (counter) counter->start_block();
     do {
       all_warps();
-      while (!warps_.empty()) {  // those with threads that can go on
+      while (!warps_.empty()) {  // warps with threads that can run
         const size_t at = grid_->seed ? random_.below(int64_t(warps_.size())) : 0;
         run_warp(warps_[at]);
-        if (made_room_)  // and is ready to go on, after the other warps
+        if (yielded_)  // can go on, after the other warps
           std::rotate(warps_.begin() + int64_t(at), warps_.begin() + int64_t(at) + 1, warps_.end());
         else if (!release_warp(warps_[at])) warps_.erase(warps_.begin() + int64_t(at));
       }
@@ -207,13 +209,13 @@ class Multiprocessor {
     std::iota(warps_.begin(), warps_.end(), 0);
   }
 
-  // Every thread that can go on does so until it waits or exits.
+  // Runs every ready thread until it waits or exits.
   void run_warp(int warp) {
     const int first = warp * kWarp, last = std::min(first + kWarp, count_);
     lanes_.resize(last - first);
     std::iota(lanes_.begin(), lanes_.end(), first);
     if (grid_->seed) random_.shuffle(lanes_);
-    made_room_ = false;
+    yielded_ = false;
     for (int lane : lanes_)
       if (threads_[lane].state == Thread::ready) {
         enter(lane);
@@ -223,7 +225,7 @@ class Multiprocessor {
       }
   }
 
-  // Lets those lanes go on whose mask has come together. No lane of the warp is ready.
+  // Releases lanes whose whole mask waits. No lane of the warp is ready.
   bool release_warp(int warp) {
     bool released = false;
     const int first = warp * kWarp;
@@ -235,7 +237,7 @@ class Multiprocessor {
     return released;
   }
 
-  // Whether all lanes that thread i names wait with the same mask.
+  // Whether all lanes in thread i's mask wait with the same mask.
   bool is_complete(int i, int first) const {
     const Wait& own = threads_[i].wait;
     if (!(own.mask >> (i - first) & 1)) fail_in(i, place(own) + " does not name its own lane");
@@ -272,7 +274,7 @@ class Multiprocessor {
       }
   }
 
-  // Once something has happened since they last looked.
+  // Releases polling threads if anything changed since they last looked.
   bool release_polling() {
     bool released = false;
     for (int i = 0; progress_ && i < count_; ++i)
@@ -291,7 +293,7 @@ class Multiprocessor {
     return released;
   }
 
-  // Those whose threads all wait at the same __syncthreads. False if all have exited. No thread is ready.
+  // Releases blocks whose threads all wait at the same __syncthreads(). False if all have exited. No thread is ready.
   bool release_blocks() {
     int stuck = -1;
     bool released = false;
@@ -312,7 +314,7 @@ class Multiprocessor {
     return true;
   }
 
-  // Fails if they do not all wait for the same.
+  // Fails if the threads do not all wait at the same barrier.
   bool release_block(int rank) {
     const int begin = rank * grid_->threads, n = begin + grid_->threads;
     int first = begin;
@@ -353,14 +355,14 @@ class Multiprocessor {
   std::vector<Thread> threads_;
   Fiber scheduler_;
   std::vector<int> warps_, lanes_;
-  int dozes_alone_ = 0;  // of this cluster
-  bool progress_ = false, made_room_ = false;
-  std::vector<Meeting> meetings_;  // of every block, and the last one of the cluster
+  int lone_back_offs_ = 0;  // of this cluster
+  bool progress_ = false, yielded_ = false;
+  std::vector<BarrierState> barriers_;  // of every block; the last one is the cluster's
   Random random_{0};
   std::vector<SharedMemory> shared_;  // of every block
 };
 
-inline thread_local Multiprocessor* running = nullptr;  // by this thread of the operating system
+inline thread_local Multiprocessor* running = nullptr;  // by this OS thread
 
 inline void Multiprocessor::thread_main() {
   Multiprocessor& self = *running;

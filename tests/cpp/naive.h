@@ -1,5 +1,5 @@
-// The operations as plain loops over doubles, straight from the formulas: what the library is held against. Arrays are
-// dense and row-major.
+// The operations as plain loops over doubles, straight from the formulas: the oracle of the C++ tests. Arrays are dense
+// and row-major.
 #pragma once
 
 #include <cmath>
@@ -11,13 +11,13 @@ namespace naive {
 
 using Array = std::vector<double>;
 
-// Channel p in the first half of an axis's block turns with channel p + half. cos, sin: (tokens, axes, half).
+// Channel p in the first half of an axis's block is rotated with channel p + half. cos, sin: (tokens, axes, half).
 struct Rotary {
   int64_t axes = 0, half = 0;
   Array cos, sin;
 };
 
-// Who mixes what. `seen` is how much of every token each group sees; query m reads group reads[m].
+// An instance of the operations. `seen`: each group's weight of every token; query m reads group reads[m].
 struct Problem {
   pom::Form form;
   int degree;
@@ -34,7 +34,7 @@ struct Problem {
   int64_t gate_of(int64_t channel) const { return heads > 1 ? channel / (channels() / heads) : channel; }
 };
 
-// Turns the rows x (batch, tokens, width) by their angles; back with direction -1.
+// Rotates the rows x (batch, tokens, width) by their angles; inversely with direction -1.
 inline void rotate(Array& x, int64_t batch, int64_t tokens, int64_t width, const Rotary& rotary, double direction = 1) {
   const int64_t half = rotary.half;
   for (int64_t b = 0; b < batch; ++b)
@@ -146,7 +146,7 @@ inline FeatureGradients state_backward(const Problem& p, const Array& dtotal) {
   return features_backward(p, dphi);
 }
 
-// The values of the gates (batch, queries, C or heads), turned.
+// The rotated values of the gates (batch, queries, C or heads).
 inline Array gate_values(const Problem& p) {
   Array value;
   for (double x : p.gate) value.push_back(gate_value(p, x));

@@ -5,7 +5,7 @@
 
 #include "guarded.h"
 
-// The memory of a block, right before an inaccessible page, its first page behind another one.
+// A block's memory. It ends at an inaccessible page; another one lies before its first page.
 class SharedMemory {
  public:
   SharedMemory() = default;
@@ -25,7 +25,7 @@ class SharedMemory {
     bytes_ = bytes;
   }
   char* data() const { return memory_ + pages_ - (bytes_ + 15) / 16 * 16; }
-  // What no page protects: up to a page before the block's memory, and up to 15 bytes behind it.
+  // Bytes that no page protects: up to a page before the block's memory, and up to 15 bytes after it.
   bool written_before() const { return !untouched(memory_, data()); }
   bool written_past() const { return !untouched(data() + bytes_, memory_ + pages_); }
   bool is_before(const char* address) const { return address >= memory_ - page_size() && address < memory_; }

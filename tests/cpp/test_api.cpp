@@ -1,4 +1,4 @@
-// The operations of the torch-free library against naive.h.
+// Compares the operations of the torch-free library with naive.h.
 
 #include "expectations.h"
 #include "grid.h"
@@ -6,7 +6,7 @@
 using check::expect;
 using check::section;
 
-// Added to the prior state where it lies: the bits of `wanted`, in any order.
+// Adding in place to the prior state gives the same bits as `wanted`, in any order.
 void test_in_place(const Case& c, const Inputs& in, const Before& prior, StateBuffers& wanted) {
   StateBuffers state(in.acc, c.shape.batch, c.channels());
   for (const bool ascending : {true, false}) {
@@ -62,7 +62,7 @@ void test_readout(const Case& c) {
   expect_channels(c, name + "grad_total", grad_total, wanted.total);
 }
 
-// The state behind every token is a group of its own.
+// The state after every token is a group of its own.
 void test_causal(const Case& c) {
   const Inputs in(c);
   const int64_t batch = c.shape.batch, tokens = c.shape.tokens, channels = c.channels(), size = int64_t(in.p.u.size());
@@ -129,7 +129,7 @@ void test_large() {
   }
 }
 
-// Dense masks of more groups, tokens and channels than a tile of a product holds, and of so many that sums are cut.
+// Dense masks larger than a tile in groups, tokens and channels, and so large that the sums are cut.
 void test_masks() {
   auto test = [](Form form, int degree, Dtype dtype, Shape shape, int64_t groups, bool aligned) {
     Case c = {form, degree, dtype, Context::mask, false, false, shape};
@@ -146,7 +146,7 @@ void test_masks() {
   test(Form::power, 2, Dtype::f32, {1, 0, 5}, 70, true);
 }
 
-// Sums that a float cannot hold: what it cannot is in the residual, and is not lost on the way from a prior state.
+// Sums that a float cannot hold: the residual holds the rest, and it is not lost on the way from a prior state.
 void test_residual() {
   constexpr int64_t kTokens = 128, kHalf = kTokens / 2, kWidth = 3;
   Array u_values(kTokens * kWidth, 4), coeff_values(kWidth, 1), weights(kTokens, 0x1p20);

@@ -1,4 +1,4 @@
-// That what kernels move is counted: bytes known beforehand, by the model that count_on_cpu.cpp states.
+// Checks the byte counts of count_on_cpu.cpp with kernels whose traffic is known.
 
 #include "count_on_cpu.h"
 

@@ -1,4 +1,4 @@
-// The stand-in for CUDA: kernels whose results are known, and kernels with one mistake each, which it must name.
+// Tests the stand-in for CUDA: kernels with known results, and kernels with one mistake each, which it must name.
 
 #include <algorithm>
 #include <numeric>
@@ -40,7 +40,7 @@ void test_sums() {
     }
 }
 
-// Values of every size that a shuffle may have, made of and turned into a number.
+// Values of every size that a shuffle may have, converted from and to a number.
 struct Sixteen {
   double low;
   int number, more;
@@ -87,7 +87,7 @@ void test_shuffles_of() {
     }
 }
 
-// Parts of a warp that go their own ways, and meet again.
+// Parts of a warp that diverge and converge.
 void test_masks() {
   int sums[32];
   launch(1, 32, 0, [&] {
@@ -108,7 +108,7 @@ void test_masks() {
   }
 }
 
-// Every block adds; the one that comes last sees what all have added.
+// Every block adds; the last one sees what all have added.
 void test_atomics() {
   constexpr unsigned kBlocks = 100;
   unsigned ticket = 0, turns = 0, count = 0;
@@ -138,7 +138,7 @@ void test_geometry() {
   expect(visits == std::vector<int>(3 * 40, 1), "a thread did not run once");
 }
 
-// Shared memory is aligned, and NaN until it is written, also where an earlier block has left something.
+// Shared memory is aligned, and NaN until it is written, even after an earlier block.
 void test_fresh_memory() {
   for (size_t bytes : {16, 20, 48 << 10}) {
     std::vector<int> fresh(5);
@@ -151,7 +151,7 @@ void test_fresh_memory() {
   }
 }
 
-// In what order threads pass, before and after a barrier.
+// The order of threads before and after a barrier.
 std::vector<unsigned> passes(unsigned blocks, unsigned threads) {
   std::vector<unsigned> order;
   launch(blocks, int(threads), 0, [&] {
@@ -180,7 +180,7 @@ void test_order() {
   expect(drawn == sorted, "seed 5: a thread did not run once");
 }
 
-// A missing barrier: with threads in order nobody would notice.
+// A missing barrier, which nobody would notice if threads ran in order.
 void test_race() {
   std::vector<std::vector<int>> results;
   for (uint64_t seed : kSeeds) {
@@ -228,7 +228,7 @@ void test_divergence() {
     if (threadIdx.x == 32) __shfl_sync(~0u, 1, 0);
     __syncthreads();
   });
-  expect_fault_of_kernel("for ever", [] {  // a circle of three
+  expect_fault_of_kernel("for ever", [] {  // three threads that wait in a circle
     const unsigned masks[] = {3u, 6u, 5u};
     if (threadIdx.x < 3) __syncwarp(masks[threadIdx.x]);
     __syncthreads();
@@ -261,7 +261,7 @@ void test_wrong_masks() {
   });
 }
 
-// Writes one byte; not seen through by the compiler.
+// Writes one byte, hidden from the optimiser.
 __attribute__((noinline)) void poke(char* p) { *const_cast<volatile char*>(p) = 1; }
 
 __attribute__((noinline)) int deep(volatile int depth) {
@@ -304,7 +304,7 @@ void test_bounds() {
     });
 }
 
-// A block can be waited for once it has started; then those of other processors may, too.
+// A thread may wait for a block that has started; then blocks on other processors may start, too.
 void test_blocks_that_wait() {
   for (uint64_t seed : kSeeds) {
     cuda_on_cpu::set_seed(seed);

@@ -1,27 +1,27 @@
-// How wide accesses may be, how pieces of work are dealt to blocks, and how the last block of several knows itself in
-// memory nobody has cleared.
+// Tests widths of vector accesses, partitions of work, sums over channel tiles, and how the last of several blocks
+// finds out in memory that nobody has cleared.
 
 #include "cuda_on_cpu.h"
 
 #include <vector>
 
 #include "check.h"
-#include "cuda/deal.h"
+#include "cuda/channel_tile_sum.cuh"
 #include "cuda/last_block.cuh"
-#include "cuda/slab_row.cuh"
+#include "cuda/work_partition.h"
 
 using check::expect;
 using check::section;
 using namespace pom::cuda;
 
-// Elements at a time where one pointer or size is a multiple of so many bytes or elements, and all else of more.
+// `multiple`: what one pointer (bytes) or size (elements) is a multiple of; all others allow more.
 void test_alignment(pom::Dtype dtype, int64_t multiple, int of_pointers, int of_numbers, int of_sizes) {
   const void* const at = reinterpret_cast<const void*>(uintptr_t(48 + multiple));
   const Alignment wide = Alignment(dtype).pointers({nullptr}).numbers({nullptr}).sizes({0, -64, 48});
   auto check = [&](const char* what, Alignment alignment, int wanted) {
-    const int found = alignment.vec(), joined = Alignment(wide).with(alignment).vec();
-    expect(found == wanted && joined == wanted && alignment.with(wide).vec() == wanted,
-           "dtype %d, %s of %d: %d elements, %d with others, not %d", int(dtype), what, int(multiple), found, joined,
+    const int found = alignment.vec(), combined = Alignment(wide).with(alignment).vec();
+    expect(found == wanted && combined == wanted && alignment.with(wide).vec() == wanted,
+           "dtype %d, %s of %d: %d elements, %d with others, not %d", int(dtype), what, int(multiple), found, combined,
            wanted);
   };
   check("pointers", Alignment(wide).pointers({nullptr, at}), of_pointers);
@@ -30,7 +30,7 @@ void test_alignment(pom::Dtype dtype, int64_t multiple, int of_pointers, int of_
   check("sizes below zero", Alignment(wide).sizes({-48 - multiple}), of_sizes);
 }
 
-void test_deal(const Deal& d) {
+void test_deal(const WorkPartition& d) {
   expect(d.first(0) == 0 && d.first(d.blocks) == d.pieces, "%u pieces, %u blocks: not all dealt", d.pieces, d.blocks);
   for (unsigned block = 0; block < d.blocks; ++block) {
     const unsigned begin = d.first(block), end = d.first(block + 1), least = d.pieces / d.blocks;
@@ -42,8 +42,7 @@ void test_deal(const Deal& d) {
   }
 }
 
-// Blocks of a grid share tickets, `sharing` blocks each; `lasts` counts those of each ticket that were told to be the
-// last.
+// Blocks of a grid share tickets, `sharing` blocks each; `lasts` counts the blocks of each ticket that were the last.
 void count_lasts(Ticket* tickets, unsigned sharing, int* lasts, int* done) {
   const unsigned ticket = blockIdx.x % 5;
   if (threadIdx.x == 0) {
@@ -60,7 +59,7 @@ void count_lasts(Ticket* tickets, unsigned sharing, int* lasts, int* done) {
 void test_tickets(Ticket before) {
   constexpr unsigned kSharing = 41;
   std::vector<Ticket> tickets(5, before);
-  for (int round = 0; round < 3; ++round) {  // as the last block left them
+  for (int round = 0; round < 3; ++round) {  // reuses the tickets as the last block left them
     int lasts[5] = {}, done[5] = {};
     cuda_on_cpu::launch(5 * kSharing, 64, 0, [&] { count_lasts(tickets.data(), kSharing, lasts, done); });
     for (int i = 0; i < 5; ++i) expect(lasts[i] == 1, "%d blocks were the last of ticket %d", lasts[i], i);
@@ -68,22 +67,22 @@ void test_tickets(Ticket before) {
   for (Ticket left : tickets) expect(left >> kTicketBits != kInUse >> kTicketBits, "a ticket was left in use");
 }
 
-// Every thread's numbers added over the rows, each column once, in the order of sum_rows.
+// Sums every thread's numbers over the rows, each column once, in the order of sum_rows().
 template <int Vec, int ranges, class Acc>
-void test_slab_row(int64_t width) {
-  using Row = SlabRow<Acc, Vec, ranges>;
-  const Slabs slabs(width, ranges, {}, Vec, kLanes);
+void test_channel_tile_sum(int64_t width) {
+  using Row = ChannelTileSum<Acc, Vec, ranges>;
+  const ChannelTiles channel_tiles(width, ranges, {}, Vec, kLanes);
   const int64_t columns = width * ranges;
   std::vector<Acc> found(columns, Acc(-1)), expected(columns, Acc(0));
   auto number = [](int row, int64_t column) { return Acc(1) / Acc(3 + row * 7 + column % 11); };
-  cuda_on_cpu::launch(unsigned(slabs.count), kThreads, Row::kBytes, [&] {
+  cuda_on_cpu::launch(unsigned(channel_tiles.count), kThreads, Row::kBytes, [&] {
     char* const shared = cuda_on_cpu::here.shared;
     const int row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
-    const Place place = slabs.place(blockIdx.x, lane);
+    const Place place = channel_tiles.place(blockIdx.x, lane);
     Acc x[Row::kNumbers] = {};
     for (int r = 0; r < place.ranges; ++r)
       for (int i = 0; i < Vec; ++i) x[r * Vec + i] = number(row, place.channel + r * place.stride + i);
-    const Row sums(slabs, blockIdx.x);
+    const Row sums(channel_tiles, blockIdx.x);
     for (int round = 0; round < 2; ++round) sums.sum(x, reinterpret_cast<Acc*>(shared), found.data());
   });
   for (int64_t column = 0; column < columns; ++column) {
@@ -117,12 +116,12 @@ int main() {
       if (blocks <= pieces) test_deal({pieces, blocks});
   section("as many blocks as there is room for");
   for (unsigned pieces : {1u, 5u, 256u, 1u << 30})
-    for (int slabs : {1, 2, 8, 9, 100, 5000}) {
-      const Deal d = deal(pieces, slabs, 2);
-      const bool fits = d.pieces == pieces && d.blocks >= 1 && d.blocks <= pieces && d.blocks <= kMostBlocks;
+    for (int channel_tiles : {1, 2, 8, 9, 100, 5000}) {
+      const WorkPartition d = partition_work(pieces, channel_tiles, 2);
+      const bool fits = d.pieces == pieces && d.blocks >= 1 && d.blocks <= pieces && d.blocks <= kMaxSharingBlocks;
       expect(fits, "%u blocks", d.blocks);
-      const int64_t all = int64_t(d.blocks) * slabs, room = 2 * 3;  // the stand-in's multiprocessors
-      expect(all <= 4 * room || d.blocks == 1, "%u blocks for each of %d slabs", d.blocks, slabs);
+      const int64_t all = int64_t(d.blocks) * channel_tiles, room = 2 * 3;  // the stand-in's SMs
+      expect(all <= 4 * room || d.blocks == 1, "%u blocks for each of %d channel tiles", d.blocks, channel_tiles);
     }
   section("the last block");
   const Ticket next = kInUse + (Ticket(1) << kTicketBits);
@@ -132,11 +131,11 @@ int main() {
       test_tickets(before);
     }
   section("sums over the rows of a block");
-  test_slab_row<8, 1, float>(2048);
-  test_slab_row<8, 2, float>(264);
-  test_slab_row<4, 1, float>(100);
-  test_slab_row<4, 4, float>(132);
-  test_slab_row<1, 3, float>(37);
-  test_slab_row<1, 16, double>(33);
+  test_channel_tile_sum<8, 1, float>(2048);
+  test_channel_tile_sum<8, 2, float>(264);
+  test_channel_tile_sum<4, 1, float>(100);
+  test_channel_tile_sum<4, 4, float>(132);
+  test_channel_tile_sum<1, 3, float>(37);
+  test_channel_tile_sum<1, 16, double>(33);
   return check::finish();
 }

@@ -1,4 +1,4 @@
-// The engine's streams against naive.h: read, kept, forked, a whole layer.
+// Compares the engine's streams with naive.h: peek, commit, fork, a whole layer.
 
 #include "engine_cases.h"
 #include "grid.h"
@@ -6,7 +6,7 @@
 using check::expect;
 using check::section;
 
-// Three frames of a layer that is not alone: read twice, then kept.
+// Three frames of one layer among several: peeked twice, then committed.
 void test_frames(const Case& c) {
   Case other = {Form::power, 2, Dtype::f64, Context::whole, false, false, c.shape};
   OpenStream s({layer_of(other), layer_of(c)}, c.shape.batch, 2);
@@ -99,7 +99,7 @@ pom_status counted_linear(void* context, const pom_linear* map) {
   return context ? *static_cast<pom_status*>(context) : pom_cpu_linear(nullptr, map);
 }
 
-// A layer in double: the projections do not hide what is between them.
+// A layer in double, between two projections.
 void test_step(Form form, int64_t heads) {
   const Case c = {form, 2, Dtype::f64, Context::whole, false, false, {2, 5, 12}, heads};
   constexpr int64_t kDim = 7;
@@ -127,7 +127,7 @@ void test_step(Form form, int64_t heads) {
   const Workspace workspace(bytes);
   for (const bool commit : {false, false, true, true, false}) {
     const std::string before = s.bits();
-    y.forget();
+    y.clear();
     expect(s.stream.step(0, step, commit, workspace.data(), bytes) == Status::ok, "step");
     const naive::State read = added(state, p);
     expect_close("step y", y, multiplied(naive::readout(p, read), out_weight, out_bias, width), kDim, 1, 1e-13);

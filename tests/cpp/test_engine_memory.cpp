@@ -11,7 +11,7 @@ namespace {
 std::atomic<int64_t> allocations{0};
 }
 
-// In place of the C library's: everything that is allocated in this program comes by here.
+// Replace the C library's functions, to count every allocation of this program.
 extern "C" {
 void* __libc_malloc(size_t);
 void* __libc_calloc(size_t, size_t);
@@ -29,7 +29,7 @@ int posix_memalign(void** p, size_t alignment, size_t bytes) {
 
 namespace {
 
-// Memory that is no file's. Exact, which the counters of /proc/self/statm are not.
+// Memory not backed by a file. Exact, unlike the counters of /proc/self/statm.
 int64_t anonymous_bytes() {
   FILE* const file = std::fopen("/proc/self/smaps_rollup", "r");
   char line[256];
@@ -60,7 +60,7 @@ void test_stream(pom_layer layer, int64_t layer_count, int64_t tokens) {
 
   int64_t allocated = 0, grown = 0, failures = 0;
   for (int64_t frame = 0; frame < kFrames; ++frame) {
-    if (frame == 2) grown = anonymous_bytes(), allocated = allocations;  // saved once
+    if (frame == 2) grown = anonymous_bytes(), allocated = allocations;  // saved once before
     for (const bool commit : {false, true})
       for (int64_t l = 0; l < layer_count; ++l)
         failures += stream.step(l, step, commit, workspace.data(), workspace.size()) != pom::Status::ok;

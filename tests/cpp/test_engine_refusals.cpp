@@ -1,4 +1,4 @@
-// What the engine refuses: calls, and files. Nothing is written then, and the stream stands where it stood.
+// Calls and files that the engine refuses: nothing is written, and the stream stays as it was.
 
 #include "engine_cases.h"
 
@@ -18,10 +18,10 @@ void refuse(const char* fault, Status wanted, Change change) {
   size_t bytes = s.stream.workspace(1, frame.view);
   const Workspace workspace(bytes);
   void* memory = workspace.data();
-  frame.y.forget();
+  frame.y.clear();
   const pom_place kept = s.stream.place();
   change(s, frame.view, layer, evaluation, memory, bytes);
-  s.stream.workspace(layer, frame.view);  // asked before the call that would tell of the fault
+  s.stream.workspace(layer, frame.view);  // must not fail before the faulty call
   for (const bool commit : {false, true}) {
     const Status status = commit ? s.stream.commit(layer, frame.view, memory, bytes, evaluation)
                                  : s.stream.peek(layer, frame.view, memory, bytes, evaluation);
@@ -114,7 +114,7 @@ void test_open() {
   expect(pom_stream_open(&stream, &shape, nullptr, memory.data(), bytes) == POM_NULL_POINTER, "no place");
 }
 
-// Functions of a stream that was never opened, or is none.
+// Functions on a stream that was never opened, or on other memory.
 void test_nothing() {
   pom_stream closed = {}, *nobody = nullptr;
   Frame frame(kCase);
@@ -148,7 +148,7 @@ void test_steps() {
   const auto refused = [&](const char* fault, Status wanted, size_t given, auto change) {
     pom_step step = good;
     change(step);
-    y.forget();
+    y.clear();
     const Status status = s.stream.step(0, step, true, workspace.data(), given);
     expect(status == wanted, "%s: '%s', not '%s'", fault, message(status), message(wanted));
     expect(y.untouched() && s.bits() == before, "%s: something was written", fault);
@@ -187,7 +187,8 @@ void test_files() {
   for (size_t i = 0; i < file.size(); ++i) {
     std::string flipped = file;
     flipped[i] ^= char(1 << i % 8);
-    refused("a flipped bit", i > 8 && i < 12 ? Status::later_version : Status::bad_file, flipped, s);  // or the version
+    // Or a later version.
+    refused("a flipped bit", i > 8 && i < 12 ? Status::later_version : Status::bad_file, flipped, s);
     if (i % 7 == 0) refused("truncated", Status::bad_file, file.substr(0, i), s);
   }
   refused("too long", Status::bad_file, file + "x", s);

@@ -1,5 +1,5 @@
-// The readout with one gate per head through the projection behind it, against plain loops over doubles:
-// cuda::folded_readout, which runs on GPUs with tensor cores for 16-bit types.
+// Compares cuda::folded_readout with plain loops over doubles: readout with one gate per head, fused with its
+// projections, on GPUs with tensor cores for 16-bit types.
 
 #include <limits>
 
@@ -14,14 +14,15 @@ struct FoldedCase {
   Dtype dtype;
   int64_t batch, queries, dim, heads, width, out_dim;  // width: channels of a head
   std::vector<int64_t> offsets = {};
-  int64_t groups = 1;  // without offsets
+  int64_t groups = 1;  // if there are no offsets
   bool biases = false;
   Layout layout = Layout::dense;
 
   int64_t channels() const { return heads * width; }
   std::string name() const {
     std::string name = "folded_readout";
-    for (int64_t n : {int64_t(form), int64_t(dtype), batch, queries, dim, heads, width, out_dim, groups, int64_t(biases)})
+    for (int64_t n :
+         {int64_t(form), int64_t(dtype), batch, queries, dim, heads, width, out_dim, groups, int64_t(biases)})
       name += " " + std::to_string(n);
     return name + ": ";
   }
@@ -31,7 +32,7 @@ struct FoldedInputs {
   int64_t groups;
   Rows x;
   Buffer gate_weight, gate_bias, out_weight, out_bias, total, residual, count;
-  Array wanted, allowed;  // y, and how far from it rounding may lead
+  Array wanted, allowed;  // y, and its allowed rounding error
   FoldedReadoutArgs args;
 
   explicit FoldedInputs(const FoldedCase& c)
@@ -43,7 +44,7 @@ struct FoldedInputs {
           counts = draw(rows, 5, 9);
     for (double& w : of_gates) w *= 3 / std::sqrt(double(c.dim));
     if (c.biases) gate_biases = draw(c.heads, -1, 1), out_biases = draw(c.out_dim, -1, 1);
-    if (rows > 1) {  // of the last group nothing counts, whatever its sums are
+    if (rows > 1) {  // the last group has count 0, whatever its sums are
       counts.back() = 0;
       for (int64_t i = 0; i < c.channels(); ++i)
         totals[(rows - 1) * c.channels() + i] =
@@ -68,7 +69,7 @@ struct FoldedInputs {
         for (int64_t i = 0; i < c.dim; ++i) gate += numbers[row * c.dim + i] * of_gates[h * c.dim + i];
         value[h] = naive::gate_value(gates, gate);
       }
-      // Half a unit in the last place of every gate, of what it is multiplied with, and of the result.
+      // Half a unit in the last place of every gate, of its factor, and of the result.
       const double half = c.dtype == Dtype::bf16 ? 0x1p-8 : 0x1p-11;
       for (int64_t out = 0; out < c.out_dim; ++out) {
         double y = out_biases[out], size = 0;
@@ -112,12 +113,12 @@ void test_sizes() {
       test({form, dtype, 1, 70, 40, 40, 16, 24, {}, 1, true});
       test({form, dtype, 1, 20, 32, 64, 8, 264, {}, 1, false});
     }
-  // More than the warps of a block have in flight at once.
+  // More than the warps of a block have in flight.
   test({Form::power, Dtype::bf16, 1, 18, 1096, 16, 8, 136, {}, 1, true});
   test({Form::power, Dtype::bf16, 1, 3, 40, 16, 136, 24, {}, 1, true});
 }
 
-// A query's bits depend on nothing but the query: not on the samples and the queries beside it.
+// A query's bits depend only on the query, not on samples and queries beside it.
 void test_bits() {
   const FoldedCase c = {Form::power, Dtype::bf16, 3, 50, 200, 20, 8, 136, {}, 1, true};
   FoldedInputs in(c);
@@ -140,7 +141,7 @@ void test_groups() {
   }
 }
 
-// What is wrong with the device is said by the call, and nothing else is tried in its place.
+// The call reports what is wrong with the device, and nothing else is tried.
 void test_an_old_driver() {
   const FoldedCase c = {Form::power, Dtype::bf16, 2, 37, 64, 8, 16, 40, {}, 1, true};
   FoldedInputs in(c);

@@ -1,4 +1,4 @@
-// What the stand-in for CUDA has of a GPU of compute capability 9.0: barriers in memory, parts of a block that meet, tiles.
+// Tests the stand-in for compute capability 9.0: barriers in memory, barriers of parts of a block, tiles.
 
 #include <algorithm>
 #include <numeric>
@@ -13,7 +13,7 @@ using check::expect;
 using check::section;
 using cuda_on_cpu::launch;
 
-// A barrier in the block's shared memory, for `count` arrivals of a phase.
+// A barrier in the block's shared memory, for `count` arrivals per phase.
 pom::cuda::Barrier& make_barrier(int count) {
   POM_SHARED(memory);
   auto& barrier = *reinterpret_cast<pom::cuda::Barrier*>(memory);
@@ -22,7 +22,7 @@ pom::cuda::Barrier& make_barrier(int count) {
   return barrier;
 }
 
-// Threads that wait for others a part of the block at a time: nobody is a phase, or a meeting, ahead.
+// Threads that wait for parts of the block: no thread is a phase, or a barrier, ahead.
 void test_barriers() {
   std::vector<int> phases(64), meetings(64);
   int ahead = 0;
@@ -35,16 +35,16 @@ void test_barriers() {
       ahead += *std::min_element(phases.begin(), phases.end()) < phase;
     }
     const int first = int(threadIdx.x) / 32 * 32;
-    for (int meeting = 0; meeting < 5; ++meeting) {
-      meetings[threadIdx.x] = meeting;
+    for (int barrier = 0; barrier < 5; ++barrier) {
+      meetings[threadIdx.x] = barrier;
       pom::cuda::sync_threads(1 + first / 32, 32);
-      ahead += *std::min_element(&meetings[first], &meetings[first] + 32) < meeting;
+      ahead += *std::min_element(&meetings[first], &meetings[first] + 32) < barrier;
     }
   });
   expect(ahead == 0, "%d threads went on alone", ahead);
 }
 
-// How a tensor (2, 70, 40) is described to copies of tiles of 64 rows; rows are so many bytes apart.
+// The map of a tensor (2, 70, 40) for tiles of 64 rows; `row_bytes`: bytes between rows.
 CUresult describe(const std::vector<uint16_t>& numbers, uint64_t row_bytes, CUtensorMap& map) {
   const cuuint64_t sizes[] = {40, 70, 2}, bytes[] = {row_bytes, 70 * row_bytes};
   const cuuint32_t box[] = {64, 64, 1}, every[] = {1, 1, 1};
@@ -53,7 +53,7 @@ CUresult describe(const std::vector<uint16_t>& numbers, uint64_t row_bytes, CUte
                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
-// A tile comes when it is waited for, zeros where the tensor ends, and a product finds in it what lies there.
+// A tile arrives when it is waited for, with zeros beyond the tensor, and a product reads the right elements.
 void test_tiles() {
   using namespace pom::cuda;
   std::vector<uint16_t> numbers(2 * 70 * 48);
@@ -86,7 +86,7 @@ void test_tiles() {
   expect(describe(numbers, 82, map) == CUDA_ERROR_INVALID_VALUE, "rows at odd places are not refused");
 }
 
-// Blocks that see each other's shared memory: who is which, and whom a barrier lets through.
+// Blocks that access each other's shared memory: ranks, and barriers of the cluster.
 void test_clusters() {
   constexpr unsigned kBlocks = 6;
   std::vector<int> ranks(kBlocks, -1), sums(kBlocks);
@@ -94,24 +94,24 @@ void test_clusters() {
   std::vector<int> phases(kBlocks * 32);
   launch(kBlocks, 32, 16, [&] {
     auto& barrier = make_barrier(2 * 32);
-    pom::cuda::meet_cluster();
+    pom::cuda::sync_cluster();
     ranks[blockIdx.x] = int(pom::cuda::cluster_rank());
     const unsigned other = blockIdx.x ^ 1;
-    for (int phase = 0; phase < 5; ++phase) {  // a phase ends when the threads of both blocks have come
+    for (int phase = 0; phase < 5; ++phase) {  // a phase ends when the threads of both blocks have arrived
       phases[blockIdx.x * 32 + threadIdx.x] = phase;
       barrier.arrive_in(0);
       barrier.arrive_in(1);
       barrier.wait(phase % 2);
       ahead += *std::min_element(&phases[other * 32], &phases[other * 32] + 32) < phase;
     }
-    pom::cuda::meet_cluster();
+    pom::cuda::sync_cluster();
   }, nullptr, 2);
   for (unsigned b = 0; b < kBlocks; ++b) expect(ranks[b] == int(b % 2), "block %u is number %d", b, ranks[b]);
   expect(ahead == 0, "%d threads went on without the other block", ahead);
 }
 
-// What the kernels do with tiles that two blocks share: either copies half of each tile to both, into a ring of two
-// stages, and a tile is copied when both are done with the one before it. One mistake at a time can be made.
+// As in the kernels, two blocks share tiles: each copies half of each tile to both, into a ring of two stages, once
+// both have released the previous tile. One mistake at a time can be made.
 enum class Mistake { none, early_start, own_readers_only, early_reading, early_end, half_the_bytes };
 
 struct SharedRing {
@@ -135,7 +135,7 @@ struct SharedRing {
       constexpr int kHalf = 64 * 128;
       if (threadIdx.x == 0)
         for (int i = 0; i < 2; ++i) full[i].init(1), empty[i].init(mistake == Mistake::own_readers_only ? 1 : 2);
-      if (mistake != Mistake::early_start) meet_cluster();
+      if (mistake != Mistake::early_start) sync_cluster();
       const int rank = int(cluster_rank());
       if (threadIdx.x < 32) {
         if (threadIdx.x == 0)
@@ -143,7 +143,7 @@ struct SharedRing {
             const int stage = tile % 2;
             empty[stage].wait(tile / 2 % 2 ^ 1);
             full[stage].arrive_expecting(mistake == Mistake::half_the_bytes ? kHalf : 2 * kHalf);
-            load_tile_in_all<2>(map, tiles + (2 * stage + rank) * kHalf, 0, tile, rank, full[stage]);
+            load_tile_multicast<2>(map, tiles + (2 * stage + rank) * kHalf, 0, tile, rank, full[stage]);
           }
       } else {
         for (int tile = 0; tile < kTiles; ++tile) {
@@ -152,7 +152,8 @@ struct SharedRing {
           for (int i = 0; i < 2 * 64 * 32; ++i) {
             const int half = i / (64 * 32), row = i / 32 % 64, element = i % 32;
             uint16_t got;
-            std::memcpy(&got, swapped(shared_address(tiles + (2 * stage + half) * kHalf) + row * 128 + element * 2), 2);
+            std::memcpy(&got, swizzled(shared_address(tiles + (2 * stage + half) * kHalf) + row * 128 + element * 2),
+                        2);
             wrong[blockIdx.x * 64 + threadIdx.x] +=
                 tile + row < 70 && got != numbers[(half * 70 + tile + row) * 48 + element];
           }
@@ -161,7 +162,7 @@ struct SharedRing {
           if (threadIdx.x == 33 && mistake != Mistake::own_readers_only) empty[stage].arrive_in(rank ^ 1);
         }
       }
-      if (mistake != Mistake::early_end) meet_cluster();
+      if (mistake != Mistake::early_end) sync_cluster();
     }, nullptr, 2);
     return std::accumulate(wrong.begin(), wrong.end(), 0);
   }
@@ -172,7 +173,7 @@ void test_shared_tiles() {
   expect(ring.wrong(Mistake::none, 4) == 0, "a shared tile is another one");
 }
 
-// Every mistake shows in some order of threads, in results or as what a GPU does not survive.
+// Every mistake shows in some order of threads, in results or as an error that a GPU would not survive.
 void test_mistakes_with_shared_tiles() {
   const SharedRing ring;
   for (Mistake mistake : {Mistake::early_start, Mistake::own_readers_only, Mistake::early_reading, Mistake::early_end,
@@ -188,7 +189,7 @@ void test_mistakes_with_shared_tiles() {
   expect_fault("reaches into a block that has ended", [] {
     launch(2, 32, 16, [] {
       auto& barrier = make_barrier(32);
-      pom::cuda::meet_cluster();
+      pom::cuda::sync_cluster();
       if (pom::cuda::cluster_rank() == 1) return;
       barrier.arrive();
       barrier.wait(0);
@@ -203,9 +204,12 @@ void test_mistakes_with_shared_tiles() {
     });
   });
   expect_fault("waits at the cluster's barrier (test_hopper_on_cpu.cpp", [] {
-    launch(2, 32, 0, [] {
-      if (blockIdx.x == 0) pom::cuda::meet_cluster();
-    }, nullptr, 2);
+    launch(
+        2, 32, 0,
+        [] {
+          if (blockIdx.x == 0) pom::cuda::sync_cluster();
+        },
+        nullptr, 2);
   });
   expect_fault("uses a barrier that is not initialised", [] {
     launch(1, 32, 16, [] {

@@ -1,4 +1,4 @@
-// Sums over the steps before each, by blocks that wait for others.
+// Tests the sums before each step, computed by blocks that wait for each other.
 
 #include "cuda_on_cpu.h"
 
@@ -18,31 +18,31 @@ constexpr int kColumns = 64;
 
 struct Shape {
   int64_t batch, steps;
-  int slabs;
+  int channel_tiles;
 };
 
 float number(int64_t at) { return 1.0f / float(3 + at % 1009); }
 
-// (batch, steps, channels) sums before each step, of `number`. The last slab has half the columns.
+// (batch, steps, channels) sums of `number` before each step. The last channel tile has half the columns.
 template <class Acc>
 std::vector<double> found(const Shape& shape) {
-  const int64_t channels = shape.slabs * kColumns - kColumns / 2;
+  const int64_t channels = shape.channel_tiles * kColumns - kColumns / 2;
   Arena counted;
-  Lookback<Acc>(shape.batch, shape.steps, shape.slabs, channels, counted);
+  Lookback<Acc>(shape.batch, shape.steps, shape.channel_tiles, channels, counted);
   std::vector<char> memory(counted.used(), char(0xff));
   Arena arena(Arena::align(memory.data()));
-  const Lookback<Acc> sums(shape.batch, shape.steps, shape.slabs, channels, arena);
+  const Lookback<Acc> sums(shape.batch, shape.steps, shape.channel_tiles, channels, arena);
   std::vector<double> before(shape.batch * shape.steps * channels, -1);
-  for (int round = 0; round < 2; ++round) {  // in memory that has been used
+  for (int round = 0; round < 2; ++round) {  // also in memory that has been used
     expect(sums.start(nullptr) == pom::Status::ok, "not started");
     cuda_on_cpu::launch(unsigned(sums.blocks), kColumns, 16, [&] {
-      const Turn turn = take_turn(sums);
-      // Some are late, when their neighbours run on other processors.
-      if (sums.blocks < 1000 && turn.step % 3 == 0 && threadIdx.x == 0)
+      const ScanStep step = claim_step(sums);
+      // some are late, while their neighbours run on other processors
+      if (sums.blocks < 1000 && step.index % 3 == 0 && threadIdx.x == 0)
         std::this_thread::sleep_for(std::chrono::microseconds(20));
-      const int64_t own = int64_t(turn.slab) * kColumns + threadIdx.x, column = own < channels ? own : -1;
-      const int64_t at = (int64_t(turn.b) * sums.steps + turn.step) * channels + column;
-      if (column >= 0) before[at] = sum_before(sums, turn, column, double(number(at)));
+      const int64_t own = int64_t(step.channel_tile) * kColumns + threadIdx.x, column = own < channels ? own : -1;
+      const int64_t at = (int64_t(step.b) * sums.steps + step.index) * channels + column;
+      if (column >= 0) before[at] = sum_before(sums, step, column, double(number(at)));
     });
   }
   return before;
@@ -50,7 +50,7 @@ std::vector<double> found(const Shape& shape) {
 
 template <class Acc>
 void test(const Shape& shape) {
-  const int64_t channels = shape.slabs * kColumns - kColumns / 2;
+  const int64_t channels = shape.channel_tiles * kColumns - kColumns / 2;
   std::vector<double> first;
   for (uint64_t seed : {0, 1, 2, 3}) {
     cuda_on_cpu::set_seed(seed);
@@ -70,7 +70,7 @@ void test(const Shape& shape) {
     }
 }
 
-// Numbers that are not finite reach all steps behind them, even those that stand for none.
+// Numbers that are not finite reach all later steps, even the bit patterns that mean "unwritten".
 template <class Acc>
 void test_special_numbers() {
   const uint64_t ones = ~uint64_t(0);
@@ -78,7 +78,8 @@ void test_special_numbers() {
   double wide_blank;
   std::memcpy(&blank, &ones, sizeof blank);
   std::memcpy(&wide_blank, &ones, sizeof wide_blank);
-  expect(is_blank(blank) && !is_blank(Acc(NAN)) && !is_blank(Acc(-NAN)) && !is_blank(Acc(0)), "what is blank");
+  expect(is_unwritten(blank) && !is_unwritten(Acc(NAN)) && !is_unwritten(Acc(-NAN)) && !is_unwritten(Acc(0)),
+         "what is blank");
   for (const double special : {double(blank), wide_blank, double(NAN), double(INFINITY), -double(INFINITY)}) {
     constexpr int64_t kSteps = 40;
     Arena counted;
@@ -89,10 +90,9 @@ void test_special_numbers() {
     std::vector<double> before(kSteps * kColumns);
     expect(sums.start(nullptr) == pom::Status::ok, "not started");
     cuda_on_cpu::launch(unsigned(sums.blocks), kColumns, 16, [&] {
-      const Turn turn = take_turn(sums);
-      const bool is_special = turn.step == threadIdx.x % kSteps;
-      before[turn.step * kColumns + threadIdx.x] =
-          sum_before(sums, turn, threadIdx.x, is_special ? special : 1.0);
+      const ScanStep step = claim_step(sums);
+      const bool is_special = step.index == threadIdx.x % kSteps;
+      before[step.index * kColumns + threadIdx.x] = sum_before(sums, step, threadIdx.x, is_special ? special : 1.0);
     });
     for (int64_t step = 0; step < kSteps; ++step)
       for (int column = 0; column < kColumns; ++column) {

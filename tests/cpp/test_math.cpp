@@ -1,4 +1,4 @@
-// The slopes of pom/math.h in float and double, against differences of the values in double.
+// Compares the derivatives in pom/math.h, in float and double, with differences of the values in double.
 
 #include <algorithm>
 #include <limits>
@@ -13,7 +13,7 @@ using check::section;
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-// A sum of what comes out, and central differences of it, in double.
+// A weighted sum of the outputs, and its central differences in double.
 template <class Form, int factors, int coeffs>
 struct Weighed {
   Form form;
@@ -37,7 +37,7 @@ double difference(double& x, F f) {
   return (high - low) / (2 * step);
 }
 
-// The largest error of slopes against the largest slope.
+// The largest error of derivatives, and the largest derivative.
 struct Largest {
   double error = 0, slope = 0;
   void add(double got, double wanted) {
@@ -76,7 +76,7 @@ void check_form_slopes(const char* name, double low, double high, double toleran
     Weighed<Form, factors, degree> weighed{form, {}};
     double u[factors], c[degree];
     T u_t[factors], c_t[degree], dphi_t[factors], du[factors], dc[degree];
-    // Numbers that a float holds, so that T has the same.
+    // Numbers that a float can hold, so that T has the same.
     for (int i = 0; i < factors; ++i) u[i] = u_t[i] = T(float(off_kinks(low, high)));
     for (int i = 0; i < factors; ++i) weighed.dphi[i] = dphi_t[i] = T(float(uniform(-1, 1)));
     for (int i = 0; i < degree; ++i) c[i] = c_t[i] = T(float(uniform(-1, 1)));

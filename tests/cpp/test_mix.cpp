@@ -1,4 +1,4 @@
-// The whole-context mix, and the update of a running state, against naive.h.
+// Compares the whole-context mix, and the update of a running state, with naive.h.
 
 #include "expectations.h"
 #include "grid.h"
@@ -20,8 +20,7 @@ void test_mix(const Case& c) {
   expect_state(c, c.name("mix"), out, state);
 }
 
-// Frames one after the other, each of which finds the tickets as the one before has left them. From an empty state, or
-// one that there was before.
+// Consecutive frames, each with the tickets that the previous one left, from an empty state or a prior one.
 void test_update(const Case& c) {
   const Inputs frames[] = {Inputs(c), Inputs(c), Inputs(c)};
   const Dtype acc = frames[0].acc;
@@ -59,7 +58,7 @@ void test_update(const Case& c) {
   }
 }
 
-// Queries that are as many as the context's tokens, or not.
+// With as many queries as context tokens, or another number.
 template <class Test>
 void test_queries(Test test) {
   test_grid(
@@ -71,7 +70,7 @@ void test_queries(Test test) {
       {Context::whole});
 }
 
-// Contexts and queries that one block does not take alone, and rotary positions of features and of gates that differ.
+// Contexts and queries too long for one block, and features and gates with different rotary positions.
 template <class Test>
 void test_large(Test test) {
   for (const auto& [tokens, queries] : {std::pair<int64_t, int64_t>{1025, 3}, {3, 1025}, {1500, 1100}}) {
@@ -88,7 +87,7 @@ void test_large(Test test) {
   test({Form::product, 3, Dtype::f16, Context::whole, false, true, {1, 1024, 8}});
 }
 
-// What a float total cannot hold is neither lost in a frame nor over many.
+// What a float total cannot hold is not lost, in one frame or over many.
 void test_residual() {
   constexpr int64_t kTokens = 4, kWidth = 8;
   constexpr int kFrames = 100;

@@ -1,5 +1,5 @@
-// Offsets in a GPU's memory are seen by no check. Whatever they are, the CUDA kernels end, keep to their arrays and
-// spoil no later call; and where they only leave out tokens at either end, what they do name is right.
+// No check sees offsets in a GPU's memory. Whatever they are, the CUDA kernels end, stay within their arrays and spoil
+// no later call; and if they only leave out tokens at either end, the results for the others are right.
 
 #include <unistd.h>
 
@@ -52,7 +52,7 @@ struct Calls {
     return g;
   }
 
-  // All outputs of the four operations, one behind the other.
+  // All outputs of the four operations, one after the other.
   std::vector<float> run(const std::vector<int64_t>& given, bool cumulative) const {
     const int64_t groups = int64_t(given.size()) - 1, states = kBatch * groups * kWidth;
     Numbers<int64_t> offsets(groups + 1);
@@ -98,17 +98,17 @@ void test_unsound(const Calls& calls) {
     }
 }
 
-// Groups that leave out tokens at either end: as if each were the only one of a tensor cut to it.
+// Groups that leave out tokens at either end give the results of a tensor cut to the others.
 void test_left_out(const Calls& calls) {
   const std::vector<float> whole = calls.run({0, 100, 300, kTokens}, false);
   for (const std::vector<int64_t>& offsets : std::vector<std::vector<int64_t>>{{0, 100, 300}, {100, 300, kTokens}}) {
     const std::vector<float> part = calls.run(offsets, false);
-    const int64_t first = offsets[0] ? 1 : 0;  // of the whole's groups
+    const int64_t first = offsets[0] ? 1 : 0;  // of the groups of the whole
     for (int64_t b = 0; b < kBatch; ++b)
       for (int64_t i = 0; i < 2 * kWidth; ++i)
         expect(part[b * 2 * kWidth + i] == whole[(b * 3 + first) * kWidth + i], "group %d, channel %d", int(i / kWidth),
                int(i % kWidth));
-    // Coefficients: the gradient of the tokens of both groups, each once.
+    // Coefficients: the gradient of the tokens of both groups, each counted once.
     const float *const found = part.data() + kBatch * 2 * kWidth + kAll, *const u = calls.u.data();
     for (int64_t c = 0; c < kWidth; ++c) {
       double expected = 0;
@@ -126,7 +126,7 @@ void test_left_out(const Calls& calls) {
 }  // namespace
 
 int main() {
-  alarm(300);  // a kernel that does not end
+  alarm(300);  // for a kernel that does not end
   const Calls calls;
   for (uint64_t seed : {0, 1}) {
     cuda_on_cpu::set_seed(seed);

@@ -1,5 +1,4 @@
-// The state of tokens that are projected on the way, against naive.h: cuda::project_state, which runs on GPUs of compute
-// capability 9.0.
+// Compares cuda::project_state, the state fused with its projection on GPUs of compute capability 9.0, with naive.h.
 
 #include <algorithm>
 #include <limits>
@@ -21,7 +20,7 @@ struct ProjectCase {
   }
 };
 
-// A case's groups, weights and coefficients, with projections of tokens in place of its own.
+// A case's groups, weights and coefficients, with tokens that are projected.
 struct Tokens {
   Inputs in;
   Rows x;
@@ -60,8 +59,8 @@ void test(const ProjectCase& p) {
   expect_state(p.c, p.name(), out, p.c.prior ? added(prior.values, tokens.in.p) : naive::state(tokens.in.p));
 }
 
-// Inputs that fill a step or not, more of them than stages; pieces cut by groups; channels that fill a block or not;
-// more blocks than multiprocessors.
+// Inputs that fill a step or not, with more steps than stages; pieces cut by groups; channels that fill a block or not;
+// more blocks than SMs.
 void test_sizes() {
   constexpr struct {
     Shape shape;
@@ -82,10 +81,11 @@ void test_sizes() {
 void test_instances() {
   for (Dtype dtype : {Dtype::bf16, Dtype::f16})
     for (int degree : {2, 3, 4})
-      for (bool bias : {false, true}) test({{Form::power, degree, dtype, Context::whole, bias, false, {2, 100, 48}}, 96, bias});
+      for (bool bias : {false, true})
+        test({{Form::power, degree, dtype, Context::whole, bias, false, {2, 100, 48}}, 96, bias});
 }
 
-// A token reaches its own group alone, whatever it is.
+// A token reaches its own group alone, whatever its value.
 void test_no_numbers() {
   ProjectCase p = {{Form::power, 3, Dtype::bf16, Context::offsets, false, false, {1, 200, 16}}, 64, true};
   Tokens tokens(p);
@@ -100,7 +100,7 @@ void test_no_numbers() {
   }
 }
 
-// What is wrong with the device is said by the call, and nothing else is tried in its place.
+// The call reports what is wrong with the device, and nothing else is tried.
 void test_an_old_driver() {
   const ProjectCase p = {{Form::power, 3, Dtype::bf16, Context::whole, false, false, {1, 70, 16}}, 64, true};
   const Tokens tokens(p);
@@ -120,7 +120,7 @@ void test_an_old_driver() {
   expect(!without_code, "a GPU that there is no code for is taken");
 }
 
-// What the kernel is not made for is said, and leaves the output alone.
+// Calls that the kernel does not support are refused, and leave the output alone.
 void test_refusals() {
   const ProjectCase p = {{Form::power, 3, Dtype::bf16, Context::whole, false, false, {1, 70, 16}}, 64, true};
   const Tokens tokens(p);
@@ -160,8 +160,7 @@ void test_refusals() {
   expect(got == Status::workspace_too_small && out.total.untouched(), "too small a workspace: %s", message(got));
 }
 
-// What the driver says of a tensor that it does not describe, and what is said of a driver that describes none. Either
-// is over with its cause: nothing of it is kept.
+// Errors for a tensor that the driver refuses, and for a driver without tensor maps. Neither outlasts its cause.
 void test_words_of_the_driver() {
   const ProjectCase p = {{Form::power, 3, Dtype::bf16, Context::whole, false, false, {1, 70, 16}}, 64, true};
   const Tokens tokens(p);
@@ -189,7 +188,7 @@ void test_words_of_the_driver() {
   expect(got == Status::ok && !out.total.untouched(), "after refusals: %s", message(got));
 }
 
-// A device is asked about a kernel, and told of its memory, once: by the first of several threads, and on every device.
+// Each device is asked about a kernel, and its memory limit set, once: by the first of several threads.
 void test_questions() {
   const ProjectCase p = {{Form::power, 3, Dtype::bf16, Context::whole, false, false, {1, 70, 16}}, 64, true};
   const Tokens tokens(p);
@@ -223,7 +222,7 @@ void test_questions() {
 }
 
 int main() {
-  section("words of the driver");  // first: before a function of the driver is found
+  section("words of the driver");  // must come first: before a function of the driver is found
   test_words_of_the_driver();
   section("sizes");
   test_sizes();

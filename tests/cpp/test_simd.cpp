@@ -1,4 +1,4 @@
-// The vectors of cpu/simd.h, at the instruction set this file is compiled for.
+// Tests the vectors of cpu/simd.h, with the instruction set this file is compiled for.
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -19,7 +19,7 @@ using check::section;
 
 constexpr float kInf = std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
 
-// All exponents, the interesting range densely, and the special values; in whole vectors.
+// All exponents, the interesting range densely, and special values; in whole vectors.
 const std::vector<float>& sweep() {
   static const std::vector<float> values = [] {
     std::vector<float> x = {0.f,
@@ -50,7 +50,7 @@ const std::vector<float>& sweep() {
   return values;
 }
 
-// body(x, f(x)) for every number of the sweep
+// Calls body(x, f(x)) for every number of the sweep.
 template <class V, class Body>
 void each_of(V (*f)(V), Body body) {
   for (size_t first = 0; first < sweep().size(); first += V::lanes) {
@@ -64,7 +64,7 @@ double ulp(double x) { return std::ldexp(1.0, std::max(-149, std::ilogb(x) - 23)
 
 double exact_erf(double x) { return std::erf(x / std::sqrt(2.0)); }
 
-// `allowed` is the error a result of this size may have.
+// `allowed`: the error that a result of this size may have.
 template <class V>
 void check_erf(double (*allowed)(double)) {
   V (*f)(V) = [](V x) { return erf_over_root2(x); };
@@ -125,7 +125,7 @@ void check_bounds() {
     }
 }
 
-// What the bits of a 16-bit type mean, by the definition.
+// The value of a 16-bit type's bits, by definition.
 double decode(uint16_t bits, int exponent_bits) {
   const int fraction_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
   const int exponent = (bits & 0x7fff) >> fraction_bits, fraction = bits & ((1 << fraction_bits) - 1);
@@ -150,7 +150,7 @@ struct Format<f16> {
   static f16 rounded(float x) { return to_f16(x); }
 };
 
-// All magnitudes of a type in order; in the place of infinity the number that would come next.
+// All magnitudes of a type in order, with the number that would follow in place of infinity.
 template <class T>
 std::vector<double> magnitudes() {
   std::vector<double> all;
@@ -160,7 +160,7 @@ std::vector<double> magnitudes() {
   return all;
 }
 
-// The bits of the nearer neighbour of x, of the even one in the middle.
+// The bits of the nearest neighbour of x; of the even one if x is in the middle.
 uint16_t nearest(const std::vector<double>& all, float x) {
   const double magnitude = std::min(std::abs(double(x)), all.back());
   const size_t above = std::lower_bound(all.begin(), all.end(), magnitude) - all.begin();
@@ -226,7 +226,7 @@ void check_16_bit_type() {
   }
 }
 
-// Memory that ends where a page begins that nobody may touch.
+// Memory that ends at an inaccessible page.
 class Guarded {
  public:
   Guarded() : page_(sysconf(_SC_PAGESIZE)) {
@@ -234,7 +234,7 @@ class Guarded {
     mprotect(memory_ + page_, page_, PROT_NONE);
   }
   ~Guarded() { munmap(memory_, 2 * page_); }
-  // The last n elements in front of the guard.
+  // The last n elements before the page.
   template <class T>
   T* last(int64_t n) const {
     return reinterpret_cast<T*>(memory_ + page_) - n;
@@ -256,7 +256,7 @@ double value(double x) { return x; }
 double value(bf16 x) { return to_float(x); }
 double value(f16 x) { return to_float(x); }
 
-// The first n lanes, at the end of readable memory and in the middle of other numbers.
+// The first n lanes, at the end of readable memory and among other numbers.
 template <class T>
 void check_first_lanes() {
   using V = typename vector_of<T>::type;
@@ -284,7 +284,7 @@ void check_first_lanes() {
 template <class V>
 void check_accumulate() {
   const Guarded memory;
-  const double start = 1e9 + 1.0 / 1024;  // float has no room for it
+  const double start = 1e9 + 1.0 / 1024;  // float cannot hold it
   V x(0.0);
   for (int i = 0; i < V::lanes; ++i) x.v[i] = 0.5f * (i + 1);
   auto check_sums = [&](const double* p, int64_t n, int64_t size) {
@@ -308,7 +308,7 @@ void check_accumulate() {
   check_sums(end, V::lanes, V::lanes);
 }
 
-// Vectors of even and odd channels: every channel where it belongs, nothing beyond them touched.
+// Vectors of even and odd channels: every channel is where it belongs, and nothing beyond them is touched.
 void check_even_odd() {
   constexpr int64_t size = 2 * Floats::lanes;
   const Guarded memory;
@@ -333,7 +333,7 @@ void check_even_odd() {
     expect(sums[i] == 1e9 + 0.5 * double(i + 1), "element %d accumulated is %.17g", int(i), sums[i]);
 }
 
-// How often every channel was visited.
+// How often each channel was visited.
 struct Visits {
   std::vector<int> times;
   void operator()(int64_t channel, EvenOddLanes) { (*this)(channel, int64_t(2 * Floats::lanes)); }

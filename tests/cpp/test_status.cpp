@@ -1,4 +1,4 @@
-// Every way in which the torch-free library refuses a call: the status, and that no output is touched.
+// Every way in which the torch-free library refuses a call: the status is right, and no output is touched.
 
 #include <set>
 #include <string>
@@ -30,7 +30,7 @@ class Refusals {
   void when(const char* fault, Status wanted, Change change) const {
     Args args = valid_;
     change(args);
-    device::workspace(args);  // asked before the call that would tell of the fault
+    device::workspace(args);  // must not fail before the faulty call
     const size_t bytes = device::workspace(valid_);
     const Workspace workspace(bytes);
     refused(wanted, fault, args, workspace.data(), bytes);
@@ -38,7 +38,7 @@ class Refusals {
 
  private:
   void refused(Status wanted, const char* fault, const Args& args, void* workspace, size_t bytes) const {
-    for (Buffer* out : outputs_) out->forget();
+    for (Buffer* out : outputs_) out->clear();
     const Status status = call(args, workspace, bytes, in_order(true));
     expect(status == wanted, "%s, %s: '%s', not '%s'", operation_.c_str(), fault, message(status), message(wanted));
     for (const Buffer* out : outputs_)
@@ -50,7 +50,7 @@ class Refusals {
   Outputs outputs_;
 };
 
-// `part` picks the features or the gates out of the arguments: what both have.
+// `part` picks the features or the gates out of the arguments.
 template <class Args, class Part>
 void refuse_tokens(const Refusals<Args>& refused, Part part) {
   refused.when("batch -1", Status::bad_size, [&](auto& args) { part(args).batch = -1; });
@@ -242,7 +242,7 @@ void test_refusals() {
   refuse_state_out(mix);
 }
 
-// In place: the state that is there before must stay as it is.
+// In place: the prior state must stay as it is.
 void test_refused_updates() {
   const Shape shape = {2, 7, 9};
   const Inputs in({Form::power, 3, Dtype::f32, Context::whole, true, false, shape, 1, 2});
@@ -260,7 +260,7 @@ void test_refused_updates() {
 }
 
 #ifdef POM_TEST_CUDA
-// What CUDA says becomes a status, and its words are kept.
+// A CUDA error becomes a status, and its message is stored.
 void test_cuda_errors() {
   using pom::cuda::checked;
   auto says = [](const char* part) { return std::strstr(pom::cuda::error(), part) != nullptr; };
@@ -275,7 +275,7 @@ void test_cuda_errors() {
   }
 }
 
-// What is wrong, and the driver that would do.
+// The message says what is wrong, and which driver would do.
 void test_an_old_driver() {
   const pom::cuda::Versions here = pom::cuda::versions();
   expect(here.runtime == cuda_on_cpu::runtime && here.driver == cuda_on_cpu::driver, "other versions");
@@ -293,7 +293,7 @@ void test_an_old_driver() {
   cuda_on_cpu::runtime = here.runtime, cuda_on_cpu::driver = here.driver;
 }
 
-// Every operation ends with what its first kernel is answered.
+// Every operation returns the status of its first kernel.
 void test_a_refused_launch() {
   const Shape shape = {2, 7, 9};
   const Inputs in({Form::power, 3, Dtype::f32, Context::whole, true, false, shape, 1, 2});

@@ -30,8 +30,8 @@ POM_HD T reciprocal(T x) {
   return T(1) / x;
 }
 
-// A number and its derivative in some direction. Formulas of sums and products need no second version for it;
-// activations and gates, below, say what theirs is.
+// A dual number: a value and its derivative along a tangent. Formulas of sums and products need no second version for
+// it; activations and gates define their derivatives below.
 template <class T>
 struct Dual {
   T value, tangent;
@@ -45,13 +45,13 @@ struct Dual {
   }
 };
 
-// What is asked of a result: with dual numbers, its derivative.
+// Returns x, or its tangent if x is a dual number.
 template <class T>
-POM_HD T outcome(T x) {
+POM_HD T primal_or_tangent(T x) {
   return x;
 }
 template <class T>
-POM_HD T outcome(Dual<T> x) {
+POM_HD T primal_or_tangent(Dual<T> x) {
   return x.tangent;
 }
 
@@ -82,8 +82,8 @@ POM_HD double exp(double x) { return ::exp(x); }
 POM_HD double erf_over_root2(double x) { return ::erf(x * 0.70710678118654752440); }
 
 // Φ(-x), the tail of the Gaussian distribution, for x from 0 to 16: 2 to the power of a polynomial, which keeps the
-// relative precision of a small tail and needs one special function. The fit itself leaves an error of 2^-26 of GELU,
-// or `coarse` of 2^-21, which 16-bit inputs cannot tell from it; evaluating it in float adds a few roundings.
+// relative precision of a small tail and needs one special function. The error of the fit is 2^-26 of GELU, or, if
+// `coarse`, 2^-21, which 16-bit inputs cannot resolve; evaluating it in float adds a few roundings.
 template <bool coarse>
 POM_HD float normal_tail(float x) {
   constexpr float kFine[] = {-1.0f,
@@ -113,10 +113,10 @@ POM_HD float normal_tail(float x) {
   return exp2(p);
 }
 
-// GELU, exact: x times the Gaussian distribution function of x.
+// Exact GELU: x times the Gaussian distribution function of x.
 template <bool coarse>
 struct GeluOf {
-  // By Φ(x) = (1 + erf(x / √2)) / 2 where there is a fast erf …
+  // With a fast erf: Φ(x) = (1 + erf(x / √2)) / 2.
   template <class T>
   POM_HD static T value(T x) {
     const T half = T(0.5) * x;
@@ -129,7 +129,7 @@ struct GeluOf {
     value = x * cdf;
     slope = cdf + x * pdf;
   }
-  // … and for a single float by the tail: x Φ(x) = max(0, x) - |x| Φ(-|x|).
+  // For a single float, by the tail: x Φ(x) = max(0, x) - |x| Φ(-|x|).
   POM_HD static float value(float x) {
     const float size = smaller(16.0f, ::fabsf(x));
     return ::fmaxf(0.0f, x) - size * normal_tail<coarse>(size);
@@ -159,7 +159,7 @@ struct GeluOf {
 };
 using Gelu = GeluOf<false>;
 
-// Leaky ReLU held to [-0.1, 6].
+// Leaky ReLU clamped to [-0.1, 6].
 struct LeakyClamp {
   template <class T>
   POM_HD static T value(T x) {
@@ -181,7 +181,7 @@ struct LeakyClamp {
   }
 };
 
-// The degree is a constant where K > 0, so that the loops below unroll, and a run-time number where K = 0.
+// A compile-time degree if K > 0, so that the loops below unroll; a run-time degree if K = 0.
 template <int K>
 struct Degree {
   static constexpr int capacity = K;
@@ -221,7 +221,7 @@ struct Product {
       Activation::value_and_slope(u[i], factor[i], slope[i]);
       phi[i] = i ? phi[i - 1] * factor[i] : factor[i];
     }
-    T carried = dphi[degree - 1];  // dL/dφ_i, including what reaches it through the later products
+    T carried = dphi[degree - 1];  // dL/dφ_i, including the part from later products
     POM_UNROLL
     for (int i = degree - 1; i > 0; --i) {
       du[i] = carried * phi[i - 1] * slope[i];
@@ -297,7 +297,7 @@ struct HardSigmoid {
   }
   template <class T>
   POM_HD static T slope(T x) {
-    // One sixth rounded to float, in double too: so is torch's, whose gradients these must equal.
+    // One sixth rounded to float, in double too: torch does the same, and these gradients must equal torch's.
     return where(x > T(-3), where(x < T(3), T(1.0f / 6.0f), T(0)), T(0));
   }
   template <class T>

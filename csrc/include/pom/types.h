@@ -1,4 +1,4 @@
-// Element types, and the macro that lets one header serve g++ and nvcc.
+// Element types, and macros that let one header serve g++ and nvcc.
 #pragma once
 
 #include <cstdint>
@@ -75,7 +75,7 @@ POM_HD f16 to_f16(float x) {
   const uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
-  if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // rounds past 65504
+  if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // rounds to more than 65504
   if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 rounds to a multiple of half's smallest number
     const uint32_t rounded = float_to_bits(bits_to_float(magnitude) + 0.5f);
     return {uint16_t(sign | (rounded - float_to_bits(0.5f)))};
@@ -83,7 +83,7 @@ POM_HD f16 to_f16(float x) {
   return {uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13))};
 }
 
-// Sums are kept in float for every type but double.
+// Sums are float for every type but double.
 template <class T>
 struct accumulator {
   using type = float;

@@ -1,4 +1,4 @@
-// The device memory of a stream: queued on a stream of CUDA, in order with its kernels.
+// Fills, copies and waits for device memory, in order with the kernels of a CUDA stream.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 namespace pom::cuda {
 
 Status fill(void* to, uint8_t byte, size_t bytes, void* stream);
-Status copy(void* to, const void* from, size_t bytes, void* stream);  // between any two of device and host
+Status copy(void* to, const void* from, size_t bytes, void* stream);  // between device and host, either way
 Status wait(void* stream);
 
 }  // namespace pom::cuda

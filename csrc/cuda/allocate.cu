@@ -1,4 +1,4 @@
-#include "cuda/memory.h"
+#include "cuda/allocate.h"
 
 #include "cuda/launch.h"
 

@@ -1,19 +1,19 @@
-// Gates in the operations that read a state: as one thread sees them, their instances, alignment, and the gradient of
-// gates that serve a whole head.
+// Gates as one thread sees them, in the operations that read a state: loads, values, gradients, alignment, and partial
+// sums for the gradient of gates that serve a whole head.
 #pragma once
 
 #include "cuda/tokens.cuh"
 
 namespace pom::cuda {
 
-// One head among heads that are turned among themselves: the head it is paired with, and their angle.
-struct TurnedHead {
+// With one gate per head, rotary positions rotate pairs of heads. One head, its partner, and their angle.
+struct RotatedHead {
   int64_t head = 0, other = 0;
-  int64_t pair = -1;  // column of the angle tables, or -1 where it does not turn
-  bool low = true;    // of the two
+  int64_t pair = -1;  // column of the angle tables; -1 if it is not rotated
+  bool low = true;    // whether it is the first of the pair
 
-  TurnedHead() = default;
-  POM_HD TurnedHead(const Rotary& rotary, int64_t head) : head(head) {
+  RotatedHead() = default;
+  POM_HD RotatedHead(const Rotary& rotary, int64_t head) : head(head) {
     if (head >= 2 * rotary.half * rotary.axes) return;
     const int64_t axis = head / (2 * rotary.half), within = head - axis * 2 * rotary.half;
     low = within < rotary.half;
@@ -21,9 +21,9 @@ struct TurnedHead {
     pair = axis * rotary.half + (low ? within : within - rotary.half);
   }
 
-  // The head after a turn, backwards if `transpose`; own() gives it before, paired() the one it is paired with.
+  // The head after the rotation (its inverse if `transpose`); own() and paired() return the two heads before it.
   template <class Acc, class Own, class Paired>
-  POM_HD Acc turn(const Rotary& rotary, int64_t token, bool transpose, Own own, Paired paired) const {
+  POM_HD Acc rotate(const Rotary& rotary, int64_t token, bool transpose, Own own, Paired paired) const {
     if (pair < 0) return own();
     const int64_t at = token * rotary.half * rotary.axes + pair;
     const Acc cos = static_cast<const Acc*>(rotary.cos)[at], sin = static_cast<const Acc*>(rotary.sin)[at];
@@ -31,9 +31,9 @@ struct TurnedHead {
   }
 };
 
-// One element in the registers of Vec, in a word of its own, so that nothing waits for it before it is used.
+// Loads one element into a register of its own within Packed, so that nothing waits for it before it is used.
 template <class T, int Vec>
-POM_HD void keep_one(const T* p, int word, Packed<T, Vec>& packed) {
+POM_HD void load_one(const T* p, int word, Packed<T, Vec>& packed) {
   if constexpr (Vec == 1)
     packed.x = *p;
   else if constexpr (sizeof(T) == 4)
@@ -42,7 +42,7 @@ POM_HD void keep_one(const T* p, int word, Packed<T, Vec>& packed) {
     packed.words.word[word] = p->bits;
 }
 template <class Acc, class T, int Vec>
-POM_HD Acc kept_one(int word, const Packed<T, Vec>& packed) {
+POM_HD Acc unpack_one(int word, const Packed<T, Vec>& packed) {
   Packed<T, 1> one;
   if constexpr (Vec == 1)
     one = packed;
@@ -55,41 +55,42 @@ POM_HD Acc kept_one(int word, const Packed<T, Vec>& packed) {
   return x;
 }
 
-// What a thread has loaded of a token's gates: those of its channels or, in the same registers, of each range's head
-// and of the one that this is paired with. One channel has no room for the second.
-template <class Rows, bool along, bool has_room>
-struct LoadedGates : Loaded<Rows, along> {
-  using Own = Loaded<Rows, along>;
+// Registers of one token's gates: those of the thread's channels or, in the same registers, the gate of each range's
+// head and of its rotary partner. With Vec == 1 the partner has registers of its own.
+template <class Rows, bool dual, bool has_room>
+struct LoadedGates : Loaded<Rows, dual> {
+  using Own = Loaded<Rows, dual>;
   POM_HD Own& paired() { return *this; }
   POM_HD const Own& paired() const { return *this; }
 };
-template <class Rows, bool along>
-struct LoadedGates<Rows, along, false> : Loaded<Rows, along> {
-  using Own = Loaded<Rows, along>;
+template <class Rows, bool dual>
+struct LoadedGates<Rows, dual, false> : Loaded<Rows, dual> {
+  using Own = Loaded<Rows, dual>;
   Own other;
   POM_HD Own& paired() { return other; }
   POM_HD const Own& paired() const { return other; }
 };
 
 // The gates of one sample's queries at the channels of a thread: one per channel, or one for all channels of a head.
-// With Along<Gate> their derivatives along a tangent.
+// With WithTangent<Gate>: their derivatives along a tangent.
 template <class Gate, class T_, int Vec_, int ranges>
 struct GateTokens {
   using T = T_;
   using Acc = typename accumulator<T>::type;
   static constexpr int Vec = Vec_;
   static constexpr int kNumbers = ranges * Vec;
-  static constexpr bool along = is_along<Gate>;
-  using Num = Number<Acc, along>;
+  static constexpr bool kDual = has_tangent<Gate>;
+  using Num = Number<Acc, kDual>;
   using Rows = RowsOf<T, Vec, ranges>;
-  static constexpr bool kPairs = std::is_base_of_v<HardSigmoid, Gate>;  // rotary positions are for the power form
-  using Raw = LoadedGates<Rows, along, Vec != 1 || !kPairs>;
+  // Rotary positions exist for the power form only.
+  static constexpr bool kPairs = std::is_base_of_v<HardSigmoid, Gate>;
+  using Raw = LoadedGates<Rows, kDual, Vec != 1 || !kPairs>;
 
   const Place place;
   const Rows gate, tangent;
   const Rotary rotary;
   const bool by_head;
-  TurnedHead heads[ranges];
+  RotatedHead heads[ranges];
 
   POM_HD GateTokens(const Gates& g, int64_t batch, const Place& place)
       : place(place),
@@ -101,10 +102,10 @@ struct GateTokens {
     const unsigned per_head = unsigned(g.channels / g.heads);
     POM_UNROLL
     for (int r = 0; r < ranges; ++r)
-      if (r < place.ranges) heads[r] = TurnedHead(rotary, unsigned(place.channel + r * place.stride) / per_head);
+      if (r < place.ranges) heads[r] = RotatedHead(rotary, unsigned(place.channel + r * place.stride) / per_head);
   }
 
-  POM_HD bool turns() const { return ranges == 2 && !by_head && place.pair >= 0 && rotary.axes; }
+  POM_HD bool rotates() const { return ranges == 2 && !by_head && place.pair >= 0 && rotary.axes; }
 
   POM_HD void load(int64_t token, Raw& raw) const {
     if (by_head) {
@@ -116,13 +117,13 @@ struct GateTokens {
       }
       return;
     }
-    gate.load(token, raw.at);
-    if constexpr (along) tangent.load(token, raw.along);
+    gate.load(token, raw.primal);
+    if constexpr (kDual) tangent.load(token, raw.tangent);
   }
 
-  // γ(g), turned, or its derivative
+  // Rotated γ(g), or its derivative.
   POM_HD void value(int64_t token, const Raw& raw, Acc* value) const {
-    turned(token, raw, [](Num x) { return outcome(Gate::value(x)); }, value);
+    rotated(token, raw, [](Num x) { return primal_or_tangent(Gate::value(x)); }, value);
   }
 
   // y = γ(g) ⊙ H
@@ -131,28 +132,28 @@ struct GateTokens {
     POM_UNROLL
     for (int i = 0; i < kNumbers; ++i) y[i] *= mean[i];
   }
-  // The derivative of that, for a mean with one.
+  // The derivative of y, if the mean has a tangent.
   POM_HD void multiply(int64_t token, const Raw& raw, const Dual<Acc> (&mean)[kNumbers], Acc (&y)[kNumbers]) const {
     Acc gamma[kNumbers];
-    turned(token, raw, [](Num x) { return Gate::value(x).value; }, gamma);
+    rotated(token, raw, [](Num x) { return Gate::value(x).value; }, gamma);
     value(token, raw, y);
     POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) y[i] = outcome(Dual<Acc>(gamma[i], y[i]) * mean[i]);
+    for (int i = 0; i < kNumbers; ++i) y[i] = primal_or_tangent(Dual<Acc>(gamma[i], y[i]) * mean[i]);
   }
 
-  // With a gate per channel: dg from the gradient of γ, which is overwritten.
+  // With one gate per channel: overwrites the gradient of γ with that of g.
   POM_HD void slope(int64_t token, const Raw& raw, Acc* dvalue) const {
-    if (turns()) rotate<Vec>(rotary, token, place.pair, true, dvalue);
+    if (rotates()) rotate<Vec>(rotary, token, place.pair, true, dvalue);
     Num x[kNumbers];
     unpack<Rows>(raw, x);
     POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) dvalue[i] *= outcome(Gate::slope(x[i]));
+    for (int i = 0; i < kNumbers; ++i) dvalue[i] *= primal_or_tangent(Gate::slope(x[i]));
   }
 
  private:
-  // of(g) at every channel, turned
+  // Rotated of(g) at every channel.
   template <class Of>
-  POM_HD void turned(int64_t token, const Raw& raw, Of of, Acc* value) const {
+  POM_HD void rotated(int64_t token, const Raw& raw, Of of, Acc* value) const {
     if (by_head) {
       POM_UNROLL
       for (int r = 0; r < ranges; ++r) {
@@ -160,7 +161,7 @@ struct GateTokens {
         auto paired = [&] { return of(loaded_head(r, 1, raw.paired())); };
         Acc of_head = Acc(0);
         if (r < place.ranges)
-          of_head = kPairs ? heads[r].template turn<Acc>(rotary, token, false, own, paired) : own();
+          of_head = kPairs ? heads[r].template rotate<Acc>(rotary, token, false, own, paired) : own();
         POM_UNROLL
         for (int i = 0; i < Vec; ++i) value[r * Vec + i] = of_head;
       }
@@ -170,19 +171,19 @@ struct GateTokens {
     unpack<Rows>(raw, x);
     POM_UNROLL
     for (int i = 0; i < kNumbers; ++i) value[i] = of(x[i]);
-    if (turns()) rotate<Vec>(rotary, token, place.pair, false, value);
+    if (rotates()) rotate<Vec>(rotary, token, place.pair, false, value);
   }
 
-  POM_HD void load_head(int64_t token, int r, int64_t head, int word, Loaded<Rows, along>& raw) const {
-    keep_one(gate.row0 - place.channel + token * gate.token_stride + head, word, raw.at[r]);
-    if constexpr (along)
-      keep_one(tangent.row0 - place.channel + token * tangent.token_stride + head, word, raw.along[r]);
+  POM_HD void load_head(int64_t token, int r, int64_t head, int word, Loaded<Rows, kDual>& raw) const {
+    load_one(gate.row0 - place.channel + token * gate.token_stride + head, word, raw.primal[r]);
+    if constexpr (kDual)
+      load_one(tangent.row0 - place.channel + token * tangent.token_stride + head, word, raw.tangent[r]);
   }
-  POM_HD static Num loaded_head(int r, int word, const Loaded<Rows, along>& raw) {
-    if constexpr (along)
-      return {kept_one<Acc>(word, raw.at[r]), kept_one<Acc>(word, raw.along[r])};
+  POM_HD static Num loaded_head(int r, int word, const Loaded<Rows, kDual>& raw) {
+    if constexpr (kDual)
+      return {unpack_one<Acc>(word, raw.primal[r]), unpack_one<Acc>(word, raw.tangent[r])};
     else
-      return kept_one<Acc>(word, raw.at[r]);
+      return unpack_one<Acc>(word, raw.primal[r]);
   }
 };
 
@@ -197,14 +198,14 @@ struct GateOf<Power<K>> {
   using type = HardSigmoid;
 };
 template <class Form>
-struct GateOf<Along<Form>> : GateOf<Form> {};
+struct GateOf<WithTangent<Form>> : GateOf<Form> {};
 template <class Form>
-struct GateOf<GatesAlong<Form>> {
-  using type = Along<typename GateOf<Form>::type>;
+struct GateOf<WithGateTangent<Form>> {
+  using type = WithTangent<typename GateOf<Form>::type>;
 };
 
-// Channels that turn with the gates: with a gate per head they turn among themselves and no thread needs pairs.
-inline bool turns_channels(const Gates& g) { return g.rotary.axes && g.heads == 1; }
+// Whether rotary positions are applied per channel; with one gate per head they are applied to the gates.
+inline bool rotates_channels(const Gates& g) { return g.rotary.axes && g.heads == 1; }
 
 inline Alignment alignment_of(const Gates& g, const StateView& state) {
   Alignment alignment(g.dtype);
@@ -217,30 +218,31 @@ inline Alignment alignment_of(const Gates& g, const StateView& state) {
   return alignment;
 }
 
-// The gradient of a head's gate is a sum over its channels. A row of threads sums runs of 2^shift channels: as long as
-// they lie in one head and one range. What is left is added in a second pass.
-struct HeadParts {
+// The gradient of a head's gate is a sum over the head's channels. In the first pass a row of threads sums runs of
+// 2^shift channels, which lie in one head and one range; a second pass sums these.
+struct HeadPartials {
   int64_t per_head;
   int shift;
-  int64_t count;  // parts of a token
+  int64_t count;  // partial sums per token
 
-  HeadParts(const Gates& g, const Slabs& slabs)
+  HeadPartials(const Gates& g, const ChannelTiles& channel_tiles)
       : per_head(g.channels / g.heads),
-        shift(slabs.vec == 8   ? 3
-              : slabs.vec == 4 ? 2
-                               : 0) {
-    const int64_t whole_row = int64_t(slabs.lanes) * slabs.vec;
+        shift(channel_tiles.vec == 8   ? 3
+              : channel_tiles.vec == 4 ? 2
+                                       : 0) {
+    const int64_t whole_row = int64_t(channel_tiles.lanes) * channel_tiles.vec;
     auto fits = [&](int64_t n) {
-      return n <= whole_row && per_head % n == 0 && slabs.width % n == 0 && (!slabs.axis_slabs || slabs.half % n == 0);
+      return n <= whole_row && per_head % n == 0 && channel_tiles.width % n == 0 &&
+             (!channel_tiles.axis_tiles || channel_tiles.half % n == 0);
     };
     while (fits(int64_t(2) << shift)) ++shift;
     count = g.channels >> shift;
   }
 };
 
-// parts[channel >> shift] = Σ dvalue over runs of 2^shift channels, for the `lanes` of a warp that share a row.
+// partials[channel >> shift] = Σ dvalue over runs of 2^shift channels. `lanes`: mask of the lanes that share a row.
 template <int Vec, int ranges, class Acc>
-__device__ void write_head_parts(const Acc* dvalue, const Place& place, int shift, unsigned lanes, Acc* parts) {
+__device__ void write_head_partials(const Acc* dvalue, const Place& place, int shift, unsigned lanes, Acc* partials) {
   POM_UNROLL
   for (int r = 0; r < ranges; ++r) {
     Acc sum = Acc(0);
@@ -248,12 +250,13 @@ __device__ void write_head_parts(const Acc* dvalue, const Place& place, int shif
     for (int i = 0; i < Vec; ++i) sum += dvalue[r * Vec + i];
     for (int apart = (1 << shift) / Vec / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(lanes, sum, apart);
     const int64_t channel = place.channel + r * place.stride;
-    if (r < place.ranges && (channel & ((1 << shift) - 1)) == 0) parts[channel >> shift] = sum;
+    if (r < place.ranges && (channel & ((1 << shift) - 1)) == 0) partials[channel >> shift] = sum;
   }
 }
 
-// dgate (batch, tokens, heads) from the parts (batch, tokens, channels >> shift)
+// dgate (batch, tokens, heads) from partials (batch, tokens, channels >> shift).
 template <class Acc>
-Status finish_heads(const Gates& gates, const HeadParts& plan, const Acc* parts, void* dgate, void* stream);
+Status reduce_head_partials(const Gates& gates, const HeadPartials& plan, const Acc* partials, void* dgate,
+                            void* stream);
 
 }  // namespace pom::cuda

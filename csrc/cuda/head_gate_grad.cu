@@ -1,13 +1,13 @@
-// Gradients of gates that serve whole heads, from sums over parts of their channels.
+// Gradients of gates that serve whole heads: the second pass, over partial sums of their channels.
 
-#include "cuda/gated.cuh"
+#include "cuda/gates.cuh"
 
 namespace pom::cuda {
 namespace {
 
 template <class Gate, class T>
 __global__ void __launch_bounds__(kThreads)
-    head_slopes(Gates g, HeadParts plan, const typename accumulator<T>::type* parts, T* dgate) {
+    head_gate_grad_kernel(Gates g, HeadPartials plan, const typename accumulator<T>::type* partials, T* dgate) {
   using Acc = typename accumulator<T>::type;
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= g.batch * g.tokens * g.heads) return;
@@ -15,20 +15,20 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t per_head = plan.per_head >> plan.shift;
   auto dvalue = [&](int64_t h) {
     double sum = 0;
-    for (int64_t i = 0; i < per_head; ++i) sum += double(parts[row * plan.count + h * per_head + i]);
+    for (int64_t i = 0; i < per_head; ++i) sum += double(partials[row * plan.count + h * per_head + i]);
     return Acc(sum);
   };
-  const TurnedHead turned(g.rotary, head);
-  Acc d = turned.turn<Acc>(
-      g.rotary, token, true, [&] { return dvalue(head); }, [&] { return dvalue(turned.other); });
+  const RotatedHead rotated(g.rotary, head);
+  Acc d =
+      rotated.rotate<Acc>(g.rotary, token, true, [&] { return dvalue(head); }, [&] { return dvalue(rotated.other); });
   Packed<T, 1> packed;
-  Acc x, along;
+  Acc x, tangent;
   packed.load(static_cast<const T*>(g.gate) + b * g.gate_batch_stride + token * g.gate_token_stride + head);
   packed.unpack(&x);
   if (g.tangent) {
     packed.load(static_cast<const T*>(g.tangent) + b * g.tangent_batch_stride + token * g.tangent_token_stride + head);
-    packed.unpack(&along);
-    d *= outcome(Gate::slope(Dual<Acc>(x, along)));
+    packed.unpack(&tangent);
+    d *= primal_or_tangent(Gate::slope(Dual<Acc>(x, tangent)));
   } else {
     d *= Gate::slope(x);
   }
@@ -39,18 +39,18 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 template <class Acc>
-Status finish_heads(const Gates& g, const HeadParts& plan, const Acc* parts, void* dgate, void* stream) {
+Status reduce_head_partials(const Gates& g, const HeadPartials& plan, const Acc* partials, void* dgate, void* stream) {
   const int64_t blocks = ceil_div(g.batch * g.tokens * g.heads, kThreads);
   return with_dtype(g.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (std::is_same_v<typename accumulator<T>::type, Acc>)
-      return launch(g.form == Form::product ? head_slopes<Sigmoid, T> : head_slopes<HardSigmoid, T>, blocks, kThreads,
-                    0, stream, g, plan, parts, static_cast<T*>(dgate));
+      return launch(g.form == Form::product ? head_gate_grad_kernel<Sigmoid, T> : head_gate_grad_kernel<HardSigmoid, T>,
+                    blocks, kThreads, 0, stream, g, plan, partials, static_cast<T*>(dgate));
     return Status::bad_dtype;
   });
 }
 
-template Status finish_heads(const Gates&, const HeadParts&, const float*, void*, void*);
-template Status finish_heads(const Gates&, const HeadParts&, const double*, void*, void*);
+template Status reduce_head_partials(const Gates&, const HeadPartials&, const float*, void*, void*);
+template Status reduce_head_partials(const Gates&, const HeadPartials&, const double*, void*, void*);
 
 }  // namespace pom::cuda

@@ -1,14 +1,14 @@
-// Second passes over partial sums, in doubles.
+// Second passes: reductions and scans of partial sums, in double.
 
-#include "cuda/rows.cuh"
+#include "cuda/reduce.cuh"
 
 namespace pom::cuda {
 namespace {
 
-constexpr int kJoinThreads = 64, kScanWarps = 16;
+constexpr int kReduceThreads = 64, kScanWarps = 16;
 constexpr int kAhead = 16;  // rows that a thread loads before it adds the first
 
-// The sum over the rows first, first + step, … last, four at a time; as many loads in flight as kAhead.
+// The sum over rows first, first + step, … last, added four at a time, with kAhead loads in flight.
 template <class Number>
 __device__ double strided_sum(const Number* rows, int64_t stride, int64_t first, int64_t last, int64_t step) {
   double sum = 0;
@@ -29,7 +29,7 @@ __device__ double strided_sum(const Number* rows, int64_t stride, int64_t first,
   return sum;
 }
 
-// The sum over the warps of a block, in every thread of warp 0.
+// Sums over the warps of a block; warp 0 holds the result.
 __device__ double sum_warps(double sum, double* shared) {
   shared[threadIdx.x] = sum;
   __syncthreads();
@@ -38,28 +38,28 @@ __device__ double sum_warps(double sum, double* shared) {
   return sum;
 }
 
-// A channel to a thread. The last tile is that of the count.
+// One channel per thread. The last tile reduces the count.
 template <class Acc>
-__global__ void __launch_bounds__(kJoinThreads) join_groups(Join<Acc> args, int tiles) {
+__global__ void __launch_bounds__(kReduceThreads) reduce_groups_kernel(ReduceArgs<Acc> args, int tiles) {
   const BlockIndex block(tiles + 1);
   const unsigned groups = unsigned(args.pieces.groups), b = block.row / groups, group = block.row % groups;
-  const int64_t channel = int64_t(block.slab) * kJoinThreads + threadIdx.x;
-  if (int(block.slab) < tiles) {
-    if (channel < args.channels) join_channel(args, b, group, channel);
+  const int64_t channel = int64_t(block.tile) * kReduceThreads + threadIdx.x;
+  if (int(block.tile) < tiles) {
+    if (channel < args.channels) reduce_channel(args, b, group, channel);
   } else if (args.out.count && threadIdx.x == 0) {
-    join_count(args, b, group);
+    reduce_count(args, b, group);
   }
 }
 
-// The end of a scan where every group is one row: steps begin … end-1 of one channel, in the order of the scan, from
-// the sum before them. Rows are loaded ahead of the sums that may be stored in their place.
+// The end of a scan in which every group is one row: writes steps begin … end-1 of one channel, in the order of the
+// scan; `sum` is the sum before them. Rows are loaded before sums may overwrite them.
 template <class Acc>
-__device__ void walk_rows(const Join<Acc>& args, int64_t b, int64_t channel, int64_t begin, int64_t end, bool backwards,
-                          double sum, double rest) {
+__device__ void scan_rows(const ReduceArgs<Acc>& args, int64_t b, int64_t channel, int64_t begin, int64_t end,
+                          bool backwards, double sum, double remainder) {
   const int64_t groups = args.pieces.groups, step = backwards ? -args.channels : args.channels;
   int64_t at = (b * groups + (backwards ? groups - 1 - begin : begin)) * args.channels + channel;
   for (int64_t i = begin; i < end; i += kAhead, at += kAhead * step) {
-    const int count = int(least(kAhead, end - i));
+    const int count = int(min(kAhead, end - i));
     Acc x[kAhead];
     POM_UNROLL
     for (int j = 0; j < kAhead; ++j)
@@ -68,19 +68,20 @@ __device__ void walk_rows(const Join<Acc>& args, int64_t b, int64_t channel, int
     for (int j = 0; j < kAhead; ++j) {
       if (j >= count) break;
       sum += double(x[j]);
-      write_state<Acc>(args.out, at + j * step, sum, rest);
+      write_state<Acc>(args.out, at + j * step, sum, remainder);
     }
   }
 }
 
-// Every warp sums a run of groups, learns what lies before it, and walks through its run again.
+// Every warp sums a run of groups, adds what lies before it, and goes through its run again.
 template <class Acc>
-__global__ void __launch_bounds__(kScanWarps* kWarp) scan_groups(Join<Acc> args, int tiles, bool backwards) {
+__global__ void __launch_bounds__(kScanWarps* kWarp)
+    scan_groups_kernel(ReduceArgs<Acc> args, int tiles, bool backwards) {
   POM_SHARED(memory);
   double* const shared = reinterpret_cast<double*>(memory);
   const Pieces& pieces = args.pieces;
   const BlockIndex block(tiles + 1);
-  const int64_t tile = block.slab, b = block.row, groups = pieces.groups;
+  const int64_t tile = block.tile, b = block.row, groups = pieces.groups;
   const int64_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, channel = tile * kWarp + lane;
   const bool counts = tile == tiles, mine = counts ? lane == 0 && args.out.count : channel < args.channels;
 
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kScanWarps* kWarp) scan_groups(Join<Acc> args,
 
   // In the order of the scan: groups begin … end-1 of this warp.
   const int64_t begin = groups * warp / kScanWarps, end = groups * (warp + 1) / kScanWarps;
-  double sum = 0, rest = 0;
+  double sum = 0, remainder = 0;
   if (mine && begin < end) sum = backwards ? sum_of(groups - end, groups - 1 - begin) : sum_of(begin, end - 1);
   shared[threadIdx.x] = sum;
   __syncthreads();
@@ -104,22 +105,22 @@ __global__ void __launch_bounds__(kScanWarps* kWarp) scan_groups(Join<Acc> args,
   if (counts)
     sum += args.prior.count ? args.prior.count[b] : 0.0;
   else
-    rest = add_prior<Acc>(args.prior, b * args.channels + channel, sum);
+    remainder = add_prior<Acc>(args.prior, b * args.channels + channel, sum);
   if (!counts && pieces.apart && pieces.chunks == 1)
-    return walk_rows(args, b, channel, begin, end, backwards, sum, rest);
+    return scan_rows(args, b, channel, begin, end, backwards, sum, remainder);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t group = backwards ? groups - 1 - i : i;
     sum += sum_of(group, group);
     if (counts)
       args.out.count[b * groups + group] = sum;
     else
-      write_state<Acc>(args.out, (b * groups + group) * args.channels + channel, sum, rest);
+      write_state<Acc>(args.out, (b * groups + group) * args.channels + channel, sum, remainder);
   }
 }
 
 template <class Acc>
 __global__ void __launch_bounds__(kScanWarps* kWarp)
-    join_coeff_rows(const Acc* rows, int64_t count, int64_t degree, int64_t width, Acc* out) {
+    reduce_coeff_kernel(const Acc* rows, int64_t count, int64_t degree, int64_t width, Acc* out) {
   POM_SHARED(memory);
   double* const shared = reinterpret_cast<double*>(memory);
   const int64_t column = int64_t(blockIdx.x) * kWarp + threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -132,31 +133,31 @@ __global__ void __launch_bounds__(kScanWarps* kWarp)
 }  // namespace
 
 template <class Acc>
-Status join(const Join<Acc>& args, void* stream) {
-  const int tiles = int(ceil_div(args.channels, kJoinThreads));
-  return launch(join_groups<Acc>, int64_t(tiles + 1) * args.pieces.groups * args.batch, kJoinThreads, 0, stream, args,
-                tiles);
+Status reduce_groups(const ReduceArgs<Acc>& args, void* stream) {
+  const int tiles = int(ceil_div(args.channels, kReduceThreads));
+  return launch(reduce_groups_kernel<Acc>, int64_t(tiles + 1) * args.pieces.groups * args.batch, kReduceThreads, 0,
+                stream, args, tiles);
 }
 
 template <class Acc>
-Status scan(const Join<Acc>& args, bool backwards, void* stream) {
+Status scan_groups(const ReduceArgs<Acc>& args, bool backwards, void* stream) {
   const int tiles = int(ceil_div(args.channels, kWarp));
   if (args.pieces.groups == 0) return Status::ok;
-  return launch(scan_groups<Acc>, int64_t(tiles + 1) * args.batch, kScanWarps * kWarp,
+  return launch(scan_groups_kernel<Acc>, int64_t(tiles + 1) * args.batch, kScanWarps * kWarp,
                 kScanWarps * kWarp * sizeof(double), stream, args, tiles, backwards);
 }
 
 template <class Acc>
-Status join_coeff(const Acc* rows, int64_t count, int64_t degree, int64_t width, Acc* out, void* stream) {
-  return launch(join_coeff_rows<Acc>, ceil_div(degree * width, kWarp), kScanWarps * kWarp,
+Status reduce_coeff(const Acc* rows, int64_t count, int64_t degree, int64_t width, Acc* out, void* stream) {
+  return launch(reduce_coeff_kernel<Acc>, ceil_div(degree * width, kWarp), kScanWarps * kWarp,
                 kScanWarps * kWarp * sizeof(double), stream, rows, count, degree, width, out);
 }
 
-template Status join(const Join<float>&, void*);
-template Status join(const Join<double>&, void*);
-template Status scan(const Join<float>&, bool, void*);
-template Status scan(const Join<double>&, bool, void*);
-template Status join_coeff(const float*, int64_t, int64_t, int64_t, float*, void*);
-template Status join_coeff(const double*, int64_t, int64_t, int64_t, double*, void*);
+template Status reduce_groups(const ReduceArgs<float>&, void*);
+template Status reduce_groups(const ReduceArgs<double>&, void*);
+template Status scan_groups(const ReduceArgs<float>&, bool, void*);
+template Status scan_groups(const ReduceArgs<double>&, bool, void*);
+template Status reduce_coeff(const float*, int64_t, int64_t, int64_t, float*, void*);
+template Status reduce_coeff(const double*, int64_t, int64_t, int64_t, double*, void*);
 
 }  // namespace pom::cuda

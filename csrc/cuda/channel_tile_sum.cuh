@@ -1,5 +1,5 @@
-// The numbers that the threads of a block hold of a slab, added over the rows of threads and written as one row: every
-// thread adds and writes columns of its own, neighbours next to each other.
+// Sums the numbers that the threads of a block hold of a channel tile over the rows of threads, and writes one row.
+// Every thread sums and writes its own columns; neighbouring threads own neighbouring columns.
 #pragma once
 
 #include "cuda/block.cuh"
@@ -8,24 +8,26 @@
 namespace pom::cuda {
 
 template <class Acc, int Vec, int ranges>
-class SlabRow {
+class ChannelTileSum {
  public:
   static constexpr int kRows = kThreads / kLanes, kNumbers = ranges * Vec, kAll = kNumbers * kLanes;
-  static constexpr int kOwn = (kAll + kThreads - 1) / kThreads;              // columns of a thread
-  static constexpr int kStride = kLanes + (Vec > 1 ? kLanes / Vec : 0);      // keeps both ways off each other's banks
+  static constexpr int kOwn = (kAll + kThreads - 1) / kThreads;  // columns of one thread
+  // Avoids bank conflicts for both reads and writes.
+  static constexpr int kStride = kLanes + (Vec > 1 ? kLanes / Vec : 0);
   static constexpr size_t kBytes = sizeof(Acc) * kRows * kNumbers * kStride;  // of shared memory
 
-  __device__ SlabRow(const Slabs& slabs, unsigned slab) {
+  __device__ ChannelTileSum(const ChannelTiles& channel_tiles, unsigned channel_tile) {
     POM_UNROLL
     for (int i = 0; i < kOwn; ++i) {
-      const int number = int(threadIdx.x) + i * kThreads, range = number / (kLanes * Vec), run = number % (kLanes * Vec);
-      const Place place = slabs.place(slab, run / Vec);
-      const bool there = number < kAll && range < place.ranges;
-      column_[i] = there ? int(place.channel + range * place.stride) + run % Vec : -1;
+      const int number = int(threadIdx.x) + i * kThreads, range = number / (kLanes * Vec),
+                run = number % (kLanes * Vec);
+      const Place place = channel_tiles.place(channel_tile, run / Vec);
+      const bool valid = number < kAll && range < place.ranges;
+      column_[i] = valid ? int(place.channel + range * place.stride) + run % Vec : -1;
     }
   }
 
-  // body(column) for the thread's own.
+  // Calls body(column) for each column of this thread.
   template <class Body>
   __device__ void each(Body body) const {
     POM_UNROLL
@@ -33,17 +35,18 @@ class SlabRow {
       if (column_[i] >= 0) body(column_[i]);
   }
 
-  // out[column] = Σ x over the rows of threads, in the order of sum_rows. `x` is the thread's, [range * Vec + i].
+  // out[column] = Σ x over the rows of threads, in the order of sum_rows(). `x`: this thread's, [range * Vec + i].
   __device__ void sum(const Acc (&x)[kNumbers], Acc* shared, Acc* out) const {
     const int row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
-    __syncthreads();  // until what was there has been read
+    __syncthreads();  // earlier contents have been read
     POM_UNROLL
     for (int i = 0; i < kNumbers; ++i) shared[(row * kNumbers + i) * kStride + lane] = x[i];
     __syncthreads();
     POM_UNROLL
     for (int i = 0; i < kOwn; ++i) {
       if (column_[i] < 0) continue;
-      const int number = int(threadIdx.x) + i * kThreads, range = number / (kLanes * Vec), run = number % (kLanes * Vec);
+      const int number = int(threadIdx.x) + i * kThreads, range = number / (kLanes * Vec),
+                run = number % (kLanes * Vec);
       const Acc* const of_row = shared + (range * Vec + run % Vec) * kStride + run / Vec;
       Acc sums[kRows];
       POM_UNROLL
