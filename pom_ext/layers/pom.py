@@ -204,7 +204,9 @@ class PoM(nn.Module):
                 state=state,
                 return_state=return_state,
             )
-            return (project(self.out_proj, mixed[0]), mixed[1]) if return_state else project(self.out_proj, mixed)
+            if isinstance(mixed, tuple):
+                return project(self.out_proj, mixed[0]), mixed[1]
+            return project(self.out_proj, mixed)
         if return_state:
             check_mutually_exclusive(return_state=True, cu_seqlens=cu_seqlens)
         state = self.state_of(context, weight=weight, frames=frames, cu_seqlens=cu_seqlens, rotary=rotary, state=state)
@@ -244,7 +246,7 @@ class PoM(nn.Module):
         cu_seqlens: Frames | None = None,
         rotary: Rotary | None = None,
     ) -> Tensor:
-        """(B, M, dim): what query tokens (B, M, dim) read of a State; the other arguments as of `polynomial_readout`."""
+        """(B, M, dim): the readout of query tokens (B, M, dim); the other arguments as of `polynomial_readout`."""
         projections, groups = (self.gate_proj, self.out_proj), state.total.shape[1]
         even = cu_seqlens is None and not isinstance(frames, (list, tuple, torch.Tensor))
         taken = choose("layer readout", self._call(x, projections, groups=groups, even=even))

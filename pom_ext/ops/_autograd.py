@@ -7,6 +7,9 @@ inside the operation: the compiler sees an operation, and torch.func calls it on
 All use of torch's private interfaces for derivatives is in this file.
 """
 
+from collections.abc import Callable, Collection
+from typing import Any
+
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
@@ -17,7 +20,22 @@ from .arguments import OPERATIONS
 NOT_DIFFERENTIABLE = ("count", "saved_projection")  # results
 
 
-def differentiable(library, name, vjp, jvp=None, *, saved_results=0, decomposition=None, unread=(), with_count=None):
+def refuse_tangents(args, tangents):
+    """The `jvp` of operations whose tangents a decomposition computes."""
+    raise NotImplementedError("pom_ext: this operation has no rule for tangents")
+
+
+def differentiable(
+    library: torch.library.Library,
+    name: str,
+    vjp: Callable,
+    jvp: Callable = refuse_tangents,
+    *,
+    saved_results: int = 0,
+    decomposition: Callable | None = None,
+    unread: Collection[str] = (),
+    with_count: Callable | None = None,
+) -> None:
     """Give an operation its derivatives.
 
     Args:
@@ -71,24 +89,24 @@ def differentiable(library, name, vjp, jvp=None, *, saved_results=0, decompositi
         return None, *(None if args[name] is None else found.get(name) for name in names)
 
     def forward_derivative(ctx, _, *tangents):
-        # torch switches forward mode off here, for all levels; lower levels must see what `jvp` does. This one must not.
+        # torch switches forward mode off here, for all levels. Lower levels must see `jvp`, this one must not.
         with forward_ad._set_fwd_grad_enabled(True):
             args = {name: _primal(value) for name, value in saved_arguments(ctx).items()}
             return jvp(args, {name: t for name, t in zip(names, tangents, strict=True) if t is not None})
 
     methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": forward_derivative}
-    function = type(name, (_SingleLevelFunction,), {k: staticmethod(v) for k, v in methods.items()})
+    function: Any = type(name, (_SingleLevelFunction,), {k: staticmethod(v) for k, v in methods.items()})
 
-    count_at = names.index("count") if with_count is not None else None
-    tangent_at = names.index("x_tangent") if decomposition is not None else None
+    count_at = names.index("count") if with_count else -1
+    tangent_at = names.index("x_tangent") if decomposition else -1
 
     def kernel(keyset, *values):
-        if count_at is not None and values[count_at] is not None:
+        if with_count is not None and values[count_at] is not None:
             count = (values[count_at],)
             if needs_gradient(count) or has_tangent(count):
                 return with_count(dict(zip(names, values, strict=True)))
         tangents = has_tangent(values)
-        if tangent_at is not None and (tangents or (values[tangent_at] is not None and needs_gradient(values))):
+        if decomposition is not None and (tangents or (values[tangent_at] is not None and needs_gradient(values))):
             return decomposition(dict(zip(names, values, strict=True)))
         if tangents or needs_gradient(values):
             with enable_single_level_autograd_function():

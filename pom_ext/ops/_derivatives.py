@@ -1,14 +1,16 @@
 """Derivatives of the operations, in terms of the operations.
 
-The kernels take tangents: with `u_tangent` and `coeff_tangent` the features φ stand for their derivative in that direction,
-with `gate_tangent` so do the gates, and gradients stand for their derivatives likewise. State, readout and mix are
-linear in features and in gates, so every derivative is a sum of calls with one of the two replaced. A gradient is linear
-in the gradient that comes in, and its derivative in a direction is symmetric: so the derivatives of the backward
-operations are those same calls. Third derivatives raise.
+The kernels take tangents: with `u_tangent` and `coeff_tangent` the features φ stand for their derivative in that
+direction, with `gate_tangent` so do the gates, and gradients stand for their derivatives likewise. State, readout and
+mix are linear in features and in gates, so every derivative is a sum of calls with one of the two replaced. A gradient
+is linear in the gradient that comes in, and its derivative in a direction is symmetric: so the derivatives of the
+backward operations are those same calls. Third derivatives raise.
 
 Every function takes the arguments of its operation by name (`x`), and tangents by name (`t`), as
 `_autograd.differentiable` says.
 """
+
+from typing import Any
 
 import torch
 
@@ -100,7 +102,7 @@ def prior_grads(grad_total):
     return {"total": grad, "residual": grad}
 
 
-def _prior_tangent(t):
+def _prior_tangent(t) -> dict[str, Any]:
     """The tangent of a prior state, as the prior state of a call."""
     if not _any(t, *STATE):
         return NO_PRIOR
@@ -306,7 +308,7 @@ def causal_mix_jvp(x, t):
 def causal_mix_backward_vjp(x, _, v_u, v_gate, v_coeff, v_total):
     tangents = {"u": v_u, "gate": v_gate, "coeff": v_coeff, "total": v_total}
     tangents = {name: v for name, v in tangents.items() if v is not None and x[name] is not None}
-    grads = dict(zip(("grad_y", "grad_total"), causal_mix_jvp(x, tangents)))
+    grads: dict[str, Any] = dict(zip(("grad_y", "grad_total"), causal_mix_jvp(x, tangents)))
     grads |= zip(("u", "gate", "coeff", "total"), _causal_second_derivative(x, tangents))
     return grads | {"residual": grads["total"]}
 

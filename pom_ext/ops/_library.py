@@ -16,7 +16,7 @@ MINIMUM_TORCH = "2.10"  # whose stable ABI the library is built for: TORCH_TARGE
 
 
 def build_note() -> dict:
-    """What setup.py wrote down of the build (tools/build/note.py), or {} if nothing was built or the note is damaged."""
+    """The note that setup.py wrote of the build (tools/build/note.py); {} if there is none or it is damaged."""
     try:
         return json.loads((PACKAGE / "_build.json").read_text())
     except (FileNotFoundError, ValueError):

@@ -86,7 +86,7 @@ class Polynomial(NamedTuple):
         """ValueError or TypeError unless u (B, N, C) are tokens of this polynomial."""
         check_features(u, self.coeff, self.form, self.degree)
         if self.rotary is not None:
-            check_rotary("rotary", self.rotary, *u.shape[1:], self.form, u)
+            check_rotary("rotary", self.rotary, u.shape[1], u.shape[2], self.form, u)
 
     def to_kernel(self, dtype: torch.dtype) -> dict[str, Any]:
         """The arguments of an operation on tokens of this dtype."""
@@ -169,8 +169,8 @@ class Gate(NamedTuple):
         )
 
     def check_rotary(self, name: str, form: str) -> None:
-        if self.rotary is not None:
-            check_rotary(name, self.rotary, *self.values.shape[1:], form, self.values)
+        if self.rotary is not None and self.values is not None:
+            check_rotary(name, self.rotary, self.values.shape[1], self.values.shape[2], form, self.values)
 
     def to_kernel(self) -> dict[str, Any]:
         arguments = {"gate": self.values, "heads": self.n_heads}

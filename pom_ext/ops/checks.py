@@ -113,7 +113,7 @@ def offsets_tensor(name: str, offsets: Any, tokens: int, like: Tensor) -> Tensor
 
 
 def frame_offsets(frames: Any, tokens: int, like: Tensor) -> Tensor:
-    """Offsets of frames, from one frame length or from offsets. Without frames: one frame of no tokens, which has a state."""
+    """Offsets of frames, from a frame length or from offsets. No frames are one frame without tokens."""
     if is_integer(frames):
         if frames < 1 or tokens % frames:
             raise ValueError(f"frames: expected a frame length that divides the {tokens} context tokens, got {frames}")

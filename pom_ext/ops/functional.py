@@ -261,6 +261,6 @@ def _refuse_gradients(tensors: dict[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
             raise ValueError(
-                f"{name}: an update in place has no gradient, got requires_grad=True; call it under torch.no_grad(), or "
-                "polynomial_mix with state=state and return_state=True"
+                f"{name}: an update in place has no gradient, got requires_grad=True; call it under torch.no_grad(), "
+                "or polynomial_mix with state=state and return_state=True"
             )

@@ -99,21 +99,21 @@ def all_unmodified(x: Tensor, *projections: nn.Module) -> bool:
     return not is_traceable_wrapper_subclass(x) and all(map(is_unmodified_linear, projections))
 
 
-def cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def cast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors as torch's matrix products take them: under autocast in its dtype."""
-    if not under_autocast(tensors[0]):
-        return tensors
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    if not under_autocast(x):
+        return x, *tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *tensors))
 
 
-def projection_arguments(x: Tensor, *projections: nn.Linear) -> tuple[Any, ...]:
+def projection_arguments(x: Tensor, *projections: nn.Module) -> tuple[Any, ...]:
     """x and the projections for a kernel, of one dtype.
 
     Raises:
         TypeError: x and a projection differ in dtype, as torch.nn.functional.linear would say it.
     """
-    parameters = [t for projection in projections for t in (projection.weight, projection.bias)]
+    parameters: list[Any] = [t for projection in projections for t in (projection.weight, projection.bias)]
     x, *parameters = cast(x, *parameters)
     for name, t in zip(("weight", "bias") * len(projections), parameters, strict=True):
         if t is not None and t.dtype != x.dtype:

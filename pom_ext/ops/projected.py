@@ -9,6 +9,8 @@ more than one derivative is needed: that then costs as much as without blocks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ TANGENTS = ("x_tangent", "total_tangent", "residual_tangent")
 
 def projected_state(
     x: Tensor,
-    projection: nn.Linear,
+    projection: nn.Module,
     polynomial: Polynomial,
     visibility: Visibility,
     prior: State | None = None,
@@ -53,7 +55,7 @@ def projected_state(
 
 def projected_readout(
     x: Tensor,
-    projections: tuple[nn.Linear, nn.Linear],
+    projections: tuple[nn.Module, nn.Module],
     state: State,
     gate: Gate,
     form: str,
@@ -77,7 +79,7 @@ def projected_readout(
 
 def folded_readout(
     x: Tensor,
-    projections: tuple[nn.Module, nn.Linear],
+    projections: tuple[nn.Module, nn.Module],
     state: State,
     gate: Gate,
     form: str,
@@ -95,7 +97,8 @@ def folded_readout(
         x, gate_projection, out_projection = projection_arguments(x, *projections)
         parameters = gate_projection.to_kernel("gate") | out_projection.to_kernel("out")
         return call("folded_readout", arguments, parameters, x=x)[0]
-    weight, bias = cast(projections[1].weight, projections[1].bias)
+    out: Any = projections[1]
+    weight, bias = cast(out.weight, out.bias)
     values = gate_values(arguments, project(projections[0], x))
     return multiply_folded(values, fold(state, weight, gate.n_heads), bias, offsets)
 
@@ -120,7 +123,7 @@ def _one_pass(operation, args, constants):
     if tangents[0] is None or needs_gradient((*primals, *tangents, *fixed)):
         return None
     tangents = [t if t is not None or p is None else torch.zeros_like(p) for p, t in pairs]
-    replaced = dict(zip(("x", *STATE, *TANGENTS), (*primals, *tangents), strict=True))
+    replaced: dict[str, Tensor | None] = dict(zip(("x", *STATE, *TANGENTS), (*primals, *tangents), strict=True))
     with below_autograd():
         return call(operation, args, replaced)
 
@@ -137,10 +140,10 @@ def project_state(args):
     state = call("state", args, u=u)
     if args["x_tangent"] is None:
         return *state, nothing, nothing, nothing
-    coeff, prior = args["coeff"], dict(zip(STATE, (args[name] for name in TANGENTS[1:]), strict=True))
-    prior["count"] = None if prior["total"] is None else args["count"]
-    tangent = {"u_tangent": linear(args["x_tangent"], weight)}
-    tangent["coeff_tangent"] = None if coeff is None else torch.zeros_like(coeff)
+    total, residual, coeff = args["total_tangent"], args["residual_tangent"], args["coeff"]
+    prior = {"total": total, "residual": residual, "count": None if total is None else args["count"]}
+    zeros = None if coeff is None else torch.zeros_like(coeff)
+    tangent = {"u_tangent": linear(args["x_tangent"], weight), "coeff_tangent": zeros}
     return *state, *call("state", args, prior, tangent, u=u)[:2], nothing
 
 
@@ -211,8 +214,8 @@ def project_readout_vjp(args, needed, grad_y, *_):
     if grad_y is None:
         return {}
     names = ("x", "gate_weight", "gate_bias", "total", "out_weight", "out_bias")
-    grads = dict(zip(names, call("project_readout_backward", _backward_arguments(args), grad_y=grad_y)))
-    grads["residual"] = grads["total"]
+    found = call("project_readout_backward", _backward_arguments(args), grad_y=grad_y)
+    grads = dict(zip(names, found)) | {"residual": found[names.index("total")]}
     return {name: grad for name, grad in grads.items() if name in needed}
 
 

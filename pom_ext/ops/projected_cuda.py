@@ -7,6 +7,8 @@ kernels. Groups of tokens are not cut into blocks: their offsets lie on the GPU,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,11 +53,10 @@ def _project_to(out, x, projection):
 
 def _block(args, samples, tokens):
     """The arguments for a block of the tokens."""
-    tables = {name: None if args.get(name) is None else args[name][tokens] for name in ("cos", "sin")}
-    gate_tables = {f"gate_{name}": None if args.get(f"gate_{name}") is None else args[f"gate_{name}"][tokens]
-                   for name in ("cos", "sin")}  # fmt: skip
+    names = [name for name in ("cos", "sin", "gate_cos", "gate_sin") if args.get(name) is not None]
+    tables = {name: args[name][tokens] for name in names}
     weight = args.get("weight")
-    return args | tables | gate_tables | {"weight": None if weight is None else weight[samples, tokens]}
+    return args | tables | {"weight": None if weight is None else weight[samples, tokens]}
 
 
 def _samples(args, samples):
@@ -71,7 +72,8 @@ class _Gradients:
 
     def __init__(self, x, bias, cut, needs_weight=True):
         self.like, self.bias, self.dtype = x, bias, accumulator(x.dtype)
-        self.needs_weight, self.weight, self.block = needs_weight, None, 0
+        self.needs_weight, self.block = needs_weight, 0
+        self.weight: Tensor | None = None
         if bias is not None:  # a row for each block
             count = sum(len(parts) for _, parts in cut)
             self.rows = x.new_empty(count, len(bias), dtype=self.dtype)
@@ -84,7 +86,7 @@ class _Gradients:
         self.block += 1
 
     def _add_product(self, a, b):
-        wider = {}
+        wider: dict[str, Any] = {}
         if a.dtype != self.dtype:
             if a.is_cuda:
                 wider = {"out_dtype": self.dtype}
@@ -99,7 +101,7 @@ class _Gradients:
         """Gradients of weight and bias in the dtype of the tokens; empty if not needed, or if there is no bias."""
         x = self.like
         return (
-            self.weight.to(x.dtype) if self.needs_weight else x.new_empty(0, x.shape[2]),
+            x.new_empty(0, x.shape[2]) if self.weight is None else self.weight.to(x.dtype),
             x.new_empty(0) if self.bias is None else self.rows.sum(0).to(x.dtype),
         )
 

@@ -6,8 +6,6 @@ group sees. Nothing in the package calls this module in place of a compiled oper
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,7 +26,8 @@ def features(u: Tensor, coeff: Tensor | None = None, *, form: str, degree: int) 
     a = F.leaky_relu(u, 0.01)
     # Held to [-0.1, 6]. At a bound the slope is that inside, as torch.clamp's is up to 2.13; from 2.14 on that is zero.
     a = torch.where((a < -0.1) | (a > 6), a.detach().clamp(-0.1, 6), a)
-    return sum(coeff[:, i] * a ** (i + 1) for i in range(degree))
+    assert coeff is not None
+    return sum((coeff[:, i] * a ** (i + 1) for i in range(degree)), torch.zeros((), dtype=a.dtype))
 
 
 def gate_value(gate: Tensor, *, form: str) -> Tensor:

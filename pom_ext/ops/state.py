@@ -43,10 +43,11 @@ class State:
 
         Made at the first use, shared with no other state, and zero again after every update.
         """
-        if self._arrival_counter is None:
+        counter = self._arrival_counter
+        if counter is None:
             counter = torch.zeros(self.total.shape[0], dtype=torch.int32, device=self.total.device)
             object.__setattr__(self, "_arrival_counter", counter)
-        return self._arrival_counter
+        return counter
 
     @classmethod
     def empty(
@@ -74,8 +75,8 @@ class State:
         groups_agree = a.shape[1] == b.shape[1] or 1 in (a.shape[1], b.shape[1])
         if a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2] or not groups_agree:
             raise ValueError(
-                f"other: states of shape {tuple(a.shape)} and {tuple(b.shape)} do not add; batch and width must be equal, "
-                "groups equal or one"
+                f"other: states of shape {tuple(a.shape)} and {tuple(b.shape)} do not add; batch and width must "
+                "be equal, groups equal or one"
             )
         if a.dtype != b.dtype or a.device != b.device:
             raise ValueError(
