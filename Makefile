@@ -47,7 +47,7 @@ fuzz: $(VENV)/built
 	done
 
 bench: $(VENV)/built
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.run core
 
 wheel: export TORCH_CUDA_ARCH_LIST := $(or $(TORCH_CUDA_ARCH_LIST),all)
 wheel: $(VENV)/environment

@@ -11,8 +11,8 @@ import torch
 
 # First smoke, which looks after the library that is to be tested.
 from benchmarks.gpu_report.smoke import BF16, arguments, draw_readout_call, draw_state_call, has_kernel
-from benchmarks.measure import OURS
-from benchmarks.ops import OpCase
+from benchmarks.harness.measure import OURS
+from benchmarks.harness.op_case import OpCase
 
 TOKENS = 16384
 

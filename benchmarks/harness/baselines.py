@@ -5,12 +5,15 @@ Product form: arXiv 2411.12663, davidpicard/HoMM `src/model/network/layers.py`. 
 davidpicard/pom `pom/pom.py`.
 """
 
+import importlib.util
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+AUTHORS = ("authors",) if importlib.util.find_spec("pom") else ()  # davidpicard/pom
 
 
 def features(u, coeff, form, degree):

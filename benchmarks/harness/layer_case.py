@@ -1,7 +1,6 @@
 """Cases of the whole layer, beside attention and beside the matrix products that it cannot do without."""
 
 import copy
-import importlib.util
 from dataclasses import dataclass
 from unittest import mock
 
@@ -12,10 +11,7 @@ from pom_ext.ops import _blocks
 from pom_ext.ops.projected import project
 
 from .baselines import Attention, plain_layer
-from .measure import OURS, Setup, Target, as_tuple, forward, measure_times, training_step
-from .ops import short
-
-AUTHORS = ("authors",) if importlib.util.find_spec("pom") else ()  # davidpicard/pom
+from .measure import OURS, Setup, Target, as_tuple, forward, measure_times, short, training_step
 
 
 @dataclass(frozen=True)
@@ -59,8 +55,8 @@ class LayerCase:
         return training_step(function, [inputs], parameters=[p for module in modules for p in module.parameters()])
 
     def setup(self, sets=1):
-        layer = PoM(self.dim, self.degree, self.expand, form=self.form, n_sel_heads=self.heads,
-                    memory=self.memory)  # fmt: skip
+        options = {"form": self.form, "n_sel_heads": self.heads, "memory": self.memory}
+        layer = PoM(self.dim, self.degree, self.expand, **options)
         layer = layer.to(self.device, self.dtype)
         x = torch.randn(self.batch, self.tokens, self.dim, device=self.device).to(self.dtype)
         projections = layer.context_proj, layer.gate_proj, layer.out_proj

@@ -49,6 +49,10 @@ class Setup:
     expected: Callable[[], tuple[torch.Tensor, ...]]
 
 
+def short(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
 def as_tuple(outputs):
     return outputs if isinstance(outputs, tuple) else (outputs,)
 

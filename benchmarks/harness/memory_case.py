@@ -9,9 +9,9 @@ from statistics import median
 
 import torch
 
-from .layers import LayerCase
+from .layer_case import LayerCase
 from .measure import OURS, Target, check
-from .ops import OpCase
+from .op_case import OpCase
 
 PROCESSES = 5  # whose median it is: what an allocator has at hand differs from one to the next
 

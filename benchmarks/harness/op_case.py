@@ -20,15 +20,12 @@ from .measure import (
     leaves,
     measure_times,
     output_grad,
+    short,
     training_step,
 )
 from .timing import Contender
 
 STATE = ("total", "residual", "count")
-
-
-def short(dtype):
-    return str(dtype).removeprefix("torch.")
 
 
 def with_state(total=None, residual=None, count=None, **tensors):

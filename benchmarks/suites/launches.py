@@ -1,4 +1,4 @@
-"""What the cases of the device benchmark launch and move: `python -m benchmarks.resources --launches --help`.
+"""The launches, and the bytes of memory that they move, of the GPU cases of the suites ops and layers.
 
 Needs no GPU: the CUDA kernels run as C++ on the CPU (tools/stand_in.py), where every load and store of global memory is
 counted, by the model in tests/cpp/count_on_cpu.cpp: sectors of 32 bytes, each once for a block that finds it again
@@ -6,7 +6,7 @@ among the last 64 KiB that it touched, and no cache that blocks share. Values ar
 calls.
 
 Of a layer only `project_state` and its gradients are counted, for projections that are made again: by
-`pom_ext._blocks`, as on a GPU. The products of matrices are launches that are counted and not computed, for torch's are
+`pom_ext.ops._blocks`, as on a GPU. The products of matrices are launches that are counted and not computed, for torch's are
 not ours to count the bytes of; torch's other operators are counted as a launch each.
 """
 
@@ -24,9 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tools import stand_in
 
+from ..harness.command import parse, suite_parser
 from .resources import shortened
 
-LIBRARY = Path(__file__).parent.parent / "build/stand_in_counted"
+LIBRARY = Path(__file__).parents[2] / "build/stand_in_counted"
 MULTIPROCESSORS = "132"  # an H100's: so many blocks share the work
 PRODUCTS = ("pom_ext::linear", *(f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm")))
 WITHOUT_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "set_")
@@ -120,11 +121,11 @@ class Meter:
 
 def all_cases():
     """{name: case} on the CPU, where clocks make no difference."""
-    from . import device_cases
-    from .ops import OpCase
+    from ..harness.op_case import OpCase
+    from .core import CASES
 
     found = {}
-    for case in device_cases.CASES.values():
+    for case in CASES["cuda"].values():
         if isinstance(case, OpCase):
             case = dataclasses.replace(case, device="cpu", clock="host")
         elif case.memory == "recompute" or not case.train:
@@ -140,8 +141,7 @@ def projected(layer):
     from pom_ext.ops import _blocks
     from pom_ext.ops.checks import FORMS
 
-    from .measure import forward
-    from .ops import short
+    from ..harness.measure import forward, short
 
     @dataclass(frozen=True)
     class Projected:
@@ -185,19 +185,19 @@ def line(name, row):
     return f"{name:<60}" + "".join(f"{cell:>10}" for cell in cells) + "   " + ", ".join(parts)
 
 
-def report(patterns, json_file=None):
-    """Count the cases whose names match, print a line each, and write a JSON file. Returns the exit status."""
+def main(arguments=None):
+    parser = suite_parser("launches")
+    parser.add_argument("--case", nargs="+", default=["*"], metavar="NAME", help="cases by name or pattern ('state*')")
+    options = parse(parser, arguments)
     meter = Meter()
-    chosen = {
-        name: case for name, case in all_cases().items() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-    }
-    if not chosen:
-        raise LookupError(f"--case: no case matches {' '.join(patterns)}")
-    print(f"{'case':<60}" + "".join(f"{head:>10}" for head in HEADS) + "   what is launched", flush=True)
+    cases = {name: case for name, case in all_cases().items() if any(fnmatch.fnmatch(name, p) for p in options.case)}
+    if not cases:
+        parser.error(f"--case: no case matches {' '.join(options.case)}")
+    print(f"{'case':<60}" + "".join(f"{head:>10}" for head in HEADS) + "   launched", flush=True)
     rows = {}
-    for name, case in chosen.items():
+    for name, case in cases.items():
         rows[name] = meter.of_case(case)
         print(line(name, rows[name]), flush=True)
-        if json_file:
-            Path(json_file).write_text(json.dumps({"model": MODEL, "cases": rows}, indent=1) + "\n")
+        if options.json:
+            Path(options.json).write_text(json.dumps({"model": MODEL, "cases": rows}, indent=1) + "\n")
     return 0

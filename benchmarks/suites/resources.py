@@ -1,25 +1,24 @@
-"""What the compiler gave every CUDA kernel, read from the build: `python -m benchmarks.resources --help`.
+"""Registers, spills, occupancy and widths of loads of every CUDA kernel, read from the build.
 
-Needs no GPU. ptxas tells registers, stack and spills of each kernel and architecture; the PTX beside the objects tells
-the threads of a block. From these follows how many blocks of a kernel a multiprocessor can hold. How wide the loads
-from global memory are is read from the machine code where cuobjdump and nvdisasm are on the path, else from the PTX.
-With --launches: what the cases of the device benchmark launch and move instead (launches.py).
+Needs neither a GPU nor torch. ptxas logs registers, stack and spills of each kernel and architecture; the PTX beside the
+objects has the threads of a block. From these follows how many blocks of a kernel a multiprocessor holds. The widths of
+loads from global memory come from the machine code if cuobjdump and nvdisasm are on the path, else from the PTX.
 """
 
-import argparse
 import dataclasses
 import json
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-BUILD = Path(__file__).parent.parent / "build/pom/cuda"
-REGISTERS = 16384  # of each quarter of a multiprocessor, dealt to its warps in lumps
+from ..harness.command import parse, suite_parser
+
+BUILD = Path(__file__).parents[2] / "build/pom/cuda"
+REGISTERS = 16384  # of each quarter of a multiprocessor, allocated to its warps in multiples of REGISTER_LUMP
 REGISTER_LUMP = 256
-SHARED_RESERVED = 1024  # bytes that CUDA takes of every block
+SHARED_RESERVED = 1024  # bytes of every block that CUDA uses itself
 
 
 @dataclass(frozen=True)
@@ -38,18 +37,18 @@ MULTIPROCESSORS = {
 
 @dataclass
 class Kernel:
-    """One kernel for one architecture. Sizes are bytes: of a thread, and static shared memory of a block."""
+    """One kernel for one architecture. Stack and spills are bytes per thread, `shared` static bytes per block."""
 
     name: str
-    arch: str  # "9.0", and so where it is compiled for 9.0a
+    arch: str  # "9.0", also if it is compiled for 9.0a
     registers: int = 0
     stack: int = 0
     spill_stores: int = 0
     spill_loads: int = 0
     shared: int = 0
-    threads: int = 0  # at most in a block; 0 where the PTX was not read
+    threads: int = 0  # at most in a block; 0 if the PTX was not read
     loads: dict = dataclasses.field(default_factory=dict)  # from global memory: {bits: instructions}
-    ahead: int | None = None  # 128-bit loads that stand before the first product of a tensor core, if there is one
+    ahead: int | None = None  # 128-bit loads before the first product of a tensor core; None without a product
 
     @property
     def vector_bits(self):
@@ -67,7 +66,7 @@ class Kernel:
         return self.stack + self.spill_stores + self.spill_loads
 
     def blocks(self):
-        """Blocks that a multiprocessor holds, dynamic shared memory aside; None without the figures to tell."""
+        """Blocks that a multiprocessor holds, without dynamic shared memory; None for an unknown architecture."""
         limits = MULTIPROCESSORS.get(self.arch)
         if not limits or not self.threads:
             return None
@@ -78,7 +77,7 @@ class Kernel:
         return min(limits.threads // (32 * warps), limits.blocks, by_registers, by_shared)
 
     def row(self):
-        """The figures and what follows from them, for JSON."""
+        """The fields, and the occupancy computed from them, for JSON."""
         row, blocks = dataclasses.asdict(self), self.blocks()
         if blocks:
             limits = MULTIPROCESSORS[self.arch]
@@ -225,23 +224,17 @@ def table(kernels):
     return lines
 
 
+def save(kernels, path):
+    """Write a JSON list with one line per kernel and architecture."""
+    rows = ",\n ".join(json.dumps(kernel.row()) for kernel in kernels)
+    Path(path).write_text(f"[\n {rows}\n]\n")
+
+
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__.split(":")[0])
+    parser = suite_parser("resources")
     parser.add_argument("--build", default=BUILD, metavar="FOLDER", help="where the objects and logs are")
     parser.add_argument("--arch", nargs="+", default=list(MULTIPROCESSORS), help="architectures to show, or 'all'")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
-    parser.add_argument(
-        "--launches", action="store_true", help="count the launches and bytes of benchmark cases instead"
-    )
-    parser.add_argument("--case", nargs="+", default=["*"], metavar="NAME", help="of --launches: names or patterns")
-    options = parser.parse_args(arguments)
-    if options.launches:
-        from . import launches  # needs torch
-
-        try:
-            return launches.report(options.case, options.json)
-        except LookupError as error:
-            parser.error(str(error))
+    options = parse(parser, arguments)
     try:
         kernels = read_build(options.build)
     except FileNotFoundError as error:
@@ -251,9 +244,5 @@ def main(arguments=None):
         parser.error(f"--arch: the build has {sorted({kernel.arch for kernel in kernels})}, got {options.arch}")
     print(*table(chosen), sep="\n")
     if options.json:
-        Path(options.json).write_text(json.dumps([kernel.row() for kernel in chosen], indent=1) + "\n")
+        save(chosen, options.json)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

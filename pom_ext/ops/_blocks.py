@@ -15,7 +15,7 @@ ops = torch.ops.pom_ext
 BLOCK_BYTES = 16 * 2**20  # of projected tokens: a third of the second cache of an H100
 LEAST_ROWS = 1024  # of a product: fewer leave multiprocessors without work
 # Whether the state is summed within the product, by the one kernel that Hopper has for it, in place of blocks. Which of
-# them is faster is for a measurement to say (`benchmarks.run --case 'layer*'` on such a GPU); there is none yet.
+# them is faster is for a measurement to say (`benchmarks.run layers` on such a GPU); there is none yet.
 AT_ONCE = False
 
 
