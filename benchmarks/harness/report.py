@@ -11,6 +11,7 @@ import torch
 
 import pom_ext
 from pom_ext._io import atomic_write
+from pom_ext.ops import _library
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +40,7 @@ def commit():
 
 
 def machine():
+    _library.load()
     return {
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
