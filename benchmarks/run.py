@@ -1,4 +1,4 @@
-"""The benchmarks: `python -m benchmarks.run SUITE [options]`. `--list` shows the suites, `SUITE --help` the options of one."""
+"""The benchmarks: `python -m benchmarks.run SUITE [options]`; `--list` shows the suites, `SUITE --help` the options."""
 
 import argparse
 import importlib

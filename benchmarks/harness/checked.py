@@ -36,8 +36,8 @@ def matches(name, patterns):
 def selected(cases, patterns, quick, *, without=(), also=(), against=None):
     """The cases of {name: case} that match the patterns, all if there are none.
 
-    quick: only cases with a target, and of their baselines only those of the targets. without: names and patterns of cases
-    to leave out. also: cases that quick keeps without a target. against: if not None, the only baselines.
+    quick: only cases with a target, and of their baselines only those of the targets. without: names and patterns of
+    cases to leave out. also: cases that quick keeps without a target. against: if not None, the only baselines.
     """
     for pattern in patterns:
         if not fnmatch.filter(cases, pattern):
@@ -95,8 +95,8 @@ def require(name):
     _library.load()
     if name == "cuda" and not torch.cuda.is_available():
         raise SystemExit(
-            f"--device cuda: torch {torch.__version__} finds no GPU; --list and --predict need none, the rest runs on a "
-            "machine with one"
+            f"--device cuda: torch {torch.__version__} finds no GPU; --list and --predict need none, the rest runs on "
+            "a machine with one"
         )
     if name not in _library.DEVICES:
         raise SystemExit(

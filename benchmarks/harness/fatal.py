@@ -1,4 +1,4 @@
-"""CUDA errors after which a process can do nothing more on its GPU: every later call fails with the first one's message.
+"""CUDA errors after which every later call of the process fails with the message of the first.
 
 Imports no torch, for the GPU report runs without it.
 """

@@ -1,4 +1,4 @@
-"""Cases of the whole layer, beside attention and beside the matrix products that it cannot do without."""
+"""A case of the whole layer, beside attention and beside its own matrix products."""
 
 import copy
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class LayerCase:
     """`PoM` mixing x (batch, tokens, dim) with itself: the forward, or with `train` the forward and all gradients.
 
     heads: gates of the power form (1: one for every channel). The attention beside it has heads of 64 channels.
-    memory: what is kept for the gradients, as of `PoM`.
+    memory: "store" or "recompute", the option of `PoM`.
     """
 
     form: str
@@ -115,7 +115,7 @@ class LayerCase:
         return as_tuple(self.contender(lambda x: plain_layer(exact, x), [exact], x=x.double()).call())
 
     def sizes(self, tensors):
-        """What the memory of a forward is held against: its output, its state, and 4 MiB of scratch."""
+        """Allowed extra memory of a forward: its output, its state, and 4 MiB of scratch."""
         channels = self.dim * self.expand * (self.degree if self.form == "product" else 1)
         return {"allowed": tensors["x"].nbytes + self.batch * (8 * channels + 8) + 4 * 2**20}
 

@@ -45,7 +45,8 @@ def cases(lengths):
 def compare(name, calls, base, ours, bound, describe, settings):
     """Time functions by turns, print the ratio of `ours` to `base` against its bound, and return the JSON of the case.
 
-    calls: {contender: function}; base, ours: two of the contenders; describe: {contender: ratio to base} -> printed text.
+    calls: {contender: function}; base, ours: two of the contenders; describe: {contender: ratio to base} -> printed
+    text.
     """
     contenders, clock = {which: Contender(call) for which, call in calls.items()}, HostClock()
     for contender in contenders.values():

@@ -81,7 +81,7 @@ def amount(size):
 
 
 def save(content, path):
-    """Write the result file anew; does nothing if `path` is None. If that fails, say on a full disk, a line tells why."""
+    """Write the result file anew, unless `path` is None. If that fails, say on a full disk, a line tells why."""
     if not path:
         return
     try:

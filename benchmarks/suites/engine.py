@@ -1,8 +1,8 @@
 """Latency of one more frame of a layer: the engine in C++, the engine from Python, and the operation of torch.
 
-Builds the torch-free library with CMake. All contenders run on one thread and take turns in blocks of frames. A frame is
-one `commit`: the polynomial features of its tokens are added to the running state, which all its tokens read. Projections
-are left out: they are matrix products, the same for all contenders.
+Builds the torch-free library with CMake. All contenders run on one thread and take turns in blocks of frames. A frame
+is one `commit`: the polynomial features of its tokens are added to the running state, which all its tokens read.
+Projections are left out: they are matrix products, the same for all contenders.
 """
 
 import subprocess

@@ -5,9 +5,9 @@ counted, by the model in tests/cpp/count_on_cpu.cpp: sectors of 32 bytes, each o
 among the last 64 KiB that it touched, and no cache that blocks share. Values are computed, so counts are those of real
 calls.
 
-Of a layer only `project_state` and its gradients are counted, for projections that are made again: by
-`pom_ext.ops._blocks`, as on a GPU. The products of matrices are launches that are counted and not computed, for torch's are
-not ours to count the bytes of; torch's other operators are counted as a launch each.
+Of a layer only `project_state` and its gradients are counted, with recomputed projections, by `pom_ext.ops._blocks` as
+on a GPU. Matrix products are counted as launches and not computed, since the bytes of torch's kernels are not counted.
+torch's other operators count as one launch each.
 """
 
 import dataclasses
@@ -34,14 +34,14 @@ WITHOUT_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empt
 
 
 def has_kernel(operator):
-    """Whether one of torch's operators runs code on the device: not one that gives a view, or memory as it is."""
+    """Whether an operator of torch runs code on the device: not if it returns a view or uninitialised memory."""
     schema = operator._schema
     gives_view = any(result.alias_info and not result.alias_info.is_write for result in schema.returns)
     return not gives_view and schema.name.removeprefix("aten::") not in WITHOUT_KERNEL
 
 
 class Operators(TorchDispatchMode):
-    """Names of torch's own operators with a kernel, as they are called; and products of matrices, not computed."""
+    """Records the names of torch's operators that run a kernel. Matrix products are recorded and not computed."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ class Operators(TorchDispatchMode):
 
 
 def product_of_zeros(operator, arguments, options):
-    """What a product gives, as to shape and dtype."""
+    """Zeros of the shape and dtype of a product."""
     if operator._schema.name.endswith("_"):
         return arguments[0]
     if "out" in options:
@@ -72,13 +72,13 @@ def product_of_zeros(operator, arguments, options):
 
 @dataclass(frozen=True)
 class Counted:
-    """One call: its launches of ours, in order, and torch's operators."""
+    """One call: the launches of our kernels, in order, and torch's operators."""
 
     launches: list
     operators: list
 
     def row(self, fewest):
-        """For JSON. fewest: bytes that such a call cannot do without, or None."""
+        """For JSON. fewest: bytes that the call cannot do without, or None."""
         loaded, stored = (sum(getattr(launch, name) for launch in self.launches) for name in ("loaded", "stored"))
         return {
             "launches": len(self.launches) + len(self.operators),
@@ -103,13 +103,13 @@ class Meter:
 
     def of(self, call):
         self._counts.reset()
-        # Values of weights are looked at on a CPU alone, and not of traced tensors either.
+        # On a CPU, but not while tracing, the operations look at the values of weights.
         with Operators() as operators, mock.patch("torch.compiler.is_compiling", lambda: True):
             call()
         return Counted(self._counts.launches(), operators.found)
 
     def of_case(self, case):
-        """The row of an OpCase or a Projected: of its second call, for the first update makes its State a ticket."""
+        """The row of an OpCase or a Projected. An update is called twice: its first call allocates a counter."""
         torch.manual_seed(0)
         with torch.inference_mode(not case.differentiates):
             contender = case.contender(case.ours, [case.tensors()])
@@ -120,7 +120,7 @@ class Meter:
 
 
 def all_cases():
-    """{name: case} on the CPU, where clocks make no difference."""
+    """{name: case}: the GPU cases, on the CPU."""
     from ..harness.op_case import OpCase
     from .core import CASES
 
@@ -137,7 +137,7 @@ def all_cases():
 
 
 def projected(layer):
-    """The state of a LayerCase: (batch, tokens, dim) to the sums of its projected tokens."""
+    """A case of the state of a LayerCase: from x (batch, tokens, dim) to the sums over its projected tokens."""
     from pom_ext.ops import _blocks
     from pom_ext.ops.checks import FORMS
 

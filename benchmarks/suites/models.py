@@ -1,8 +1,8 @@
 """Where each form wins: time of layers and of whole image models beside attention, from 256 to 65,536 tokens.
 
 The contenders take turns at each length. A call is not measured if the two lengths before predict more than --limit
-seconds; the output says so. The break-even is the length from which on a form was faster than attention wherever both were
-measured. The bytes of a token that each layer saves for its gradients stand beside the times.
+seconds; the output says so. The break-even is the length from which on a form was faster than attention wherever both
+were measured. The bytes of a token that each layer saves for its gradients stand beside the times.
 """
 
 import statistics

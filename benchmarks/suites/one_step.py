@@ -1,7 +1,7 @@
 """Images in one step: the demo's model trained by MeanFlow, beside the same model trained by flow matching.
 
-A classifier trained on real images reads 60 generated images of every digit. `spread` is the standard deviation of a pixel
-over the images of a digit, divided by that of the real images: 0 for a model that always draws the same image.
+A classifier trained on real images reads 60 generated images of every digit. `spread` is the standard deviation of a
+pixel over the images of a digit, divided by that of the real images: 0 for a model that always draws the same image.
 """
 
 import tempfile

@@ -1,8 +1,9 @@
 """Registers, spills, occupancy and widths of loads of every CUDA kernel, read from the build.
 
-Needs neither a GPU nor torch. ptxas logs registers, stack and spills of each kernel and architecture; the PTX beside the
-objects has the threads of a block. From these follows how many blocks of a kernel a multiprocessor holds. The widths of
-loads from global memory come from the machine code if cuobjdump and nvdisasm are on the path, else from the PTX.
+Needs neither a GPU nor torch. ptxas logs registers, stack and spills of each kernel and architecture; the PTX beside
+the objects has the threads of a block. From these follows how many blocks of a kernel a multiprocessor holds. The
+widths of loads from global memory come from the machine code if cuobjdump and nvdisasm are on the path, else from the
+PTX.
 """
 
 import dataclasses
@@ -58,7 +59,7 @@ class Kernel:
 
     @property
     def is_general(self):
-        """Whether it is an instance for one element at a time and a degree known only at run time."""
+        """Whether it processes one element at a time, with a degree known only at run time."""
         return re.search(r", 1, (true|false)>$", self.name) is not None
 
     @property
@@ -89,7 +90,7 @@ class Kernel:
 
 
 def demangled(names):
-    """{mangled: short readable name}: "sum_pieces<Power<3>, bf16, 8, false>"."""
+    """{mangled: short name}, such as "sum_pieces<Power<3>, bf16, 8, false>"."""
     done = subprocess.run(["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True)
     return dict(zip(names, map(shortened, done.stdout.splitlines()), strict=True))
 
@@ -101,7 +102,7 @@ def shortened(signature):
 
 
 def parse_log(text):
-    """Kernels, by mangled name and architecture, in what `ptxas -v` said."""
+    """{(mangled name, architecture): Kernel} from the output of `ptxas -v`."""
     kernels, kernel = {}, None
     for line in text.splitlines():
         if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\d+)(\d)[af]?'", line):
@@ -122,13 +123,13 @@ ACCESS = re.compile(r"\bld\.global\S*?(?:\.v(\d))?\.[busf](\d+)\s")
 
 
 def loads_ahead(code, load, product):
-    """How many loads stand before the first product in a kernel's code; None if it has no product."""
+    """Number of loads before the first product in the code of a kernel; None if it has no product."""
     before, found, _ = code.partition(product)
     return len(re.findall(load, before)) if found else None
 
 
 def parse_ptx(text):
-    """(architecture, {mangled name: (threads of a block, {bits of a load from global memory: how many}, ahead)})."""
+    """(architecture, {mangled name: (threads of a block, {bits of a load from global memory: count}, ahead)})."""
     arch = re.search(r"^\.target sm_(\d+)(\d)[af]?", text, re.MULTILINE)
     kernels = {}
     for body in re.split(r"^(?:\.\w+ )*\.entry ", text, flags=re.MULTILINE)[1:]:
@@ -142,7 +143,7 @@ def parse_ptx(text):
 
 
 def parse_sass(text):
-    """{(mangled name, architecture): {bits of a load from global memory: how many}} of what cuobjdump printed."""
+    """{(mangled name, architecture): {bits of a load from global memory: count}} from the output of cuobjdump."""
     kernels, arch, loads = {}, None, {}
     for line in text.splitlines():  # hundreds of megabytes
         if "LDG.E" in line:
@@ -157,7 +158,7 @@ def parse_sass(text):
 
 
 def parse_sass_ahead(text):
-    """{(mangled name, architecture): 128-bit loads ahead of the first product} of the kernels that have one."""
+    """{(mangled name, architecture): 128-bit loads before the first product} of kernels with a product."""
     kernels = {}
     if " HMMA." not in text:
         return kernels
@@ -171,7 +172,7 @@ def parse_sass_ahead(text):
 
 
 def disassembled(file):
-    """(parse_sass, parse_sass_ahead) of an object file, or nothing without the tools for it."""
+    """(parse_sass, parse_sass_ahead) of an object file; both empty without cuobjdump and nvdisasm."""
     if not (shutil.which("cuobjdump") and shutil.which("nvdisasm")):
         return {}, {}
     text = subprocess.run(["cuobjdump", "-sass", file], check=True, capture_output=True, text=True).stdout
@@ -179,7 +180,7 @@ def disassembled(file):
 
 
 def read_build(folder=BUILD):
-    """Kernels of all logs, PTX files and objects of a build, sorted by name. FileNotFoundError without any."""
+    """Kernels of all logs, PTX files and objects of a build, sorted by name. FileNotFoundError if there is no log."""
     logs = sorted(Path(folder).glob("*.log"))
     if not logs:
         raise FileNotFoundError(
@@ -207,7 +208,7 @@ def read_build(folder=BUILD):
 
 
 def table(kernels):
-    """Lines, a kernel each."""
+    """The printed table, a line for each kernel and architecture."""
     heads = ("arch", "registers", "stack", "spilled", "threads", "blocks/SM", "occupancy", "128-bit loads", "others")
     width = max(len(kernel.name) for kernel in kernels) + 2
     lines = ["kernel".ljust(width) + "".join(head.rjust(len(head) + 2) for head in heads)]

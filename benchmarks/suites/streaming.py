@@ -17,8 +17,8 @@ from ..harness import report
 from ..harness.command import parse, suite_parser
 from ..harness.report import amount
 
-# (config, longest stream in frames). "digits" and "game" are the models of the demo and of README's game, "S/2" the standard
-# size on latents of 256 x 256 pixels.
+# (config, longest stream in frames). "digits" and "game" are the models of the demo and of README's game, "S/2" the
+# standard size on latents of 256 x 256 pixels.
 MODELS = {
     "digits": ({"in_channels": 1, "size": (32, 32), "patch": (1, 4, 4), "dim": 96, "n_layers": 4, "n_heads": 8}, 1024),
     "game": ({"in_channels": 3, "size": (64, 64), "patch": (1, 8, 8), "dim": 192, "n_layers": 6, "n_heads": 8}, 1024),

@@ -86,7 +86,8 @@ def test_the_build_is_for_this_gpu_alone(world):
 
 
 def test_a_library_without_cuda_kernels_fails_the_build_step():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pom_ext.ops import _library; _library.DEVICES = ('cpu',); "
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
+    code += "from pom_ext.ops import _library; _library.DEVICES = ('cpu',); "
     done = subprocess.run([sys.executable, "-c", code + plan.HAS_KERNELS], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "built without CUDA kernels" in done.stderr
 
