@@ -54,7 +54,7 @@ fuzz: $(VENV)/built
 	done
 
 bench: $(VENV)/built
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.run core
 
 lint: $(VENV)/lint-tools
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from ..harness.fatal import LOST
 from . import folder, plan, read
 from .guard import Guard
 from .pretend import MODES, NAMES, OF_STEP, Pretended, parsed_faults
@@ -19,7 +20,6 @@ from .run import GRACE, TIMED_OUT, run
 
 MOST_RESTARTS = 50  # of the tests, or of the benchmark
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LOST = 3  # benchmarks.run.LOST, which takes torch to import
 EPILOG = f"""The library is built for this one GPU, in place: pom_ext/*.so and pom_ext/_build.json are replaced.
 It takes torch, pybind11, setuptools and nvcc; for the tests pytest and hypothesis.
 

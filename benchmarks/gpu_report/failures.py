@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fatal import is_fatal
 from benchmarks.gpu_report.read import journal
+from benchmarks.harness.fatal import LOST, is_fatal
 
-LOST = 3  # exit status where the GPU is lost to this process
 LONGEST_FAILURE, LONGEST_FILE = 20_000, 4 * 2**20  # characters, bytes
 
 

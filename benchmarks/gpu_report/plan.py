@@ -56,7 +56,7 @@ NEEDS = {
 }
 PACKAGES = {"build": ("pybind11", "setuptools"), "tests": ("pytest", "hypothesis")}  # without which nothing runs
 HAS_KERNELS = (
-    "from pom_ext import _library; _library.load(); "
+    "from pom_ext.ops import _library; _library.load(); "
     "assert 'cuda' in _library.DEVICES, 'the library was built without CUDA kernels'"
 )
 
@@ -150,8 +150,8 @@ def smoke(world):
 def benchmark(world, *selection, name="benchmark"):
     """Case by case into one file; --resume goes on with what it lacks."""
     tail = Tail(2000)
-    words = ("-m", "benchmarks.run", "--device", world.device, "--json", world.out / "benchmark.json", "--resume")
-    words += ("--limit", f"{OF_A_CASE * world.scale:g}", *selection)
+    words = ("-m", "benchmarks.run", "core", "--device", world.device, "--limit", f"{OF_A_CASE * world.scale:g}")
+    words += ("--json", world.out / "benchmark.json", "--resume", *selection)
     return Step([[world.python(name, *words, line=tail.line)]], {name: tail}, again=True)
 
 

@@ -11,8 +11,9 @@ import torch
 
 # First smoke, which looks after the library that is to be tested.
 from benchmarks.gpu_report.smoke import BF16, arguments, draw_readout_call, draw_state_call, has_kernel
-from benchmarks.measure import OURS
-from benchmarks.ops import OpCase
+from benchmarks.harness.measure import OURS
+from benchmarks.harness.op_case import OpCase
+from pom_ext.ops.arguments import call
 
 TOKENS = 16384
 
@@ -24,16 +25,17 @@ def ours(*case, **more):
 
 def folded(device, tokens, dim, width):
     sizes = {"heads": 16, "width": width // 16, "batch": 1, "queries": tokens, "dim": dim, "out_dim": dim}
-    call = arguments(draw_readout_call("whole", BF16, True, **sizes), device)
-    if has_kernel("folds_at_once", device) and torch.ops.pom_ext.folds_at_once(*call):
-        return partial(torch.ops.pom_ext.folded_readout_at_once, *call)
+    args, question = arguments(draw_readout_call("whole", BF16, True, **sizes), device), "supports_fused_folded_readout"
+    if has_kernel(question, device) and call(question, args):
+        return partial(call, "fused_folded_readout", args)
     return None
 
 
 def project(device, tokens, dim, width):
-    call = arguments(draw_state_call("whole", BF16, True, batch=1, tokens=tokens, dim=dim, width=width), device)
-    if has_kernel("projects_at_once", device) and torch.ops.pom_ext.projects_at_once(*call):
-        return partial(torch.ops.pom_ext.project_state_at_once, *call)
+    drawn, question = draw_state_call("whole", BF16, True, 3, 1, tokens, dim, width), "supports_fused_project_state"
+    args = arguments(drawn, device)
+    if has_kernel(question, device) and call(question, args):
+        return partial(call, "fused_project_state", args)
     return None
 
 

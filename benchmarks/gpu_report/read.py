@@ -7,7 +7,7 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-from ..resources import shortened
+from ..suites.resources import shortened
 from .run import INTERRUPTED, TIMED_OUT
 
 LONGEST = 300  # characters of one line in the report

@@ -142,8 +142,11 @@ NCU = {
 
 def ncu(mode, words):
     if mode == "refuse":
-        say("==PROF== Connected to process 1 (/usr/bin/python3)", "==ERROR== ERR_NVGPUCTRPERM - The user does not have "
-            "permission to access NVIDIA GPU Performance Counters on the target device 0.")  # fmt: skip
+        say(
+            "==PROF== Connected to process 1 (/usr/bin/python3)",
+            "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access NVIDIA GPU Performance Counters "
+            "on the target device 0.",
+        )
         return 1
     if LIBRARY and subprocess.run([*from_python(words), "--small"], check=False).returncode:
         return 1

@@ -12,7 +12,7 @@ from pom_ext.streaming import VideoStream
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
 
-from benchmarks import streaming
+from benchmarks.suites import streaming
 
 TINY = {"in_channels": 1, "size": (8, 8), "patch": (1, 4, 4), "dim": 16, "n_layers": 2, "n_heads": 2}
 

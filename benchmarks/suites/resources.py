@@ -1,25 +1,25 @@
-"""What the compiler gave every CUDA kernel, read from the build: `python -m benchmarks.resources --help`.
+"""Registers, spills, occupancy and widths of loads of every CUDA kernel, read from the build.
 
-Needs no GPU. ptxas tells registers, stack and spills of each kernel and architecture; the PTX beside the objects tells
-the threads of a block. From these follows how many blocks of a kernel a multiprocessor can hold. How wide the loads
-from global memory are is read from the machine code where cuobjdump and nvdisasm are on the path, else from the PTX.
-With --launches: what the cases of the device benchmark launch and move instead (launches.py).
+Needs neither a GPU nor torch. ptxas logs registers, stack and spills of each kernel and architecture; the PTX beside
+the objects has the threads of a block. From these follows how many blocks of a kernel a multiprocessor holds. The
+widths of loads from global memory come from the machine code if cuobjdump and nvdisasm are on the path, else from the
+PTX.
 """
 
-import argparse
 import dataclasses
 import json
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-BUILD = Path(__file__).parent.parent / "build/pom/cuda"
-REGISTERS = 16384  # of each quarter of a multiprocessor, dealt to its warps in lumps
+from ..harness.command import parse, suite_parser
+
+BUILD = Path(__file__).parents[2] / "build/pom/cuda"
+REGISTERS = 16384  # of each quarter of a multiprocessor, allocated to its warps in multiples of REGISTER_LUMP
 REGISTER_LUMP = 256
-SHARED_RESERVED = 1024  # bytes that CUDA takes of every block
+SHARED_RESERVED = 1024  # bytes of every block that CUDA uses itself
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ MULTIPROCESSORS = {
 
 @dataclass
 class Kernel:
-    """One kernel for one architecture. Sizes are bytes: of a thread, and static shared memory of a block."""
+    """One kernel for one architecture. Stack and spills are bytes per thread, `shared` static bytes per block."""
 
     name: str
-    arch: str  # "9.0", and so where it is compiled for 9.0a
+    arch: str  # "9.0", also if it is compiled for 9.0a
     registers: int = 0
     stack: int = 0
     spill_stores: int = 0
     spill_loads: int = 0
     shared: int = 0
-    threads: int = 0  # at most in a block; 0 where the PTX was not read
+    threads: int = 0  # at most in a block; 0 if the PTX was not read
     loads: dict = dataclasses.field(default_factory=dict)  # from global memory: {bits: instructions}
-    ahead: int | None = None  # 128-bit loads that stand before the first product of a tensor core, if there is one
+    ahead: int | None = None  # 128-bit loads before the first product of a tensor core; None without a product
 
     @property
     def vector_bits(self):
@@ -59,7 +59,7 @@ class Kernel:
 
     @property
     def is_general(self):
-        """Whether it is an instance for one element at a time and a degree known only at run time."""
+        """Whether it processes one element at a time, with a degree known only at run time."""
         return re.search(r", 1, (true|false)>$", self.name) is not None
 
     @property
@@ -67,7 +67,7 @@ class Kernel:
         return self.stack + self.spill_stores + self.spill_loads
 
     def blocks(self):
-        """Blocks that a multiprocessor holds, dynamic shared memory aside; None without the figures to tell."""
+        """Blocks that a multiprocessor holds, without dynamic shared memory; None for an unknown architecture."""
         limits = MULTIPROCESSORS.get(self.arch)
         if not limits or not self.threads:
             return None
@@ -78,7 +78,7 @@ class Kernel:
         return min(limits.threads // (32 * warps), limits.blocks, by_registers, by_shared)
 
     def row(self):
-        """The figures and what follows from them, for JSON."""
+        """The fields, and the occupancy computed from them, for JSON."""
         row, blocks = dataclasses.asdict(self), self.blocks()
         if blocks:
             limits = MULTIPROCESSORS[self.arch]
@@ -90,7 +90,7 @@ class Kernel:
 
 
 def demangled(names):
-    """{mangled: short readable name}: "sum_pieces<Power<3>, bf16, 8, false>"."""
+    """{mangled: short name}, such as "sum_pieces<Power<3>, bf16, 8, false>"."""
     done = subprocess.run(["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True)
     return dict(zip(names, map(shortened, done.stdout.splitlines()), strict=True))
 
@@ -102,7 +102,7 @@ def shortened(signature):
 
 
 def parse_log(text):
-    """Kernels, by mangled name and architecture, in what `ptxas -v` said."""
+    """{(mangled name, architecture): Kernel} from the output of `ptxas -v`."""
     kernels, kernel = {}, None
     for line in text.splitlines():
         if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\d+)(\d)[af]?'", line):
@@ -123,13 +123,13 @@ ACCESS = re.compile(r"\bld\.global\S*?(?:\.v(\d))?\.[busf](\d+)\s")
 
 
 def loads_ahead(code, load, product):
-    """How many loads stand before the first product in a kernel's code; None if it has no product."""
+    """Number of loads before the first product in the code of a kernel; None if it has no product."""
     before, found, _ = code.partition(product)
     return len(re.findall(load, before)) if found else None
 
 
 def parse_ptx(text):
-    """(architecture, {mangled name: (threads of a block, {bits of a load from global memory: how many}, ahead)})."""
+    """(architecture, {mangled name: (threads of a block, {bits of a load from global memory: count}, ahead)})."""
     arch = re.search(r"^\.target sm_(\d+)(\d)[af]?", text, re.MULTILINE)
     kernels = {}
     for body in re.split(r"^(?:\.\w+ )*\.entry ", text, flags=re.MULTILINE)[1:]:
@@ -143,7 +143,7 @@ def parse_ptx(text):
 
 
 def parse_sass(text):
-    """{(mangled name, architecture): {bits of a load from global memory: how many}} of what cuobjdump printed."""
+    """{(mangled name, architecture): {bits of a load from global memory: count}} from the output of cuobjdump."""
     kernels, arch, loads = {}, None, {}
     for line in text.splitlines():  # hundreds of megabytes
         if "LDG.E" in line:
@@ -158,7 +158,7 @@ def parse_sass(text):
 
 
 def parse_sass_ahead(text):
-    """{(mangled name, architecture): 128-bit loads ahead of the first product} of the kernels that have one."""
+    """{(mangled name, architecture): 128-bit loads before the first product} of kernels with a product."""
     kernels = {}
     if " HMMA." not in text:
         return kernels
@@ -172,7 +172,7 @@ def parse_sass_ahead(text):
 
 
 def disassembled(file):
-    """(parse_sass, parse_sass_ahead) of an object file, or nothing without the tools for it."""
+    """(parse_sass, parse_sass_ahead) of an object file; both empty without cuobjdump and nvdisasm."""
     if not (shutil.which("cuobjdump") and shutil.which("nvdisasm")):
         return {}, {}
     text = subprocess.run(["cuobjdump", "-sass", file], check=True, capture_output=True, text=True).stdout
@@ -180,7 +180,7 @@ def disassembled(file):
 
 
 def read_build(folder=BUILD):
-    """Kernels of all logs, PTX files and objects of a build, sorted by name. FileNotFoundError without any."""
+    """Kernels of all logs, PTX files and objects of a build, sorted by name. FileNotFoundError if there is no log."""
     logs = sorted(Path(folder).glob("*.log"))
     if not logs:
         raise FileNotFoundError(
@@ -208,7 +208,7 @@ def read_build(folder=BUILD):
 
 
 def table(kernels):
-    """Lines, a kernel each."""
+    """The printed table, a line for each kernel and architecture."""
     heads = ("arch", "registers", "stack", "spilled", "threads", "blocks/SM", "occupancy", "128-bit loads", "others")
     width = max(len(kernel.name) for kernel in kernels) + 2
     lines = ["kernel".ljust(width) + "".join(head.rjust(len(head) + 2) for head in heads)]
@@ -225,23 +225,17 @@ def table(kernels):
     return lines
 
 
+def save(kernels, path):
+    """Write a JSON list with one line per kernel and architecture."""
+    rows = ",\n ".join(json.dumps(kernel.row()) for kernel in kernels)
+    Path(path).write_text(f"[\n {rows}\n]\n")
+
+
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__.split(":")[0])
+    parser = suite_parser("resources")
     parser.add_argument("--build", default=BUILD, metavar="FOLDER", help="where the objects and logs are")
     parser.add_argument("--arch", nargs="+", default=list(MULTIPROCESSORS), help="architectures to show, or 'all'")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
-    parser.add_argument(
-        "--launches", action="store_true", help="count the launches and bytes of benchmark cases instead"
-    )
-    parser.add_argument("--case", nargs="+", default=["*"], metavar="NAME", help="of --launches: names or patterns")
-    options = parser.parse_args(arguments)
-    if options.launches:
-        from . import launches  # needs torch
-
-        try:
-            return launches.report(options.case, options.json)
-        except LookupError as error:
-            parser.error(str(error))
+    options = parse(parser, arguments)
     try:
         kernels = read_build(options.build)
     except FileNotFoundError as error:
@@ -251,9 +245,5 @@ def main(arguments=None):
         parser.error(f"--arch: the build has {sorted({kernel.arch for kernel in kernels})}, got {options.arch}")
     print(*table(chosen), sep="\n")
     if options.json:
-        Path(options.json).write_text(json.dumps([kernel.row() for kernel in chosen], indent=1) + "\n")
+        save(chosen, options.json)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

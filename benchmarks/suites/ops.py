@@ -1,30 +1,67 @@
-"""The cases on a CUDA device: all by name, with their baselines and their targets."""
+"""The operations, on the CPU and on a CUDA device: all cases by name, with their baselines and their targets."""
 
 import dataclasses
 
 import torch
 
-from .layers import AUTHORS, LayerCase
-from .measure import COPY_BANDWIDTH, MICROSECONDS, Target
-from .ops import OpCase
+from ..harness import checked
+from ..harness.baselines import AUTHORS
+from ..harness.measure import COPY_BANDWIDTH, MICROSECONDS, Target
+from ..harness.op_case import OpCase
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+# On the CPU.
+MEMORY = ("sum", "copy")
+FORMULA = ("plain", "compiled")
+FORMS = (("power", 3), ("product", 2))
+OTHER_DEGREES = (("power", 1), ("power", 2), ("power", 4), ("product", 3), ("product", 4))
+MIXES = (("power", 3, 1), ("power", 3, 8), ("product", 2, 1))  # form, degree, heads
+MANY_TOKENS = 32768  # of 1,024 channels: more than any cache holds
+TARGETS = {
+    ("forward", "power", 3, 4096, FP32): (Target("plain", at_least=80), Target("compiled", at_least=40)),
+    ("forward", "power", 3, MANY_TOKENS, FP32): (Target("sum", at_least=0.7),),
+    ("forward", "product", 2, 4096, FP32): (Target("plain", at_least=10), Target("compiled", at_least=10)),
+    ("backward", "power", 3, 4096, FP32): (Target("plain", at_least=30),),
+    ("backward", "product", 2, 4096, FP32): (Target("plain", at_least=8),),
+}
+HALF_PRECISION = (Target("float32", at_least=1),)  # half the bytes, so at least as fast
+
+# On a CUDA device.
 GPU = {"device": "cuda", "clock": "events"}
 REPLAYED = {"device": "cuda", "clock": "graph"}  # calls too short for events
 TOKENS = (64, 256, 1024, 4096, 16384, 65536)
-
 # DiT XL/2, expand 2: a frame or an image is 256 tokens.
 PRODUCT = {"form": "product", "degree": 2, "width": 2304, "tokens": 256}
 POWER = {"form": "power", "degree": 3, "width": 2304, "tokens": 256, "heads": 16}
 # The power form as its authors take it: D = 1024, expand 2.
 WIDE = {"form": "power", "degree": 3, "width": 2048}
-
 OPS = ("state", "readout", "mix", "causal_mix")
 AT_MEMORY_SPEED = {
     **{(op, "forward"): (Target(COPY_BANDWIDTH, at_least=0.85),) for op in ("state", "readout", "mix")},
     **{(op, "backward"): (Target(COPY_BANDWIDTH, at_least=0.80),) for op in ("state", "readout", "mix")},
 }  # for 64 MiB of tokens and more
 ONE_FRAME = (Target(MICROSECONDS, at_most=6),)
+ORDER = (*OPS[:3], "update", "causal_mix")  # what tells most comes first, for a run that is cut short
+
+
+def host_cases():
+    for passes, memory in (("forward", MEMORY), ("backward", ("copy",))):
+        for form, degree in FORMS:
+            for tokens in (256, 4096, MANY_TOKENS):
+                targets = TARGETS.get((passes, form, degree, tokens, FP32), ())
+                formula = () if passes == "backward" and tokens == MANY_TOKENS else FORMULA  # takes minutes there
+                yield OpCase("state", form, degree, tokens, passes=passes, against=formula + memory, targets=targets)
+            for dtype in (BF16, FP16):
+                against = ("float32", *memory)
+                more = {"passes": passes, "against": against, "targets": HALF_PRECISION}
+                yield OpCase("state", form, degree, MANY_TOKENS, dtype=dtype, **more)
+        for form, degree in OTHER_DEGREES:
+            yield OpCase("state", form, degree, 4096, passes=passes, against=("plain", *memory))
+    for form, degree, heads in MIXES:
+        for tokens in (256, 4096):
+            yield OpCase("mix", form, degree, tokens, heads=heads, against=(*FORMULA, "copy"))
+        yield OpCase("causal_mix", form, degree, 4096, heads=heads, against=("plain", "cumsum", "copy"))
 
 
 def tokens_in(mebibytes, width, dtype):
@@ -72,24 +109,8 @@ def authors_cases():
                     yield OpCase(op, tokens=tokens, **WIDE, **more, **how, against=AUTHORS, targets=targets)
 
 
-def layer_cases():
-    for train in (False, True):
-        for tokens in TOKENS:
-            # Attention grows with the square of the tokens.
-            targets = tuple(Target(name, at_least=1) for name in ("attention",) * (tokens >= 512) + AUTHORS)
-            if tokens >= 16384 and not train:
-                targets += (Target("context projection", at_least=1 / 1.25),)
-            against = ("attention", "compiled", "context projection", "by blocks", "at once", *AUTHORS)
-            power = {"dim": 1024, "heads": 16, "against": against}
-            for memory in ("store", "recompute")[: 1 + train]:
-                yield LayerCase("power", 3, tokens, train, memory=memory, dtype=BF16, **power, **GPU, targets=targets)
-        for batch in (1, 16):
-            product = {"dim": 1152, "batch": batch, "against": ("attention", "compiled")}
-            yield LayerCase("product", 2, 256, train, dtype=BF16, **product, **GPU)
-
-
 def by_name(cases):
-    """A case that stands there twice is measured once, with the baselines and targets of both."""
+    """{name: case}; cases of the same name become one, with the baselines and targets of both."""
     found = {}
     for case in cases:
         if same := found.get(case.name):
@@ -98,10 +119,9 @@ def by_name(cases):
     return found
 
 
-def rank(case):
-    """The operations before the layers, which are made of them: a run that is cut short has what tells most."""
-    order = (*OPS[:3], "update", "causal_mix")
-    return order.index(case.op) if isinstance(case, OpCase) else len(order)
+DEVICE = sorted((*kernel_cases(), *update_cases(), *authors_cases()), key=lambda case: ORDER.index(case.op))
+CASES = {"cpu": by_name(host_cases()), "cuda": by_name(DEVICE)}
 
 
-CASES = by_name(sorted((*kernel_cases(), *update_cases(), *authors_cases(), *layer_cases()), key=rank))
+def main(arguments=None):
+    return checked.run("ops", CASES, arguments)

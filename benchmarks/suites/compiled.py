@@ -1,19 +1,15 @@
-"""What torch.compile makes of layers and image models beside eager mode, forward and forward with backward.
-
-    python -m benchmarks.compiled --json benchmarks/results/NAME.json
+"""Layers and image models under torch.compile beside eager mode: the forward, and the forward with all gradients.
 
 Contenders take turns. Their results are compared before anything is timed.
 """
 
-import sys
-
 import torch
 
-from . import few_cases
+from ..harness import paired
 
 TOKENS = (256, 4096)
 PASSES = ("forward", "backward")
-BOUND = 1.02  # times eager mode: never slower, but for what medians of one program differ by
+BOUND = 1.02  # times eager mode: not slower, beyond the difference between two medians of one program
 
 
 def with_passes(passes, build, *details):
@@ -21,13 +17,12 @@ def with_passes(passes, build, *details):
 
 
 def cases():
-    """By name: a function that gives the passes that are timed, a module and its inputs, and the function's arguments."""
-    found = few_cases.cases(TOKENS)
-    return {f"{name}, {p}": (with_passes, p, *case) for name, case in found.items() for p in PASSES}
+    """{name: (build, *arguments)}: build(*arguments) returns the passes to time, a module and its inputs."""
+    return {f"{name}, {p}": (with_passes, p, *case) for name, case in paired.cases(TOKENS).items() for p in PASSES}
 
 
 def timed(passes, function, module, given):
-    """What is timed: a call without gradients; or one with them, and the gradients of all parameters."""
+    """The function to time: a call without gradients, or a call and the gradients of all parameters."""
     if passes == "forward":
         return torch.no_grad()(lambda: [function(*given)])
     weights, grad = list(module.parameters()), torch.ones_like(module(*given))
@@ -49,7 +44,7 @@ def measure(name, passes, module, given, settings, backend="inductor"):
     for ours, theirs in zip(calls["compiled"](), calls["eager"](), strict=True):
         assert (ours - theirs).norm() <= 1e-3 * theirs.norm(), f"{name}: compiled it gives something else"
     describe = lambda ratios: f"{ratios['compiled']:5.2f} x eager mode"
-    return few_cases.compare(name, calls, "eager", "compiled", BOUND, describe, settings)
+    return paired.compare(name, calls, "eager", "compiled", BOUND, describe, settings)
 
 
 def main(arguments=None):
@@ -57,8 +52,4 @@ def main(arguments=None):
         return measure(name, passes, module, given, settings, options.backend)
 
     backend = "--backend", {"default": "inductor", "help": "of torch.compile"}
-    return few_cases.command("compiled", __doc__.split("\n")[0], arguments, cases(), run, [backend])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return paired.run("compiled", arguments, cases(), run, [backend])

@@ -1,4 +1,4 @@
-"""Cases of peak memory on the host."""
+"""A case of peak memory on the CPU."""
 
 import dataclasses
 import multiprocessing
@@ -9,15 +9,15 @@ from statistics import median
 
 import torch
 
-from .layers import LayerCase
+from .layer_case import LayerCase
 from .measure import OURS, Target, check
-from .ops import OpCase
+from .op_case import OpCase
 
-PROCESSES = 5  # whose median it is: what an allocator has at hand differs from one to the next
+PROCESSES = 5  # the result is their median: the free memory of an allocator differs between processes
 
 
 def status(field):
-    """A size from Linux' account of this process, in bytes."""
+    """A size of this process from /proc, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return 1024 * int(line.split()[1])
@@ -25,14 +25,14 @@ def status(field):
 
 
 def peak_growth(case, name, threads):
-    """How many bytes of resident memory one call takes at its peak, beyond what was resident before."""
+    """Peak bytes of resident memory that one call adds."""
     torch.set_num_threads(threads)
     with torch.inference_mode(not case.differentiates):
         small = dataclasses.replace(case, tokens=64).setup().contenders[name]()
         small.call()  # starts the threads
         contender = case.setup().contenders[name]()
         arguments = contender.prepare()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = status("VmRSS")
         contender.run(*arguments)
         return max(0, status("VmHWM") - before)
@@ -40,7 +40,7 @@ def peak_growth(case, name, threads):
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """Peak memory that one call of another case takes beyond its inputs, each contender in processes of its own."""
+    """Peak memory that one call of another case adds to its inputs, each contender in processes of its own."""
 
     op: OpCase | LayerCase
     against: tuple[str, ...] = ("plain",)

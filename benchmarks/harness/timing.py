@@ -1,4 +1,4 @@
-"""Takes the time of several contenders by turns, so that whatever disturbs the machine disturbs all of them alike."""
+"""Times several contenders by turns, so that a disturbance of the machine hits all of them alike."""
 
 import gc
 import statistics
@@ -14,11 +14,11 @@ LAST_LEVEL_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """One thing to time. `prepare` runs before every call, untimed, and hands what it returns to `run`."""
+    """A call to time. `prepare` runs before every call, untimed; its results are the arguments of `run`."""
 
     run: Callable
     prepare: Callable[[], tuple] = tuple
-    bytes_moved: int | None = None  # memory that it cannot do without reading or writing
+    bytes_moved: int | None = None  # the fewest bytes of memory that it has to read and write
 
     def call(self):
         return self.run(*self.prepare())
@@ -26,7 +26,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure a case: until `seconds` are over, but so many rounds at least and at most."""
+    """How long to measure a case: until `seconds` are over, but at least `least_rounds` and at most `most_rounds`."""
 
     seconds: float = 1.5
     least_rounds: int = 3
@@ -34,17 +34,17 @@ class Settings:
 
 
 def last_level_cache_bytes():
-    """As Linux has it ("32768K"), else 32 MiB."""
+    """From Linux ("32768K"), else 32 MiB."""
     return 1024 * int(LAST_LEVEL_CACHE.read_text().strip().rstrip("K")) if LAST_LEVEL_CACHE.exists() else 32 * 2**20
 
 
 class HostClock:
-    """Wall-clock time of two calls in a row: one after the caches were cleared, one that finds what the first left.
+    """Wall-clock time of two calls in a row: one after the caches were cleared, one right after it.
 
-    finish: waits for what a call queued, on a device that the host runs ahead of.
+    finish: waits for the work that a call queued on a device.
     """
 
-    judged = "warm"  # which of the two is reported first and held against the targets
+    judged = "warm"  # which of the two is reported first and judged by the targets
 
     def __init__(self, cache_bytes=None, finish=lambda: None):
         self.cleared_bytes = 2 * (cache_bytes or last_level_cache_bytes())
@@ -52,11 +52,11 @@ class HostClock:
         self._finish = finish
 
     def sets(self, bytes_moved):
-        """How many sets of inputs to take by turns."""
+        """Number of sets of inputs to take by turns."""
         return 1
 
     def ready(self, contender):
-        """What must not be timed: the first call compiles, starts threads, takes memory from the system."""
+        """The first call, which is not timed: it compiles, starts threads, takes memory from the system."""
         contender.call()
 
     def seconds(self, contender):
@@ -74,7 +74,7 @@ class HostClock:
 
 
 def interleave(contenders, clock, settings):
-    """Rounds A, B, C, A, B, C, ...: {name: [(cold, warm) seconds of every round]}, of contenders made ready before."""
+    """Rounds A, B, C, A, B, C, ... of contenders that are ready: {name: [(cold, warm) seconds of every round]}."""
     times = {name: [] for name in contenders}
     gc.collect()
     gc.disable()
@@ -95,8 +95,7 @@ def other(judged):
 
 
 def summary(seconds, bytes_moved, judged):
-    """Of the judged calls the median, least and interquartile range and the bytes moved per second; of the others the
-    median."""
+    """Median, least, interquartile range and bytes per second of the judged calls, and the median of the others."""
     times = dict(zip(("cold", "warm"), zip(*seconds, strict=True), strict=True))
     median = statistics.median(times[judged])
     low, _, high = statistics.quantiles(times[judged], n=4, method="inclusive")
@@ -111,8 +110,8 @@ def summary(seconds, bytes_moved, judged):
 
 
 def ratios(times, ours):
-    """How many times as long every other contender takes, {"cold": {name: ratio}, "warm": ...}: medians over rounds,
-    not ratios of medians, since the times of a round were taken side by side."""
+    """Time of every other contender over ours, {"cold": {name: ratio}, "warm": ...}: medians over rounds, not ratios of
+    medians, since the times of a round were measured side by side."""
 
     def ratio(name, i):
         return statistics.median(theirs[i] / own[i] for theirs, own in zip(times[name], times[ours], strict=True))

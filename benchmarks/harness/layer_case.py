@@ -1,21 +1,17 @@
-"""Cases of the whole layer, beside attention and beside the matrix products that it cannot do without."""
+"""A case of the whole layer, beside attention and beside its own matrix products."""
 
 import copy
-import importlib.util
 from dataclasses import dataclass
 from unittest import mock
 
 import torch
 
 from pom_ext import PoM
-from pom_ext.ops import _blocks
+from pom_ext.ops import dispatch
 from pom_ext.ops.projected import project
 
 from .baselines import Attention, plain_layer
-from .measure import OURS, Setup, Target, as_tuple, forward, measure_times, training_step
-from .ops import short
-
-AUTHORS = ("authors",) if importlib.util.find_spec("pom") else ()  # davidpicard/pom
+from .measure import OURS, Setup, Target, as_tuple, forward, measure_times, short, training_step
 
 
 @dataclass(frozen=True)
@@ -23,7 +19,7 @@ class LayerCase:
     """`PoM` mixing x (batch, tokens, dim) with itself: the forward, or with `train` the forward and all gradients.
 
     heads: gates of the power form (1: one for every channel). The attention beside it has heads of 64 channels.
-    memory: what is kept for the gradients, as of `PoM`.
+    memory: "store" or "recompute", the option of `PoM`.
     """
 
     form: str
@@ -59,8 +55,8 @@ class LayerCase:
         return training_step(function, [inputs], parameters=[p for module in modules for p in module.parameters()])
 
     def setup(self, sets=1):
-        layer = PoM(self.dim, self.degree, self.expand, form=self.form, n_sel_heads=self.heads,
-                    memory=self.memory)  # fmt: skip
+        options = {"form": self.form, "n_sel_heads": self.heads, "memory": self.memory}
+        layer = PoM(self.dim, self.degree, self.expand, **options)
         layer = layer.to(self.device, self.dtype)
         x = torch.randn(self.batch, self.tokens, self.dim, device=self.device).to(self.dtype)
         projections = layer.context_proj, layer.gate_proj, layer.out_proj
@@ -76,12 +72,12 @@ class LayerCase:
         def plain(x):
             return plain_layer(layer, x)
 
-        def recomputing(at_once):
+        def recomputing(fused):
             module = copy.deepcopy(layer)
             module.memory = "recompute"
 
             def run(x):
-                with mock.patch.object(_blocks, "AT_ONCE", at_once):
+                with mock.patch.object(dispatch, "UNMEASURED", set() if fused else dispatch.UNMEASURED):
                     return module(x)
 
             return self.contender(run, [module], x=x)
@@ -103,8 +99,8 @@ class LayerCase:
                 OURS: lambda: self.contender(lambda x: layer(x), [layer], x=x),
                 "plain": lambda: self.contender(plain, [layer], x=x),
                 "compiled": lambda: self.contender(torch.compile(plain, dynamic=False), [layer], x=x),
-                "by blocks": lambda: recomputing(at_once=False),
-                "at once": lambda: recomputing(at_once=True),
+                "by blocks": lambda: recomputing(fused=False),
+                "at once": lambda: recomputing(fused=True),
                 "attention": attention,
                 "authors": authors,
                 "projections": projected,
@@ -119,7 +115,7 @@ class LayerCase:
         return as_tuple(self.contender(lambda x: plain_layer(exact, x), [exact], x=x.double()).call())
 
     def sizes(self, tensors):
-        """What the memory of a forward is held against: its output, its state, and 4 MiB of scratch."""
+        """Allowed extra memory of a forward: its output, its state, and 4 MiB of scratch."""
         channels = self.dim * self.expand * (self.degree if self.form == "product" else 1)
         return {"allowed": tensors["x"].nbytes + self.batch * (8 * channels + 8) + 4 * 2**20}
 

@@ -1,32 +1,29 @@
 """Latency of one more frame of a layer: the engine in C++, the engine from Python, and the operation of torch.
 
-    python -m benchmarks.engine --json benchmarks/results/NAME.json
-
-Builds the torch-free library with CMake. All contenders run on one thread and take turns in blocks of frames; a frame is
-one `commit`: the polynomial features of its tokens are added to the running state, which all of them read. Projections are
-matrix products, the same for all, and left out.
+Builds the torch-free library with CMake. All contenders run on one thread and take turns in blocks of frames. A frame
+is one `commit`: the polynomial features of its tokens are added to the running state, which all its tokens read.
+Projections are left out: they are matrix products, the same for all contenders.
 """
 
-import argparse
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
-from .run import machine, machine_line, save
+from ..harness import report
+from ..harness.command import parse, suite_parser
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOKENS, DEGREE, EXPAND = 256, 3, 2
 SHAPES = {"S": (384, 6), "B": (768, 12), "XL": (1152, 16)}  # width of the tokens, heads
 ROUNDS, WARM_UP = 10, 200
-BOUND = 2.0  # microseconds that a call of the engine may take beside the kernel it calls
+BOUND = 2.0  # microseconds that a call of the engine may add to the kernel it calls
 
 
 def build(folder):
-    """The C++ program, of the library without CUDA."""
+    """Build the library without CUDA and the C++ program. Returns the path of the program."""
     options = ("-DPOM_CUDA=OFF", "-DPOM_BENCHMARK=ON", "-DCMAKE_BUILD_TYPE=Release")
     for command in (("-S", ROOT, "-B", folder, *options), ("--build", folder, "--target", "engine_benchmark", "-j")):
         subprocess.run(("cmake", *command), check=True, stdout=subprocess.DEVNULL)
@@ -52,7 +49,7 @@ def timed(call, frames):
 
 
 def in_python(width, heads):
-    """The contenders of this process: a call of one frame each."""
+    """{contender: a call that takes one frame} of the contenders in this process."""
     import torch
 
     from pom_ext import State, polynomial_update
@@ -71,7 +68,7 @@ def in_python(width, heads):
 
 
 def figures(times):
-    """Of the times of all frames, in microseconds."""
+    """Statistics of the times of all frames, in microseconds."""
     median, p99, worst = np.quantile(times, [0.5, 0.99, 1])
     spread = np.quantile(times, 0.75) - np.quantile(times, 0.25)
     return {"median_us": median, "p99_us": p99, "worst_us": worst, "iqr_us": spread, "frames": len(times)}
@@ -99,25 +96,16 @@ def measure(name, program, frames):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__.split("\n")[0])
+    parser = suite_parser("engine")
     parser.add_argument("--shape", nargs="+", choices=tuple(SHAPES), default=tuple(SHAPES))
     parser.add_argument("--frames", type=int, default=10_000)
-    parser.add_argument("--json", metavar="FILE", help="write the results there")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     if options.frames < ROUNDS:
         parser.error(f"--frames: expected at least {ROUNDS}, got {options.frames}")
-    if options.json and not Path(options.json).parent.is_dir():
-        parser.error(f"--json: there is no folder {Path(options.json).parent}")
-    content = {"machine": machine(), "shapes": []}
-    print(machine_line(content["machine"]), flush=True)
+    content = report.begin(shapes=[])
     with tempfile.TemporaryDirectory() as folder:
         program = build(folder)
         for name in options.shape:
             content["shapes"].append(measure(name, program, options.frames))
-            if options.json:
-                save(content, options.json)
+            report.save(content, options.json)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Time on a CUDA device: what the device itself needs for a call, however long the host takes to queue it."""
+"""Clocks of a CUDA device: the time that the device itself needs for a call, without the time to queue it."""
 
 import subprocess
 from collections import deque
@@ -17,10 +17,10 @@ COPY = Settings(seconds=1, least_rounds=10)
 
 
 class EventClock:
-    """Time between CUDA events around each of two calls: one after L2 was cleared, one that finds what the first left.
+    """Time between CUDA events around each of two calls: one after L2 was cleared, one right after it.
 
-    The device is kept waiting until the host has queued all of it. Where it still began before that, it is measured
-    again with twice the delay, up to MOST_DELAY: beyond it the call itself waits for the device, and that is its time.
+    The device waits until the host has queued both. If it began before that, the measurement is repeated with twice the
+    delay, up to MOST_DELAY: beyond that the call itself waits for the device, and that is its time.
     """
 
     judged = "cold"
@@ -29,7 +29,7 @@ class EventClock:
         self.cleared_bytes = cleared_bytes
         self._other = torch.ones(cleared_bytes // 4, device=device)
         self._cuda = cuda
-        self._delays = WeakKeyDictionary()  # of every contender, as found in the rounds before
+        self._delays = WeakKeyDictionary()  # {contender: delay that sufficed in the rounds before}
 
     def sets(self, bytes_moved):
         return 1
@@ -43,7 +43,7 @@ class EventClock:
         return self._queued(contender, lambda: [partial(contender.run, *contender.prepare()) for _ in range(2)])
 
     def _queued(self, contender, make_calls):
-        """Seconds of each of the calls, one after the other."""
+        """Seconds of each call."""
         delay = self._delays.get(contender, LEAST_DELAY)
         while True:
             seconds, in_time = self._measured(make_calls(), delay)
@@ -67,7 +67,7 @@ class EventClock:
 
 
 class GraphClock(EventClock):
-    """Time of one call among many in a CUDA graph: inputs taken by turns from more sets than L2 holds, or always one."""
+    """Time of one call among many in a CUDA graph: inputs by turns from more sets than L2 holds, or always the same."""
 
     def sets(self, bytes_moved):
         return min(REPLAYED_CALLS, -(-self.cleared_bytes // bytes_moved))
@@ -79,9 +79,9 @@ class GraphClock(EventClock):
     def ready(self, contender):
         by_turns, sets = [contender.prepare() for _ in range(REPLAYED_CALLS)], self.sets(contender.bytes_moved)
         for arguments in by_turns[:sets]:
-            contender.run(*arguments)  # what is made at the first call of a set must not become part of the graph
+            contender.run(*arguments)  # work done only at the first call of a set must not become part of the graph
         self._cuda.synchronize()
-        # As many outputs are kept as there are sets, or the device would write all of them to one place in L2.
+        # Keep as many outputs as there are sets, or the device would write all of them to one place in L2.
         graphs = [
             self._captured(contender, by_turns, kept=sets),
             self._captured(contender, by_turns[:1] * REPLAYED_CALLS, kept=1),
@@ -105,7 +105,7 @@ class GraphClock(EventClock):
 
 
 def clocks():
-    """By name, as the cases on the device ask for them."""
+    """{name: clock}, for the cases on the device."""
     cleared = 2 * torch.cuda.get_device_properties("cuda").L2_cache_size
     return {
         "events": EventClock(cleared),
@@ -115,7 +115,7 @@ def clocks():
 
 
 def copy_bandwidth(clock, size=COPIED_BYTES, device="cuda"):
-    """The measured copy of `size` bytes on the device; its bytes per second count those read and those written."""
+    """Measure a copy of `size` bytes on the device; its bytes per second count bytes read and bytes written."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     contender = Contender(lambda: target.copy_(source), bytes_moved=2 * size)
@@ -125,7 +125,7 @@ def copy_bandwidth(clock, size=COPIED_BYTES, device="cuda"):
 
 
 def driver():
-    """Version of the driver, as nvidia-smi has it; None without nvidia-smi."""
+    """Version of the driver from nvidia-smi; None without nvidia-smi."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]

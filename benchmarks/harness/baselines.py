@@ -1,10 +1,10 @@
-"""What the package is held against: the formula in plain torch, step by step as the authors' code takes them, and
-attention.
+"""Baselines: the formula in plain torch, step by step as in the authors' code, and attention.
 
 Product form: arXiv 2411.12663, davidpicard/HoMM `src/model/network/layers.py`. Power form: arXiv 2604.06129,
 davidpicard/pom `pom/pom.py`.
 """
 
+import importlib.util
 from contextlib import nullcontext
 
 import torch
@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+AUTHORS = ("authors",) if importlib.util.find_spec("pom") else ()  # davidpicard/pom
+
 
 def features(u, coeff, form, degree):
-    """Polynomial features of every token, (B, N, C), every step a tensor of its own."""
+    """Polynomial features of every token, (B, N, C); every step stores a tensor."""
     if form == "product":
         products = list(F.gelu(u).chunk(degree, dim=-1))
         for i in range(1, degree):
@@ -32,14 +34,14 @@ def mean(phi):
 
 
 def masked_running_mean(phi):
-    """Mean of the tokens up to and with each, through the lower-triangular matrix of who sees whom."""
+    """Mean over each token and those before it, by a product with the lower-triangular mask matrix."""
     batch, tokens, _ = phi.shape
     seen = torch.ones(tokens, tokens, dtype=phi.dtype, device=phi.device).tril().expand(batch, -1, -1)
     return torch.einsum("bnc,bmn->bmc", phi, seen) / seen.sum(dim=2, keepdim=True)
 
 
 def running_mean(phi):
-    """The same linear in tokens: the best that plain torch can do."""
+    """The same by running sums, linear in tokens: the best that plain torch can do."""
     return phi.cumsum(dim=1) / torch.arange(1, phi.shape[1] + 1, dtype=phi.dtype, device=phi.device)[:, None]
 
 

@@ -1,14 +1,11 @@
-"""Time and memory of a streamed frame after so many others, with PoM and with attention: `python -m benchmarks.streaming`.
+"""Time and memory of one more frame of a stream after so many others, with PoM and with attention.
 
-Both models stand after the same number of frames, and take turns at drawing the next one; the streams are then put back
-(`VideoStream.rewind`), so that every round draws the same frame. After one length comes the next.
+At each length the models take turns at drawing the next frame from the same past. The streams are then put back
+(`VideoStream.rewind`), so that every round draws the same frame.
 """
 
-import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 
@@ -16,25 +13,27 @@ from pom_ext.models import VideoDiT
 from pom_ext.models.video_blocks import FrameAttention
 from pom_ext.streaming import VideoStream
 
-from .run import amount, machine, machine_line, save
+from ..harness import report
+from ..harness.command import parse, suite_parser
+from ..harness.report import amount
 
-# Frames of tokens; "digits" and "game" are the models of the demo and of README's game, "S/2" the standard size on latents
-# of 256 x 256 pixels.
+# (config, longest stream in frames). "digits" and "game" are the models of the demo and of README's game, "S/2" the
+# standard size on latents of 256 x 256 pixels.
 MODELS = {
     "digits": ({"in_channels": 1, "size": (32, 32), "patch": (1, 4, 4), "dim": 96, "n_layers": 4, "n_heads": 8}, 1024),
     "game": ({"in_channels": 3, "size": (64, 64), "patch": (1, 8, 8), "dim": 192, "n_layers": 6, "n_heads": 8}, 1024),
     "S/2": ({"in_channels": 4, "size": (32, 32), "patch": (1, 2, 2), "dim": 384, "n_layers": 12, "n_heads": 6}, 128),
 }
 ATTENTION = "attention"
-NEAR, FAR, BOUND = 10, 1000, 0.05  # a frame so far into the stream takes as long as one near its start, but for this
+NEAR, FAR, BOUND = 10, 1000, 0.05  # frame FAR takes as long as frame NEAR, within this share
 LENGTHS = (0, 1, 2, 4, 8, 10, 16, 32, 64, 128, 256, 512, 1000)
 MIXERS = ("power", "product", ATTENTION)
 
 
 class CachedAttention(FrameAttention):
-    """Attention at its best: the cache has room behind it and is extended in place, instead of copied.
+    """Attention at its best: its cache has spare room and is extended in place, not copied.
 
-    Two forks of one stream would write over each other's frames, so that this serves a benchmark alone.
+    Only for this benchmark: two forks of one stream would overwrite each other's frames.
     """
 
     def extend(self, memory, keys, values):
@@ -54,7 +53,7 @@ class CachedAttention(FrameAttention):
 
 
 def stream_of(config, mixer, steps):
-    """A stream of a model with random weights, whose gates are open."""
+    """A stream of a model with random weights; noise on them opens the gates of the residual branches."""
     torch.manual_seed(0)
     model = VideoDiT(**config, length=16, n_classes=4, mixer=mixer, positions="space").eval()
     with torch.no_grad():
@@ -67,7 +66,7 @@ def stream_of(config, mixer, steps):
 
 
 def watch(stream, frames, chunk=16):
-    """Bring the stream to so many frames, by frames of noise shown to it."""
+    """Show the stream frames of noise until it holds so many frames."""
     model = stream.model
     while stream.frame < frames:
         missing = min(chunk, frames - stream.frame)
@@ -84,7 +83,7 @@ def milliseconds(stream):
 
 
 def measure(name, steps, rounds):
-    """The JSON of one model: at every length milliseconds and bytes of every mixer, and what they are compared to."""
+    """The JSON of one model: milliseconds and bytes of every mixer at every length, and the comparisons."""
     config, most = MODELS[name]
     streams = {mixer: stream_of(config, mixer, steps) for mixer in MIXERS}
     rows, near = [], {}
@@ -116,7 +115,7 @@ def measure(name, steps, rounds):
 
 
 def break_even(rows, mixer):
-    """The length from which on the mixer was faster than attention at every length measured; None where it never was."""
+    """The length from which on the mixer was faster than attention at every length measured, or None."""
     slower = [i for i, row in enumerate(rows) if row["ms"][mixer] >= row["ms"][ATTENTION]]
     first = slower[-1] + 1 if slower else 0
     return rows[first]["frame"] if first < len(rows) else None
@@ -127,7 +126,7 @@ def said(length):
 
 
 def far_over_near(far, near, rounds):
-    """The median over rounds of two frames drawn side by side, far into the stream and near its start."""
+    """Median over rounds of the time of frame FAR over that of frame NEAR, drawn side by side."""
     ratios = []
     for turn in range(rounds):
         pair = (far, near) if turn % 2 else (near, far)
@@ -137,23 +136,14 @@ def far_over_near(far, near, rounds):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming", description=__doc__.split("\n")[0])
+    parser = suite_parser("streaming")
     parser.add_argument("--model", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
     parser.add_argument("--steps", type=int, default=4, help="solver steps of a frame")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", metavar="FILE", help="write the results there")
-    options = parser.parse_args(arguments)
-    if options.json and not Path(options.json).parent.is_dir():
-        parser.error(f"--json: there is no folder {Path(options.json).parent}")
-    content = {"machine": machine(), "models": []}
-    print(machine_line(content["machine"]), flush=True)
+    options = parse(parser, arguments)
+    content = report.begin(models=[])
     for name in options.model:
         print(f"\n{name}: {options.steps} solver steps a frame", flush=True)
         content["models"].append(measure(name, options.steps, options.rounds))
-        if options.json:
-            save(content, options.json)
+        report.save(content, options.json)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,13 +1,9 @@
-"""Images in one step: the demo's model trained by MeanFlow, beside the same one trained by flow matching.
+"""Images in one step: the demo's model trained by MeanFlow, beside the same model trained by flow matching.
 
-    python -m benchmarks.one_step --out out/one_step --json benchmarks/results/NAME.json
-
-A classifier that learned from real images reads 60 drawn ones of every digit. `spread` is the standard deviation of a
-pixel over the images of a digit, as a share of that of the real ones: a model that always draws the same has none.
+A classifier trained on real images reads 60 generated images of every digit. `spread` is the standard deviation of a
+pixel over the images of a digit, divided by that of the real images: 0 for a model that always draws the same image.
 """
 
-import argparse
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -24,7 +20,8 @@ from pom_ext.models import ImageDiT
 from pom_ext.sampling import sample
 from pom_ext.training import train
 
-from .run import machine, machine_line, save
+from ..harness import report
+from ..harness.command import parse, suite_parser
 
 PER_DIGIT, GUIDANCE = 60, 2.0
 SAMPLING = {  # solver steps, and the guidance of a sampler that has to apply it
@@ -34,7 +31,7 @@ SAMPLING = {  # solver steps, and the guidance of a sampler that has to apply it
 
 
 def train_model(name, data, steps):
-    """The averaged model that `steps` of training by an objective leave, its `TrainResult` and objective."""
+    """Train the demo's model by an objective. Returns its `TrainResult`, with the averaged model, and the objective."""
     guidance = GUIDANCE if name == "meanflow" else 1.0
     config = replace(TRAIN, objective=name, guidance=guidance)
     torch.manual_seed(0)
@@ -67,15 +64,11 @@ def measure(data, classifier, result, objective, options):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.one_step", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=3500, help="of either training")
+    parser = suite_parser("one-step")
+    parser.add_argument("--steps", type=int, default=3500, help="training steps of each model")
     parser.add_argument("--out", type=Path, help="folder for the pictures")
-    parser.add_argument("--json", metavar="FILE", help="write the results there")
-    options = parser.parse_args(arguments)
-    if options.json and not Path(options.json).parent.is_dir():
-        parser.error(f"--json: there is no folder {Path(options.json).parent}")
-    content = {"machine": machine(), "model": MODEL, "training_steps": options.steps, "cases": []}
-    print(machine_line(content["machine"]), flush=True)
+    options = parse(parser, arguments)
+    content = report.begin(model=MODEL, training_steps=options.steps, cases=[])
     data = MNIST()
     classifier, held_out = train_classifier(data.images, data.labels)
     content["classifier_accuracy_on_real_images"] = round(held_out, 4)
@@ -92,10 +85,5 @@ def main(arguments=None):
             )
             if options.out:
                 save_grid(shown, data.classes, options.out / f"{name}-{way['steps']}-{way.get('guidance', 'in')}.png")
-            if options.json:
-                save(content, options.json)
+            report.save(content, options.json)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Cases of the ops."""
+"""A case of one operation."""
 
 from dataclasses import dataclass
 from math import prod
@@ -20,6 +20,7 @@ from .measure import (
     leaves,
     measure_times,
     output_grad,
+    short,
     training_step,
 )
 from .timing import Contender
@@ -27,12 +28,8 @@ from .timing import Contender
 STATE = ("total", "residual", "count")
 
 
-def short(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
 def with_state(total=None, residual=None, count=None, **tensors):
-    """The inputs of a case as the ops take them: a state in place of its three tensors."""
+    """The inputs as arguments of the op: a `State` in place of its three tensors."""
     return tensors if total is None else {**tensors, "state": State(total, residual, count)}
 
 
@@ -43,7 +40,7 @@ class OpCase:
     op: "state", "readout", "mix", "causal_mix", or "update", in place on a state.
     passes: "forward", "backward" (gradients alone) or "both".
     weighted: with a weight for every context token.
-    clock: the one that times it, by its name on the device.
+    clock: name of the clock that times it.
     """
 
     op: str
@@ -101,14 +98,14 @@ class OpCase:
         return dict(zip(STATE, ((shape, exact), (shape, exact), (shape[:2], torch.float64)), strict=True))
 
     def output(self):
-        """(shape, dtype) of the output that has a gradient."""
+        """(shape, dtype) of the differentiable output."""
         if self.op == "state":
             return self.state()["total"]
         return (self.batch, self.tokens, self.channels), self.dtype
 
     @property
     def bytes_moved(self):
-        """Every input is read once and every output written once. Backward: inputs and gradients of outputs are read,
+        """Bytes to read every input and write every output once. Backward: inputs and gradients of outputs are read,
         gradients of inputs written."""
 
         def size(tensors):
@@ -122,7 +119,7 @@ class OpCase:
         return {"forward": once, "backward": grads, "both": once + grads}[self.passes]
 
     def tensors(self):
-        """Values for the inputs: those of a state that has seen a thousand tokens, weights from 0 to 1, the rest normal."""
+        """Random inputs: the state is that of a thousand tokens, weights lie in [0, 1), the others are normal."""
         tensors = {}
         for name, (shape, dtype) in self.inputs().items():
             tensors[name] = torch.empty(shape, dtype=dtype, device=self.device)
@@ -158,7 +155,7 @@ class OpCase:
     def contender(self, function, sets):
         make = {"forward": forward, "backward": backward, "both": training_step}[self.passes]
         if not self.differentiates:
-            sets = [with_state(**tensors) for tensors in sets]  # one and the same State for all its updates
+            sets = [with_state(**tensors) for tensors in sets]  # all updates of a set share its State
         return make(lambda **tensors: function(**with_state(**tensors)), sets, self.bytes_moved)
 
     def setup(self, sets=1):
@@ -185,7 +182,7 @@ class OpCase:
         )
 
     def expected(self, tensors):
-        """What the definition in plain torch gives in float64, one sequence after the other to spare memory."""
+        """The result of the definition in plain torch in float64, one sequence at a time to save memory."""
         shape, dtype = self.output()
         grad = output_grad(shape, dtype, self.device).double() if self.differentiates else None
         pieces = []
@@ -197,7 +194,7 @@ class OpCase:
         return tuple(sum(parts) if name == "grad coeff" else torch.cat(parts) for name, parts in joined)
 
     def exact(self, inputs, grad):
-        """{name: tensor} of what the case returns, in its order."""
+        """{name: tensor} of the expected outputs, in the order of the case."""
         if not self.differentiates:
             return dict(enumerate(as_tuple(self.definition(**inputs))))
         inputs, wanted = leaves(inputs)
@@ -222,7 +219,7 @@ class OpCase:
         return reference.readout(gate, total, count + count_u, **gates), total
 
     def sizes(self, tensors):
-        """What extra memory is held against."""
+        """{name: bytes} that extra memory is compared with."""
         state = polynomial_state(**tensors, form=self.form, degree=self.degree)
         return {"state": sum(t.nbytes for t in state.state_dict().values()), "u": tensors["u"].nbytes}
 

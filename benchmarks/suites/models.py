@@ -1,26 +1,22 @@
 """Where each form wins: time of layers and of whole image models beside attention, from 256 to 65,536 tokens.
 
-    python -m benchmarks.crossover --json benchmarks/results/NAME.json --plot docs/crossover.png
-
-Contenders of a length take turns. A call that would take longer than --limit seconds, going by the two lengths before,
-is not measured, and listed so. The break-even is the length from which on a form was faster than attention wherever both
-were measured. What the layers keep of a token for their gradients stands beside their times.
+The contenders take turns at each length. A call is not measured if the two lengths before predict more than --limit
+seconds; the output says so. The break-even is the length from which on a form was faster than attention wherever both
+were measured. The bytes of a token that each layer saves for its gradients stand beside the times.
 """
 
-import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 
 from pom_ext import PoM
-from pom_ext.media.figures import save_crossover
 from pom_ext.models import blocks, image_dit
 
-from .baselines import Attention
-from .run import machine, machine_line, save
+from ..harness import report
+from ..harness.baselines import Attention
+from ..harness.command import parse, suite_parser
+from ..harness.figures import save_crossover
 
 SIZES = {"S/2": (384, 6), "B/2": (768, 12), "XL/2": (1152, 16)}  # width and heads
 LEAST_CALLS = 3  # at the shortest length
@@ -42,7 +38,7 @@ def make_layer(name, dim, heads, layer=PoM):
 
 
 class Layers:
-    """The layers of a size, side by side."""
+    """All layers of one size."""
 
     def __init__(self, size):
         self.dim, heads = SIZES[size]
@@ -56,7 +52,7 @@ class Layers:
 
 
 class Models:
-    """The image model of a size, and the mixers that it takes by turns: everything else is there once."""
+    """The image model of a size with one set of mixers for each contender; the contenders share the other weights."""
 
     def __init__(self, size):
         self.model = image_dit(size, in_channels=4, n_classes=10, image_size=32)
@@ -88,7 +84,7 @@ def run(module, inputs, passes):
 
 
 def predicted(seconds):
-    """Of four times the tokens, from the medians of the lengths so far: as the last step grew, and at least four times."""
+    """Seconds at four times the tokens: the last median, times the last growth, but at least four times."""
     if not seconds:
         return 0
     return seconds[-1] * max(4, seconds[-1] / seconds[-2] if len(seconds) > 1 else 4)
@@ -133,7 +129,7 @@ def break_even(tokens, seconds, attention):
 
 
 def kept_bytes(module, x):
-    """Bytes of a token that a layer keeps for its gradients, beside its input and its parameters."""
+    """Bytes per token that a layer saves for its gradients, without its input and its parameters."""
     known = {t.untyped_storage().data_ptr() for t in (x, *module.parameters())}
     kept = {}
 
@@ -149,7 +145,7 @@ def kept_bytes(module, x):
 
 
 def memory(size, tokens=4096):
-    """What layers keep of a token, by contender and the layer's option."""
+    """{"contender, memory option": bytes per token that the layer saves for its gradients}."""
     dim, heads = SIZES[size]
     rows = {"attention": kept_bytes(Attention(dim, heads), torch.randn(1, tokens, dim, requires_grad=True))}
     for name in FORMS:
@@ -161,25 +157,17 @@ def memory(size, tokens=4096):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.crossover", description=__doc__.split("\n")[0])
+    parser = suite_parser("models")
     parser.add_argument("--what", nargs="+", choices=("layer", "model"), default=("layer", "model"))
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=tuple(SIZES))
-    parser.add_argument(
-        "--tokens", nargs="+", type=int, default=TOKENS, help="lengths, each a square, four times the last"
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=1.0, help="of a length; at least one call of each, three of the first"
-    )
+    lengths = "numbers of tokens: squares, each four times the last"
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help=lengths)
+    time_each = "time for each length; at least one call of each contender, three at the first length"
+    parser.add_argument("--seconds", type=float, default=1.0, help=time_each)
     parser.add_argument("--limit", type=float, default=15.0, help="longest call that is measured, in seconds")
-    parser.add_argument("--json", metavar="FILE", help="write the results there")
-    parser.add_argument("--plot", metavar="FILE", help="draw them there (PNG)")
-    options = parser.parse_args(arguments)
-    for name in ("json", "plot"):
-        given = getattr(options, name)
-        if given and not Path(given).parent.is_dir():
-            parser.error(f"--{name}: there is no folder {Path(given).parent}")
-    content = {"machine": machine(), "limit_seconds": options.limit, "tokens": list(options.tokens), "cases": []}
-    print(machine_line(content["machine"]), flush=True)
+    parser.add_argument("--plot", metavar="FILE", help="draw the results in this file (PNG)")
+    options = parse(parser, arguments, files=("json", "plot"))
+    content = report.begin(limit_seconds=options.limit, tokens=list(options.tokens), cases=[])
     content["kept_bytes_per_token"] = {size: memory(size) for size in options.sizes}
     for size, rows in content["kept_bytes_per_token"].items():
         print(f"layer {size}: kept bytes per token: " + ", ".join(f"{n} {b}" for n, b in rows.items()), flush=True)
@@ -192,13 +180,8 @@ def main(arguments=None):
                 print(f"{what:6}{size:5}{passes:17}faster than attention from: {even}", flush=True)
                 case = {"what": what, "size": size, "passes": passes, "seconds": seconds, "break_even": even}
                 content["cases"].append(case)
-                if options.json:
-                    save(content, options.json)
+                report.save(content, options.json)
             del contenders  # before the next ones are made
     if options.plot:
         save_crossover(content, options.plot)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,14 +1,12 @@
-"""What benchmarks of a few layers and image models share: the cases, how contenders are compared, and the command."""
-
-import argparse
-from pathlib import Path
+"""A few layers and image models, and two or more ways to call each, compared side by side against a bound."""
 
 import torch
 
 from pom_ext import PoM
 from pom_ext.models import image_dit
 
-from .run import machine, machine_line, save
+from . import report
+from .command import parse, suite_parser
 from .timing import Contender, HostClock, Settings, interleave, ratios, summary
 
 DIM, EXPAND = 512, 2
@@ -26,7 +24,7 @@ def layer_case(options, tokens):
 
 
 def model_case(mixer):
-    """A model that is not the fresh one, whose output is zero, and its inputs: images, times, labels."""
+    """A model, with noise on its weights since a fresh one returns zeros, and its inputs: images, times, labels."""
     model = image_dit("S/2", in_channels=4, n_classes=10, image_size=32, mixer=mixer)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -35,19 +33,20 @@ def model_case(mixer):
 
 
 def cases(lengths):
-    """By name: a function that gives a module and its inputs, and the arguments of the function."""
-    found = {
+    """{name: (build, *arguments)}: build(*arguments) returns a module and its inputs."""
+    layers = {
         f"layer, {name}, {tokens} tokens": (layer_case, options, tokens)
         for name, options in LAYERS.items()
         for tokens in lengths
     }
-    return found | {f"image model S/2, {mixer}, batch 2": (model_case, mixer) for mixer in MODELS}
+    return layers | {f"image model S/2, {mixer}, batch 2": (model_case, mixer) for mixer in MODELS}
 
 
 def compare(name, calls, base, ours, bound, describe, settings):
-    """Time functions by turns. Prints one's share of the base against its bound, and returns the JSON of the case.
+    """Time functions by turns, print the ratio of `ours` to `base` against its bound, and return the JSON of the case.
 
-    calls: {contender: function}; base, ours: two of them; describe: of all ratios to the base, what is printed.
+    calls: {contender: function}; base, ours: two of the contenders; describe: {contender: ratio to base} -> printed
+    text.
     """
     contenders, clock = {which: Contender(call) for which, call in calls.items()}, HostClock()
     for contender in contenders.values():
@@ -59,30 +58,25 @@ def compare(name, calls, base, ours, bound, describe, settings):
     return {"case": name, "ratios": found, "median_ms": medians, "bound": bound, "rounds": len(times[base])}
 
 
-def command(program, description, arguments, all_cases, measure, options=()):
-    """The command line of such a benchmark: measures every case that is asked for, and saves after each.
+def run(suite, arguments, all_cases, measure, options=()):
+    """Run such a suite: measure every chosen case and save after each. Returns the exit status.
 
-    measure: of a name, what a case's function gives, Settings and the parsed arguments, the JSON of the case.
-    options: (flag, keywords of add_argument) beside those that all have.
+    all_cases: {name: (build, *arguments)}; measure(name, *built, settings, parsed options) -> JSON of the case, where
+    `built` is what build(*arguments) returned; options: (flag, keywords of add_argument) of the suite's own.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description=description)
+    parser = suite_parser(suite)
     parser.add_argument("--case", nargs="+", help="parts of names")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of a case")
-    parser.add_argument("--json", metavar="FILE", help="write the results there")
+    parser.add_argument("--seconds", type=float, default=6.0, help="time to measure each case")
     for flag, keywords in options:
         parser.add_argument(flag, **keywords)
-    given = parser.parse_args(arguments)
+    given = parse(parser, arguments)
     chosen = {name: case for name, case in all_cases.items() if not given.case or any(c in name for c in given.case)}
     if not chosen:
         parser.error(f"--case: nothing is called {given.case}; there are {', '.join(all_cases)}")
-    if given.json and not Path(given.json).parent.is_dir():
-        parser.error(f"--json: there is no folder {Path(given.json).parent}")
-    content = {"machine": machine(), "cases": []}
-    print(machine_line(content["machine"]), flush=True)
+    content = report.begin(cases=[])
     for name, (build, *details) in chosen.items():
         torch.manual_seed(0)
         settings = Settings(seconds=given.seconds, least_rounds=3, most_rounds=60)
         content["cases"].append(measure(name, *build(*details), settings, given))
-        if given.json:
-            save(content, given.json)
+        report.save(content, given.json)
     return 0

@@ -1,13 +1,13 @@
-"""What the cases of the device benchmark launch and move: `python -m benchmarks.resources --launches --help`.
+"""The launches, and the bytes of memory that they move, of the GPU cases of the suites ops and layers.
 
 Needs no GPU: the CUDA kernels run as C++ on the CPU (tools/stand_in.py), where every load and store of global memory is
 counted, by the model in tests/cpp/count_on_cpu.cpp: sectors of 32 bytes, each once for a block that finds it again
 among the last 64 KiB that it touched, and no cache that blocks share. Values are computed, so counts are those of real
 calls.
 
-Of a layer only `project_state` and its gradients are counted, for projections that are made again: by
-`pom_ext._blocks`, as on a GPU. The products of matrices are launches that are counted and not computed, for torch's are
-not ours to count the bytes of; torch's other operators are counted as a launch each.
+Of a layer only `project_state` and its gradients are counted, with recomputed projections, by `ops.projected_cuda` as
+on a GPU. Matrix products are counted as launches and not computed, since the bytes of torch's kernels are not counted.
+torch's other operators count as one launch each.
 """
 
 import dataclasses
@@ -24,23 +24,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tools import stand_in
 
+from ..harness.command import parse, suite_parser
 from .resources import shortened
 
-LIBRARY = Path(__file__).parent.parent / "build/stand_in_counted"
+LIBRARY = Path(__file__).parents[2] / "build/stand_in_counted"
 MULTIPROCESSORS = "132"  # an H100's: so many blocks share the work
 PRODUCTS = ("pom_ext::linear", *(f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm")))
 WITHOUT_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "set_")
 
 
 def has_kernel(operator):
-    """Whether one of torch's operators runs code on the device: not one that gives a view, or memory as it is."""
+    """Whether an operator of torch runs code on the device: not if it returns a view or uninitialised memory."""
     schema = operator._schema
     gives_view = any(result.alias_info and not result.alias_info.is_write for result in schema.returns)
     return not gives_view and schema.name.removeprefix("aten::") not in WITHOUT_KERNEL
 
 
 class Operators(TorchDispatchMode):
-    """Names of torch's own operators with a kernel, as they are called; and products of matrices, not computed."""
+    """Records the names of torch's operators that run a kernel. Matrix products are recorded and not computed."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +58,7 @@ class Operators(TorchDispatchMode):
 
 
 def product_of_zeros(operator, arguments, options):
-    """What a product gives, as to shape and dtype."""
+    """Zeros of the shape and dtype of a product."""
     if operator._schema.name.endswith("_"):
         return arguments[0]
     if "out" in options:
@@ -71,13 +72,13 @@ def product_of_zeros(operator, arguments, options):
 
 @dataclass(frozen=True)
 class Counted:
-    """One call: its launches of ours, in order, and torch's operators."""
+    """One call: the launches of our kernels, in order, and torch's operators."""
 
     launches: list
     operators: list
 
     def row(self, fewest):
-        """For JSON. fewest: bytes that such a call cannot do without, or None."""
+        """For JSON. fewest: bytes that the call cannot do without, or None."""
         loaded, stored = (sum(getattr(launch, name) for launch in self.launches) for name in ("loaded", "stored"))
         return {
             "launches": len(self.launches) + len(self.operators),
@@ -102,13 +103,13 @@ class Meter:
 
     def of(self, call):
         self._counts.reset()
-        # Values of weights are looked at on a CPU alone, and not of traced tensors either.
+        # On a CPU, but not while tracing, the operations look at the values of weights.
         with Operators() as operators, mock.patch("torch.compiler.is_compiling", lambda: True):
             call()
         return Counted(self._counts.launches(), operators.found)
 
     def of_case(self, case):
-        """The row of an OpCase or a Projected: of its second call, for the first update makes its State a arrival_counter."""
+        """The row of an OpCase or a Projected. An update is called twice: its first call allocates a counter."""
         torch.manual_seed(0)
         with torch.inference_mode(not case.differentiates):
             contender = case.contender(case.ours, [case.tensors()])
@@ -119,12 +120,12 @@ class Meter:
 
 
 def all_cases():
-    """{name: case} on the CPU, where clocks make no difference."""
-    from . import device_cases
-    from .ops import OpCase
+    """{name: case}: the GPU cases, on the CPU."""
+    from ..harness.op_case import OpCase
+    from .core import CASES
 
     found = {}
-    for case in device_cases.CASES.values():
+    for case in CASES["cuda"].values():
         if isinstance(case, OpCase):
             case = dataclasses.replace(case, device="cpu", clock="host")
         elif case.memory == "recompute" or not case.train:
@@ -136,12 +137,12 @@ def all_cases():
 
 
 def projected(layer):
-    """The state of a LayerCase: (batch, tokens, dim) to the sums of its projected tokens."""
-    from pom_ext.ops import _blocks
+    """A case of the state of a LayerCase: from x (batch, tokens, dim) to the sums over its projected tokens."""
+    from pom_ext.ops.arguments import OPERATIONS
     from pom_ext.ops.checks import FORMS
+    from pom_ext.ops.projected_cuda import IMPLEMENTATIONS
 
-    from .measure import forward
-    from .ops import short
+    from ..harness.measure import forward, short
 
     @dataclass(frozen=True)
     class Projected:
@@ -163,10 +164,12 @@ def projected(layer):
             return forward(function, sets)
 
         def ours(self, x, weight, bias, coeff, grad):
-            groups, rest = (None, None, False), (None, None, 0, FORMS.index(layer.form), layer.degree)
+            args = {"x": x, "context_weight": weight, "context_bias": bias, "coeff": coeff}
+            args |= {"form": FORMS.index(layer.form), "degree": layer.degree}
             if layer.train:
-                return _blocks.project_state_backward(grad, x, weight, bias, coeff, *groups, *rest, None, True, True)
-            return _blocks.project_state(x, weight, bias, coeff, *groups, None, None, None, *rest)
+                args |= {"grad_total": grad, "needs_x": True, "needs_weight": True}
+            name = "project_state_backward" if layer.train else "project_state"
+            return IMPLEMENTATIONS[name](OPERATIONS[name].defaults | args)
 
     batch = f"-B{layer.batch}" if layer.batch > 1 else ""
     what = f"project_state{'_backward' * layer.train}-{layer.form}{layer.degree}{batch}"
@@ -185,19 +188,19 @@ def line(name, row):
     return f"{name:<60}" + "".join(f"{cell:>10}" for cell in cells) + "   " + ", ".join(parts)
 
 
-def report(patterns, json_file=None):
-    """Count the cases whose names match, print a line each, and write a JSON file. Returns the exit status."""
+def main(arguments=None):
+    parser = suite_parser("launches")
+    parser.add_argument("--case", nargs="+", default=["*"], metavar="NAME", help="cases by name or pattern ('state*')")
+    options = parse(parser, arguments)
     meter = Meter()
-    chosen = {
-        name: case for name, case in all_cases().items() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-    }
-    if not chosen:
-        raise LookupError(f"--case: no case matches {' '.join(patterns)}")
-    print(f"{'case':<60}" + "".join(f"{head:>10}" for head in HEADS) + "   what is launched", flush=True)
+    cases = {name: case for name, case in all_cases().items() if any(fnmatch.fnmatch(name, p) for p in options.case)}
+    if not cases:
+        parser.error(f"--case: no case matches {' '.join(options.case)}")
+    print(f"{'case':<60}" + "".join(f"{head:>10}" for head in HEADS) + "   launched", flush=True)
     rows = {}
-    for name, case in chosen.items():
+    for name, case in cases.items():
         rows[name] = meter.of_case(case)
         print(line(name, rows[name]), flush=True)
-        if json_file:
-            Path(json_file).write_text(json.dumps({"model": MODEL, "cases": rows}, indent=1) + "\n")
+        if options.json:
+            Path(options.json).write_text(json.dumps({"model": MODEL, "cases": rows}, indent=1) + "\n")
     return 0

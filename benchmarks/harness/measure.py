@@ -1,4 +1,4 @@
-"""What a case has to bring, and how it is measured: check, time by turns, compare, hold against the targets."""
+"""How a case is measured: check its result, time the contenders by turns, compare, judge the targets."""
 
 import dataclasses
 import itertools
@@ -10,23 +10,23 @@ import torch
 from .timing import Contender, interleave, other, ratios, summary
 
 OURS = "pom_ext"
-COPY_BANDWIDTH, MICROSECONDS = "copy bandwidth", "microseconds"  # what a target can be of, beside a contender
-# In float32 a token within rounding of a kink of the activation may fall on its other side, in plain torch as here; one
-# such token among millions makes an error of several 1e-4 in the gradients.
+COPY_BANDWIDTH, MICROSECONDS = "copy bandwidth", "microseconds"  # targets that are not ratios to a contender
+# In float32, rounding may move a token across a kink of the activation, in plain torch as here; one such token among
+# millions makes an error of several 1e-4 in the gradients.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 CONSTANT = ("weight", "residual", "count")  # inputs without a gradient
 
 
 class CheckFailed(Exception):
-    """A case computed something else than the plain formula does."""
+    """The result of a case differs from that of the plain formula."""
 
 
 @dataclass(frozen=True)
 class Target:
     """A bound on one figure of a case.
 
-    Cases of time: `of` a baseline, its time over ours; COPY_BANDWIDTH, our bytes per second over those of a plain copy;
-    MICROSECONDS, our time. Cases of memory: our extra memory over another size.
+    For times, `of` is a baseline (its time over ours), COPY_BANDWIDTH (our bytes per second over those of a plain copy)
+    or MICROSECONDS (our time). For memory it is a size, and the figure is our extra memory over that size.
     """
 
     of: str
@@ -34,7 +34,7 @@ class Target:
     at_most: float | None = None
 
     def judged(self, figures):
-        """The target with what was measured; None where the baseline did not run."""
+        """The target as a dict with the measured figure, None if the baseline did not run."""
         measured = figures.get(self.of)
         reached = None if measured is None else (self.at_least or 0) <= measured <= (self.at_most or float("inf"))
         return {**dataclasses.asdict(self), "measured": measured, "reached": reached}
@@ -42,11 +42,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Setup:
-    """A case ready to run: its tensors, its contenders (made on demand), and what should come out, in float64."""
+    """A case ready to run: its tensors, its contenders (made on demand), and the expected outputs in float64."""
 
     tensors: dict[str, torch.Tensor]
     contenders: dict[str, Callable[[], Contender]]
     expected: Callable[[], tuple[torch.Tensor, ...]]
+
+
+def short(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 def as_tuple(outputs):
@@ -60,19 +64,19 @@ def output_grad(shape, dtype, device):
 
 
 def leaves(inputs):
-    """(the inputs with fresh leaves for those that have a gradient, these leaves)"""
+    """(the inputs, with a fresh leaf for each that has a gradient; the leaves)"""
     inputs = {name: t if name in CONSTANT else t.detach().requires_grad_() for name, t in inputs.items()}
     return inputs, [tensor for name, tensor in inputs.items() if name not in CONSTANT]
 
 
 def forward(function, sets, bytes_moved=None):
-    """The inputs are taken by turns from `sets`."""
+    """A contender that calls the function, with inputs taken by turns from `sets`."""
     turns = itertools.cycle(sets)
     return Contender(lambda inputs: function(**inputs), lambda: (next(turns),), bytes_moved)
 
 
 def backward(function, sets, bytes_moved=None):
-    """The gradients of all inputs. The forward that leads to them is not timed."""
+    """A contender that computes the gradients of all inputs. Its forward is not timed."""
     inputs, wanted = leaves(sets[0])
     output = function(**inputs)
     grad = output_grad(output.shape, output.dtype, output.device)
@@ -82,7 +86,7 @@ def backward(function, sets, bytes_moved=None):
 
 
 def training_step(function, sets, bytes_moved=None, parameters=()):
-    """Forward, and the gradients of inputs and parameters: (*outputs, *gradients)."""
+    """A contender that computes the outputs and the gradients of inputs and parameters: (*outputs, *gradients)."""
     inputs, wanted = leaves(sets[0])
     outputs = as_tuple(function(**inputs))
     grads = [output_grad(output.shape, output.dtype, output.device) for output in outputs]
@@ -95,7 +99,7 @@ def training_step(function, sets, bytes_moved=None, parameters=()):
 
 
 def check(case, results, expected):
-    """The largest error of any tensor: root mean square, relative to that of what is expected. Raises CheckFailed."""
+    """The largest error of any tensor, relative to the norm of the expected tensor. Raises CheckFailed."""
     error = 0.0
     for result, exact in zip(as_tuple(results), expected, strict=True):
         if result.shape != exact.shape:
@@ -108,9 +112,9 @@ def check(case, results, expected):
 
 
 def measure_times(case, clock, settings, bandwidth=None):
-    """The result of a case of times, as it stands in the JSON file. Raises CheckFailed.
+    """The result of a timed case, as in the JSON file. Raises CheckFailed.
 
-    bandwidth: bytes per second of a plain copy, to hold those of the case against.
+    bandwidth: bytes per second of a plain copy, to compare those of the case with; or None.
     """
     torch.manual_seed(0)
     torch.compiler.reset()  # the many shapes of one function would exceed torch's limit of recompilations
@@ -127,7 +131,7 @@ def measure_times(case, clock, settings, bandwidth=None):
                 contender = setup.contenders[name]()
                 clock.ready(contender)
                 contenders[name] = contender
-            except Exception as error:  # noqa: BLE001 -- a baseline that does not run here is reported; the others go on
+            except Exception as error:  # noqa: BLE001 -- a baseline that does not run is reported; the others go on
                 failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         times = interleave(contenders, clock, settings)
     compared = ratios(times, OURS)
