@@ -1,7 +1,7 @@
 """Time and memory of a streamed frame after so many others, with PoM and with attention: `python -m benchmarks.streaming`.
 
 Both models stand after the same number of frames, and take turns at drawing the next one; the streams are then put back
-(`VideoStream.rewind`), so that every round draws the same frame. After one length comes the next.
+(`VideoStream.restore`), so that every round draws the same frame. After one length comes the next.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def watch(stream, frames, chunk=16):
     model = stream.model
     while stream.frame < frames:
         missing = min(chunk, frames - stream.frame)
-        stream.watch(torch.randn(1, model.in_channels, missing * model.patch[0], *stream.size))
+        stream.prefill(torch.randn(1, model.in_channels, missing * model.patch[0], *stream.size))
 
 
 def milliseconds(stream):
@@ -79,7 +79,7 @@ def milliseconds(stream):
     begin = time.perf_counter()
     stream.next()
     passed = 1e3 * (time.perf_counter() - begin)
-    stream.rewind(kept)
+    stream.restore(kept)
     return passed
 
 

@@ -7,16 +7,11 @@ import torch
 from torch import nn
 
 from pom_ext._random import seeded_generator
-from pom_ext.diffusion import FlowMatching, NoisePrediction, build_objective
-from pom_ext.diffusion.objectives import (
-    OBJECTIVES,
-    diffusion_loss,
-    drop_labels,
-    guided_prediction,
-    noise_shift,
-    shift_time,
-)
-from pom_ext.diffusion.solvers import flow_times, integrate
+from pom_ext.diffusion import OBJECTIVES, FlowMatching, NoisePrediction, build_objective
+from pom_ext.diffusion.guidance import drop_labels, guided_prediction
+from pom_ext.diffusion.losses import diffusion_loss
+from pom_ext.diffusion.solvers import integrate
+from pom_ext.diffusion.timesteps import flow_times, resolution_shift, shift_time
 from pom_ext.sampling import sample
 
 
@@ -39,9 +34,9 @@ def by_label(images, time, labels):
 
 
 def test_noise_shift_is_the_square_root_of_the_pixel_ratio():
-    assert noise_shift(32 * 32) == 1
-    assert noise_shift(128 * 128) == 4
-    assert noise_shift(64 * 64, base_pixels=128 * 128) == 0.5
+    assert resolution_shift(32 * 32) == 1
+    assert resolution_shift(128 * 128) == 4
+    assert resolution_shift(64 * 64, base_pixels=128 * 128) == 0.5
 
 
 @pytest.mark.parametrize("shift", [0.25, 1.0, 3.0])
