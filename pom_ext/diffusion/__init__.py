@@ -1,9 +1,10 @@
 """What a model learns (objectives and losses), and the way back from noise to data (solvers, guidance)."""
 
-# isort: off -- importing an objective registers it, and messages list them in this order
+# Importing an objective registers it, and messages list the objectives in this order.
+# isort: off
 from .flow_matching import FlowMatching
-from .meanflow import MeanFlow
 from .noise_prediction import NoisePrediction
+from .meanflow import MeanFlow
 
 # isort: on
 from .objectives import OBJECTIVES, Objective, build_objective, register_objective

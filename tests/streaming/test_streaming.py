@@ -209,6 +209,16 @@ def test_forks_part_and_rewinding_goes_back(context):
     assert torch.equal(draw(VideoStream(model, [0, 1], context=context, steps=2), 2), first)
 
 
+def test_the_old_names_of_prefill_and_restore_still_work():
+    stream, other = (VideoStream(small(positions="space"), steps=1) for _ in range(2))
+    snapshot, video = stream.fork(), torch.randn(1, 3, 4, 4, 6, dtype=torch.float64)
+    stream.watch(video)
+    other.prefill(video)
+    assert same(stream, other)
+    stream.rewind(snapshot)
+    assert stream.frame == 0 and same(stream, snapshot)
+
+
 @CONTEXT
 @GUIDANCE
 def test_what_a_stream_remembers_is_what_the_docs_say(context, guidance):
