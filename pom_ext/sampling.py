@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._random import seeded_generator
 from .diffusion import FlowMatching, Objective
 from .diffusion.guidance import guided_prediction
 from .diffusion.solvers import check_solver
-from .models import VideoDiT
+from .models import ImageDiT, VideoDiT
 from .streaming import VideoStream
 
 
 @torch.no_grad()
 def sample(
-    model: nn.Module,
+    model: ImageDiT,
     labels: Tensor,
     *,
     shape: tuple[int, int, int],
@@ -77,7 +78,7 @@ def sample(
     return torch.cat(drawn) if drawn else torch.empty(0, *shape, **options)
 
 
-def _check(model: nn.Module, labels: Tensor, shape: tuple[int, ...]) -> None:
+def _check(model: ImageDiT, labels: Tensor, shape: tuple[int, ...]) -> None:
     n_classes = model.config["n_classes"]
     if labels.dim() != 1 or labels.is_floating_point():
         raise ValueError(f"labels: expected integers (B,), got {labels.dtype} {tuple(labels.shape)}")
@@ -113,24 +114,20 @@ def sample_frames(
     Raises:
         ValueError, TypeError: as `VideoStream`, when the first frame is asked for.
     """
-    each = labels is not None and torch.as_tensor(labels).dim() == 2
-    constant = None if each else labels
-    if each:
-        labels = torch.as_tensor(labels)
-        if frames is None:
-            frames = labels.shape[1] - (0 if given is None else given.shape[2] // model.patch[0])
-        options = {"batch": len(labels), **options}
-    elif given is not None:
-        options = {"batch": len(given), **options}
-    stream = VideoStream(model, constant, **options)
+    per_frame = labels is not None and torch.as_tensor(labels).dim() == 2
+    actions = torch.as_tensor(labels) if per_frame else None
+    videos = given if actions is None else actions
+    if videos is not None:
+        options = {"batch": len(videos), **options}
+    stream = VideoStream(model, None if per_frame else labels, **options)
     if given is not None:
-        stream.prefill(given, labels[:, : given.shape[2] // model.patch[0]] if each else None)
-    if each and labels.shape[1] != stream.frame + frames:
-        raise ValueError(
-            f"labels: expected {stream.frame + frames} for each video, {stream.frame} given frames and {frames} to draw, "
-            f"got {labels.shape[1]}"
-        )
-    drawn = 0
-    while frames is None or drawn < frames:
-        yield stream.next(labels[:, stream.frame] if each else None)
-        drawn += 1
+        stream.prefill(given, None if actions is None else actions[:, : given.shape[2] // model.patch[0]])
+    if actions is not None:
+        frames = actions.shape[1] - stream.frame if frames is None else frames
+        if actions.shape[1] != stream.frame + frames:
+            raise ValueError(
+                f"labels: expected {stream.frame + frames} for each video, {stream.frame} given frames and {frames} to "
+                f"draw, got {actions.shape[1]}"
+            )
+    for _ in itertools.count() if frames is None else range(frames):
+        yield stream.next(None if actions is None else actions[:, stream.frame])

@@ -6,7 +6,9 @@ Source: Ho & Salimans 2022, arXiv 2207.12598.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .network import Network
 
 
 def num_copies(guidance: float) -> int:
@@ -37,7 +39,7 @@ def apply_guidance(prediction: Tensor, guidance: float) -> Tensor:
 
 
 def guided_prediction(
-    model: nn.Module, images: Tensor, time: Tensor, labels: Tensor, guidance: float, *interval: Tensor
+    model: Network, images: Tensor, time: Tensor, labels: Tensor, guidance: float, *interval: Tensor
 ) -> Tensor:
     """The guided prediction of a class-conditional model, in one call of the model.
 
@@ -54,9 +56,9 @@ def guided_prediction(
     """
     if num_copies(guidance) == 1:
         return model(images, time, labels, *interval)
-    images, time, *interval = (torch.cat([t, t]) for t in (images, time, *interval))
+    images, time, *repeated = (torch.cat([t, t]) for t in (images, time, *interval))
     labels = append_unconditional_labels(labels, model.config["n_classes"])
-    return apply_guidance(model(images, time, labels, *interval), guidance)
+    return apply_guidance(model(images, time, labels, *repeated), guidance)
 
 
 def drop_labels(labels: Tensor, no_class: int, probability: float, generator: torch.Generator) -> Tensor:

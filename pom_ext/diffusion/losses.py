@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from .network import Network
 from .timesteps import MAX_TIME
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def check_context(context: str) -> None:
 
 
 def diffusion_loss(
-    model: nn.Module, objective: Objective, images: Tensor, labels: Tensor | None, generator: torch.Generator
+    model: Network, objective: Objective, images: Tensor, labels: Tensor | None, generator: torch.Generator
 ) -> Tensor:
     """Mean squared error of the network's prediction for images, each at a random time.
 
@@ -47,7 +48,7 @@ def diffusion_loss(
 
 
 def video_loss(
-    model: nn.Module,
+    model: Network,
     objective: Objective,
     video: Tensor,
     labels: Tensor | None,

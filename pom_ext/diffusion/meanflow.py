@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import forward_mode
 from .flow_matching import FlowMatching
+from .network import Network
 from .objectives import check_positive, register_objective
 from .solvers import integrate_intervals
 from .timesteps import MAX_TIME, flow_times
@@ -56,7 +57,7 @@ class MeanFlow(FlowMatching):
 
     def loss(
         self,
-        model: nn.Module,
+        model: Network,
         clean: Tensor,
         labels: Tensor | None,
         generator: torch.Generator,
@@ -67,7 +68,7 @@ class MeanFlow(FlowMatching):
         """See `Objective.loss`: that of flow matching until VELOCITY_FIRST of the training, then `meanflow_loss`."""
         if progress < self.VELOCITY_FIRST:
             return super().loss(model, clean, labels, generator)
-        return meanflow_loss(model, self, clean, labels, generator)
+        return meanflow_loss(model, self, clean, cast(Tensor, labels), generator)  # every `ImageDiT` has classes
 
     def denoise(self, predict: Callable[..., Tensor], noise: Tensor, steps: int, solver: str = "euler") -> Tensor:
         """See `Objective.denoise`; predict(x, time, span) is the mean velocity over the span before time."""
@@ -75,7 +76,7 @@ class MeanFlow(FlowMatching):
 
 
 def meanflow_loss(
-    model: nn.Module, objective: MeanFlow, images: Tensor, labels: Tensor, generator: torch.Generator
+    model: Network, objective: MeanFlow, images: Tensor, labels: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Squared error of the mean velocity u over the span that ends at time t, from the identity that defines it:
 

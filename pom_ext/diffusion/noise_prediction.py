@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +27,13 @@ class NoisePrediction(Objective):
     """
 
     def __init__(self, shift: float = 1.0) -> None:
-        from diffusers import DDIMScheduler
+        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
         super().__init__(shift)
         signal = np.cumprod(1 - np.linspace(1e-4, 0.02, MAX_TIME))
         signal = signal / (signal + self.shift**2 * (1 - signal))
         betas = 1 - signal / np.concatenate([[1.0], signal[:-1]])
-        self.scheduler = DDIMScheduler(MAX_TIME, trained_betas=betas, timestep_spacing="trailing")
+        self.scheduler: Any = DDIMScheduler(MAX_TIME, trained_betas=betas, timestep_spacing="trailing")
 
     def draw_time(self, batch: int, generator: torch.Generator) -> Tensor:
         """(batch,) integer times to train on."""

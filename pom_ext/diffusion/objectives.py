@@ -16,9 +16,10 @@ from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .losses import diffusion_loss, video_loss
+from .network import Network
 from .timesteps import resolution_shift
 
 
@@ -72,7 +73,7 @@ class Objective(ABC):
 
     def loss(
         self,
-        model: nn.Module,
+        model: Network,
         clean: Tensor,
         labels: Tensor | None,
         generator: torch.Generator,
@@ -96,7 +97,7 @@ class Objective(ABC):
 
     def supports(
         self,
-        model: nn.Module | None = None,
+        model: Network | None = None,
         *,
         solver: str | None = None,
         guidance: float | None = None,

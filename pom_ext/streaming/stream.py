@@ -107,9 +107,11 @@ class VideoStream:
         conditions = self._conditions(labels)
 
         def predict(x, time):
-            cache = self.caches[len(after)] if shared else self.caches[0]
-            prediction, cache = self._evaluate(x, time, cache, conditions, return_cache=shared)
-            after.append(cache)
+            if shared:
+                prediction, cache = self._evaluate(x, time, self.caches[len(after)], conditions, return_past=True)
+                after.append(cache)
+            else:
+                prediction = self._evaluate(x, time, self.caches[0], conditions)
             return apply_guidance(prediction, config.guidance)
 
         drawn = self.objective.denoise(predict, self._noise(frames, DRAWN), config.steps, config.solver)
@@ -162,7 +164,7 @@ class VideoStream:
 
     watch, rewind = prefill, restore  # the names of 0.1, for one more release
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the stream to a safetensors file, whole or not at all; `load` continues it, bit for bit.
 
         Raises:
@@ -178,7 +180,7 @@ class VideoStream:
         save_checkpoint(path, parts, {"stream": settings, **identity})
 
     @classmethod
-    def load(cls, path: str | os.PathLike, model: VideoDiT) -> VideoStream:
+    def load(cls, path: str | os.PathLike[str], model: VideoDiT) -> VideoStream:
         """The stream of a file that `save` wrote, with the model that drew it.
 
         Raises:
@@ -229,13 +231,12 @@ class VideoStream:
         return conditions
 
     def _evaluate(
-        self, x: Tensor, time: float, cache: Past, conditions: dict[str, Tensor | None], return_cache: bool
-    ) -> tuple[Tensor, Past | None]:
-        """The prediction for frames x (B, C, T, H, W) of one time, and the cache after them if asked for."""
+        self, x: Tensor, time: float, cache: Past, conditions: dict[str, Tensor | None], return_past: bool = False
+    ) -> Any:
+        """The prediction for frames x (B, C, T, H, W) of one time, or with return_past (prediction, cache after them)."""
         x = x.repeat(num_copies(self.config.guidance), 1, 1, 1, 1)
         times = torch.full((len(x),), float(time), dtype=x.dtype, device=x.device)
-        out = self.model(x, times, **conditions, frame_causal=True, past=cache, return_past=return_cache)
-        return out if return_cache else (out, None)
+        return self.model(x, times, **conditions, frame_causal=True, past=cache, return_past=return_past)
 
     def _append(self, video: Tensor, cache: Past, conditions: dict[str, Tensor | None]) -> Past:
         """The cache after finished frames (B, C, T, H, W)."""
@@ -244,7 +245,7 @@ class VideoStream:
             noise = self._noise(video.shape[2] // self.model.patch[0], REMEMBERED)
             level = torch.full((self.batch,), time, dtype=video.dtype, device=video.device)
             video = self.objective.add_noise(video, noise, level)
-        return self._evaluate(video, time, cache, conditions, return_cache=True)[1]
+        return self._evaluate(video, time, cache, conditions, return_past=True)[1]
 
     def _noise(self, frames: int, purpose: int) -> Tensor:
         """(B, C, frames * patch[0], H, W), the noise of the next frames for DRAWN or REMEMBERED."""

@@ -7,21 +7,25 @@ import os
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .._random import seeded_generator
 from ..diffusion import Objective, build_objective
 from ..diffusion.guidance import drop_labels
+from ..models import ImageDiT, VideoDiT
 from ..models.checkpoint import read_checkpoint, save_checkpoint
 from ..ops import _library
 from .batches import ShuffledBatches
 from .config import TrainConfig
 from .ema import make_ema
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass
@@ -52,11 +56,16 @@ class Trainer:
         objective: what to train it for.
         config: how to train it.
         settings: of the data, kept in the checkpoint and compared on resume.
-        accelerator: an `accelerate.Accelerator`.
+        accelerator: chooses the device, and connects the processes.
     """
 
     def __init__(
-        self, model: nn.Module, objective: Objective, config: TrainConfig, settings: dict[str, Any], accelerator
+        self,
+        model: ImageDiT | VideoDiT,
+        objective: Objective,
+        config: TrainConfig,
+        settings: dict[str, Any],
+        accelerator: Accelerator,
     ) -> None:
         self.model, self.objective, self.config, self.accelerator = model, objective, config, accelerator
         self.settings = {"model": model.config, "train": asdict(config), **settings}
@@ -67,7 +76,7 @@ class Trainer:
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.losses, self.seconds = [], 0.0
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint (main process only)."""
         if not self.accelerator.is_main_process:
             return
@@ -81,7 +90,7 @@ class Trainer:
         made = {"architecture": type(self.model).__name__, "step": len(self.losses), "seconds": self.seconds}
         save_checkpoint(path, parts, {**self.settings, **made})
 
-    def resume(self, path: str | os.PathLike) -> None:
+    def resume(self, path: str | os.PathLike[str]) -> None:
         """Continue from a checkpoint.
 
         Raises:
@@ -116,10 +125,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step, progress)
         n_classes = self.model.config["n_classes"]
-        labels = drop_labels(labels.to(device), n_classes, config.label_dropout, generator) if n_classes else None
+        dropped = drop_labels(labels.to(device), n_classes, config.label_dropout, generator) if n_classes else None
         context = {"context": config.context, "context_noise": config.context_noise, "given": config.given}
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            loss = self.objective.loss(self.wrapped, clean.to(device), labels, generator, progress=progress, **context)
+            loss = self.objective.loss(self.wrapped, clean.to(device), dropped, generator, progress=progress, **context)
         value = loss.item()
         if not math.isfinite(value):
             raise ArithmeticError(f"the loss is {value} at step {step}: try a lower learning rate than {config.lr}")
@@ -131,7 +140,7 @@ class Trainer:
         self.losses.append(value)
 
 
-def _check_same(path: str | os.PathLike, group: str, stored: dict[str, Any], expected: dict[str, Any]) -> None:
+def _check_same(path: str | os.PathLike[str], group: str, stored: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raise ValueError if the settings of a checkpoint are not the expected ones."""
     changed = sorted(key for key in stored.keys() | expected.keys() if stored.get(key) != expected.get(key))
     if changed:
@@ -140,9 +149,9 @@ def _check_same(path: str | os.PathLike, group: str, stored: dict[str, Any], exp
 
 
 def train(
-    model: nn.Module,
-    dataset: Dataset,
-    path: str | os.PathLike,
+    model: ImageDiT | VideoDiT,
+    dataset: Any,
+    path: str | os.PathLike[str],
     config: TrainConfig | None = None,
     *,
     steps: int | None = None,
