@@ -14,7 +14,7 @@ import torch
 from pom_ext.data import MNIST
 from pom_ext.demo.classifier import accuracy, train_classifier
 from pom_ext.demo.images import MODEL, TRAIN
-from pom_ext.diffusion import build_objective
+from pom_ext.diffusion import OBJECTIVES, build_objective
 from pom_ext.media.figures import save_grid
 from pom_ext.models import ImageDiT
 from pom_ext.sampling import sample
@@ -32,10 +32,11 @@ SAMPLING = {  # solver steps, and the guidance of a sampler that has to apply it
 
 def train_model(name, data, steps):
     """Train the demo's model by an objective. Returns its `TrainResult`, with the averaged model, and the objective."""
-    guidance = GUIDANCE if name == "meanflow" else 1.0
+    kind = OBJECTIVES[name]
+    guidance = 1.0 if kind.trained_guidance is None else GUIDANCE
     config = replace(TRAIN, objective=name, guidance=guidance)
     torch.manual_seed(0)
-    model = ImageDiT(data.shape[0], len(data.classes), data.shape[1], **MODEL, two_times=name == "meanflow")
+    model = ImageDiT(data.shape[0], len(data.classes), data.shape[1], **MODEL, **kind.model_options)
     with tempfile.TemporaryDirectory() as folder:
         result = train(model, data, Path(folder) / "model.safetensors", config, steps=steps)
     return result, build_objective(name, config.shift)

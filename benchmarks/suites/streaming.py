@@ -1,7 +1,7 @@
 """Time and memory of one more frame of a stream after so many others, with PoM and with attention.
 
 At each length the models take turns at drawing the next frame from the same past. The streams are then put back
-(`VideoStream.rewind`), so that every round draws the same frame.
+(`VideoStream.restore`), so that every round draws the same frame.
 """
 
 import statistics
@@ -70,7 +70,7 @@ def watch(stream, frames, chunk=16):
     model = stream.model
     while stream.frame < frames:
         missing = min(chunk, frames - stream.frame)
-        stream.watch(torch.randn(1, model.in_channels, missing * model.patch[0], *stream.size))
+        stream.prefill(torch.randn(1, model.in_channels, missing * model.patch[0], *stream.size))
 
 
 def milliseconds(stream):
@@ -78,7 +78,7 @@ def milliseconds(stream):
     begin = time.perf_counter()
     stream.next()
     passed = 1e3 * (time.perf_counter() - begin)
-    stream.rewind(kept)
+    stream.restore(kept)
     return passed
 
 

@@ -31,7 +31,6 @@ def sample(
     import torch
 
     from ..diffusion import build_objective
-    from ..diffusion.objectives import noise_shift
     from ..media.figures import save_grid
     from ..models.checkpoint import load_model
     from ..sampling import sample as draw
@@ -45,12 +44,11 @@ def sample(
     chosen = list(range(min(10, len(classes)))) if labels is None else class_numbers(labels, classes)
     channels, trained, _ = settings["data"]["shape"]
     size = trained if size is None else size
-    objective, shift = settings["train"]["objective"], settings["train"]["shift"]
-    if objective != "noise":  # noise prediction is bound to the noise levels it was trained on
-        shift *= noise_shift(size * size, trained * trained)
+    objective = build_objective(settings["train"]["objective"], settings["train"]["shift"])
+    objective = objective.for_resolution(size * size, trained * trained)
     images = draw(
         network, torch.tensor(chosen).repeat_interleave(per_label), shape=(channels, size, size),
-        objective=build_objective(objective, shift), steps=steps, guidance=guidance, solver=solver, seed=seed, progress=True,
+        objective=objective, steps=steps, guidance=guidance, solver=solver, seed=seed, progress=True,
     )  # fmt: skip
     save_grid(images, [classes[label] for label in chosen], out)
     typer.echo(f"{len(images)} images in {out}")

@@ -63,7 +63,8 @@ def train(
 
     from ..data import open_dataset, open_video_dataset
     from ..data.videos import is_video
-    from ..diffusion.objectives import noise_shift
+    from ..diffusion.objectives import list_objectives, objective_class
+    from ..diffusion.timesteps import resolution_shift
     from ..media.figures import save_loss_curve
     from ..training import TrainConfig
     from ..training import train as run_training
@@ -73,20 +74,21 @@ def train(
         raise ValueError(f"out: {checkpoint} exists; add --resume to go on from it, or choose another --out")
     video = is_video(data) or frames is not None
     dataset = open_video_dataset(data, frames, size) if video else open_dataset(data, size)
-    one_step = objective == "meanflow"
-    if video and one_step:
-        raise ValueError("objective: meanflow is for images; expected flow or noise for video")
+    kind = objective_class(objective)
+    if video and not kind.for_video:
+        able = list_objectives(lambda kind: kind.for_video)
+        raise ValueError(f"objective: {objective} is for images; expected {able} for video")
     given = {"patch": patch, "dim": dim, "n_layers": layers, "n_heads": heads, "degree": degree}
     options = {
         "local_conv": local_conv, "mixer": mixer.split(",") if "," in mixer else mixer,
-        **{name: value for name, value in given.items() if value is not None}, **({"two_times": True} if one_step else {}),
+        **{name: value for name, value in given.items() if value is not None}, **kind.model_options,
     }  # fmt: skip
     torch.manual_seed(seed)
     network = _video_network(dataset, model, start, options) if video else _image_network(dataset, model, options)
     pixels = dataset.shape[-1] * dataset.shape[-2]
     config = TrainConfig(
-        objective=objective, shift=noise_shift(pixels) if shift is None else shift, context=context,
-        guidance=(2.0 if one_step else 1.0) if guidance is None else guidance,
+        objective=objective, shift=resolution_shift(pixels) if shift is None else shift, context=context,
+        guidance=(kind.trained_guidance or 1.0) if guidance is None else guidance,
         context_noise=context_noise if video else 0.0, batch_size=(8 if video else 32) if batch_size is None else batch_size,
         lr=0.4 / network.config["dim"] if lr is None else lr, ema_decay=ema_decay, bf16=bf16, seed=seed,
     )  # fmt: skip

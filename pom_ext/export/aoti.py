@@ -26,7 +26,7 @@ from torch import nn
 
 from .._io import atomic_write
 from ..diffusion import FlowMatching
-from ..diffusion.objectives import OBJECTIVES, check_context
+from ..diffusion.losses import check_context
 from ..models.video import VideoDiT
 from ..ops import State
 from ..ops.state import FIELDS
@@ -127,10 +127,9 @@ def export_frame_step(model, path, *, batch=1, size=None, window=0, decay=1.0, o
     check_context(context)
     program, inputs = trace_frame_step(model, batch=batch, size=size, window=window, decay=decay)
     lines = (" ".join([name, str(t.dtype).removeprefix("torch."), *map(str, t.shape)]) for name, t in inputs.items())
-    names = {kind: name for name, kind in OBJECTIVES.items()}
     metadata = {
-        "inputs": "\n".join(lines), "n_classes": str(model.n_classes), "objective": names[type(objective)],
-        "shift": str(objective.shift), "context": context,
+        "inputs": "\n".join(lines), "n_classes": str(model.n_classes),
+        **{name: str(value) for name, value in objective.describe().items()}, "context": context,
     }  # fmt: skip
     with (
         atomic_write(path) as aside,

@@ -138,7 +138,7 @@ def play(stream, screen, classes=(), *, script=None, fps=None, frames=None, cloc
             if turn is None:
                 break
             if turn.reset:
-                stream.rewind(start)
+                stream.restore(start)
             begun = clock()
             label = keys.label(turn.keys) if script is None else script[stream.frame - start.frame]
             pictures = to_pixels(stream.next(None if label is None else torch.tensor([label])))

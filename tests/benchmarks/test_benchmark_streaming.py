@@ -28,9 +28,9 @@ def test_the_cache_that_grows_in_place_is_attention():
     for _ in range(3):
         kept = fast.fork()
         first = fast.next()
-        fast.rewind(kept)  # what was written behind the cache is written over
+        fast.restore(kept)  # what was written behind the cache is written over
         assert torch.equal(fast.next(), first) and torch.equal(first, slow.next())
-    held = fast.pasts[0].memories[0].keys
+    held = fast.caches[0].memories[0].keys
     assert held._base is not None and held._base.shape[1] > held.shape[1] == 8 * 4
     assert fast.nbytes == slow.nbytes
 

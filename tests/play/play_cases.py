@@ -40,9 +40,9 @@ class Scene:
     def fork(self, seed=None):
         return copy.copy(self)
 
-    def rewind(self, kept):
+    def restore(self, snapshot):
         labels = self.labels
-        self.__dict__.update(vars(kept))
+        self.__dict__.update(vars(snapshot))
         self.labels = labels
 
 
