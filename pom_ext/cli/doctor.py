@@ -31,7 +31,7 @@ def diagnose():
     yield from _describe_build(build_note(), __version__, sysconfig.get_platform(), BUILD)
     yield from _describe_changes(package, BUILD)
     yield f"engine     {_describe_engine()}"
-    importlib.import_module(".ops", __package__)  # where the library lacks an operation, load tells from then on
+    importlib.import_module("pom_ext.ops")  # after this import, load reports a library that lacks an operation
     load()
     library = Path(importlib.util.find_spec("pom_ext._C").origin)
     yield f"library    loaded, {library}"

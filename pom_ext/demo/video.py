@@ -10,7 +10,7 @@ from ..data import MovingDigits
 from ..diffusion import FlowMatching
 from ..media import contact_sheet, write_video
 from ..media.figures import save_loss_curve, save_stream_costs
-from ..media.video import tile
+from ..media.frames import tile
 from ..models import VideoDiT
 from ..streaming import VideoStream
 from ..training import TrainConfig, train

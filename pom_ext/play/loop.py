@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..media.frames import to_pixels as frame_to_pixels
 from .keys import Keys
 
 
@@ -165,5 +166,4 @@ def to_pixels(video):
     """The pictures (t, H, W, 3) uint8 of one video (1, C, t, H, W) in [-1, 1] (clamped), C 1 or 3."""
     if video.dim() != 5 or video.shape[0] != 1 or video.shape[1] not in (1, 3):
         raise ValueError(f"stream: expected one video (1, 1 or 3, t, H, W) to show, got {tuple(video.shape)}")
-    pixels = ((video[0].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)
-    return pixels.expand(-1, -1, -1, 3).contiguous().cpu().numpy()
+    return np.stack([frame_to_pixels(frame).numpy() for frame in video[0].unbind(1)])

@@ -13,7 +13,7 @@ from video_cases import HYBRID, small
 from pom_ext import _C
 from pom_ext.diffusion import FlowMatching, NoisePrediction
 from pom_ext.export import export_frame_step, trace_frame_step
-from pom_ext.media.video import to_pixels
+from pom_ext.media.frames import to_pixels
 from pom_ext.streaming import VideoStream
 from pom_ext.streaming.stream import DRAWN
 

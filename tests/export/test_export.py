@@ -15,7 +15,7 @@ from video_cases import TEXT_DIM, small
 
 from pom_ext.diffusion import FlowMatching
 from pom_ext.export import export_model
-from pom_ext.media.video import to_pixels
+from pom_ext.media.frames import to_pixels
 from pom_ext.models import ImageDiT
 from pom_ext.models.checkpoint import save_checkpoint
 from pom_ext.streaming import VideoStream
