@@ -1,8 +1,8 @@
-"""The report of the demo, for people."""
+"""The demo's report as Markdown."""
 
 
 def markdown(report):
-    """report.md"""
+    """The text of report.md from the contents of report.json."""
     images, video = report["images"], report["video"]
     sampling, digits, stream = images["sampling"], images["samples_read_as_requested_by_digit"], video["stream"]
     costs, clip = video["costs"], video["clip_frames"]
