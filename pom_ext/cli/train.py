@@ -16,8 +16,8 @@ class DataOptions:
     data: Annotated[
         str,
         typer.Option(
-            help="Images: mnist, or a folder with one sub-folder of pictures per class. Video: moving-digits, game:pong "
-            "(or another game), or with --frames a folder of videos."
+            help="Images: mnist, or a folder with one sub-folder of pictures per class. Video: moving-digits, "
+            "game:pong (or another game), or with --frames a folder of videos."
         ),
     ] = "mnist"
     size: Annotated[int | None, typer.Option(help="Width in pixels to scale pictures and videos to.")] = None
@@ -166,7 +166,7 @@ class LearningOptions:
 
 
 def train(data: DataOptions, run: RunOptions, model: ModelOptions, learning: LearningOptions):
-    """Train an image or a video model. You can interrupt it at any time; --resume continues from the last checkpoint."""
+    """Train an image or a video model. Interrupt it at any time; --resume continues from the last checkpoint."""
     import torch
 
     from ..media.figures import save_loss_curve

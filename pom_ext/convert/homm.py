@@ -42,8 +42,8 @@ def image_dit_from_homm(
 ):
     """`ImageDiT` from a state dict of davidpicard/HoMM:src/model/network/imagediffusion.py.
 
-    ClassConditionalDiH, or with n_registers ClassConditionalDiHpp. The arguments are those of the authors' model; `patch`
-    is their kernel_size.
+    ClassConditionalDiH, or with n_registers ClassConditionalDiHpp. The arguments are those of the authors' model;
+    `patch` is their kernel_size.
 
     Raises:
         ValueError: keys or shapes do not fit the arguments, or the time frequencies have a range other than [0, 1000);

@@ -24,8 +24,8 @@ def pom_from_pom(state_dict, degree, expand, n_groups, n_sel_heads, rope=None):
         PoM in the dtype and on the device of the tensors.
 
     Raises:
-        ValueError: keys or shapes do not fit the arguments, or the rotary angles have a base other than 10000; the message
-            names them.
+        ValueError: keys or shapes do not fit the arguments, or the rotary angles have a base other than 10000; the
+            message names them.
     """
     if rope not in ROPE_TABLES:
         raise ValueError(f"rope: expected None, '1d' or '2d', got {rope!r}")

@@ -19,8 +19,8 @@ class ImageFolder(ImageDataset):
         size: pictures are cropped to a centred square and scaled to size x size.
 
     Raises:
-        ValueError: there is no folder, no class, a class without pictures, or a picture that cannot be read; the message
-            names the folder or the file.
+        ValueError: there is no folder, no class, a class without pictures, or a picture that cannot be read; the
+            message names the folder or the file.
     """
 
     def __init__(self, root, size):
@@ -74,8 +74,8 @@ class VideoFolder(VideoDataset):
         stride: use every stride-th frame of the video.
 
     Raises:
-        ValueError: there is no folder, no video, a video that cannot be read, or no video as long as a clip; the message
-            names it.
+        ValueError: there is no folder, no video, a video that cannot be read, or no video as long as a clip; the
+            message names it.
     """
 
     def __init__(self, root, frames=16, size=64, stride=1):
@@ -97,7 +97,8 @@ class VideoFolder(VideoDataset):
             raise ValueError(f"data: no videos ({', '.join(SUFFIXES)}) in {root}")
         if not self.clips:
             raise ValueError(
-                f"frames: clips of {frames} frames, {stride} apart, are longer than every video in {root}, at most {longest}"
+                f"frames: clips of {frames} frames, {stride} apart, are longer than every video in {root}, at most "
+                f"{longest}"
             )
 
     def __len__(self):

@@ -10,9 +10,9 @@ from .datasets import VideoDataset
 class GamePlay(VideoDataset):
     """A game of the Atari 2600, emulated by `ale_py`, played at random and recorded.
 
-    The player holds every action for a while, so that paddles travel, and presses fire when a game waits for it. One frame
-    of a clip is four frames of the game (the brighter of the last two, since sprites flicker), scaled to a square.
-    `labels[f]` of a clip is the action that led to its frame f. No clip spans two games.
+    The player holds every action for a while, so that paddles travel, and presses fire when a game waits for it. One
+    frame of a clip is four frames of the game (the brighter of the last two, since sprites flicker), scaled to a
+    square. `labels[f]` of a clip is the action that led to its frame f. No clip spans two games.
 
     Args:
         game: name in `ale_py.roms`, such as "pong" or "breakout".
@@ -52,7 +52,7 @@ class GamePlay(VideoDataset):
         """Record the game.
 
         Returns:
-            pictures (recorded, 3, size, size) uint8; labels (recorded,); names of the actions; [(first, end)] of each game.
+            pictures (recorded, 3, size, size) uint8; labels (recorded,); names of actions; (first, end) of each game.
         """
         emulator = _load_game(game)
         choices = emulator.getMinimalActionSet()

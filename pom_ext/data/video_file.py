@@ -17,7 +17,7 @@ class VideoFile:
         rate: frames per second.
     """
 
-    # Containers that store the presentation time of every packet. For others the file must be decoded once to learn them.
+    # Containers that store the presentation time of every packet. Other files must be decoded once to learn the times.
     timed = frozenset({"gif", "matroska", "mov"})
 
     def __init__(self, path):
@@ -34,8 +34,9 @@ class VideoFile:
     def read(self, numbers):
         """The frames with the given numbers, a range.
 
-        Decoding begins at the key frame that seeking finds before the first number. That key frame can be too late, since
-        frames shown before it may depend on older ones. Decoding then begins earlier, finally at the start of the file.
+        Decoding begins at the key frame that seeking finds before the first number. That key frame can be too late,
+        since frames shown before it may depend on older ones. Decoding then begins earlier, finally at the start of the
+        file.
         """
         start, step = (numbers[0], 16) if self.in_order else (0, 0)
         while len(frames := self._decoded(start, numbers)) != len(numbers) and start:

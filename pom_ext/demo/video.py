@@ -18,7 +18,7 @@ from .classifier import train_classifier
 
 CLIP, STREAM = 8, 24  # frames of a training clip and of a drawn video
 TRAIN = TrainConfig(lr=7e-3, shift=2.0, batch_size=4, warmup=50, ema_decay=0.995, context_noise=1.0)
-# Without context noise strokes grow or fade from frame to frame: after 16 frames the classifier read half of the digits.
+# Without context noise strokes grow or fade from frame to frame: after 16 frames half of the digits were readable.
 SAMPLING = {"steps": 6, "guidance": 4.0, "solver": "euler", "context_noise": 0.8}
 COSTS = 192  # frames over which time and memory are compared with attention
 

@@ -5,14 +5,15 @@ The package is one function of tensors with constant shapes; it contains the com
     frame, time, labels (if the model has classes), state... -> prediction, state after the frame...
 
 frame and prediction: (B, C, patch[0], H, W); time: (B,) in [0, 1000], in the dtype of the model; labels: (B,) int64.
-state: the tensors of a `Past`, in the order of its `state_dict`: "{layer}.total", "{layer}.residual" and "{layer}.count"
-    of every layer, then "{layer}.tail" of every layer with a local convolution. With positions other than "space",
-    "frames", the number of frames so far, int64 (), precedes them. The state before the first frame is all zeros.
+state: the tensors of a `Past`, in the order of its `state_dict`: "{layer}.total", "{layer}.residual" and
+    "{layer}.count" of every layer, then "{layer}.tail" of every layer with a local convolution. With positions other
+    than "space", "frames", the number of frames so far, int64 (), precedes them. The state before the first frame is
+    all zeros.
 
-With clean context, every evaluation of a solver calls the function with the same state and drops the new state. One more
-call, with the finished frame at time 0, returns the state for the next frame. With shared noise, every evaluation has its
-own state. The package's metadata contain: `context`; what the prediction is (`objective`, "flow" or "noise", and
-`shift`); the number of classes (`n_classes`); and `inputs`, one line per input: name, dtype, sizes.
+With clean context, every evaluation of a solver calls the function with the same state and drops the new state. One
+more call, with the finished frame at time 0, returns the state for the next frame. With shared noise, every evaluation
+has its own state. The package's metadata contain: `context`; what the prediction is (`objective`, "flow" or "noise",
+and `shift`); the number of classes (`n_classes`); and `inputs`, one line per input: name, dtype, sizes.
 
 `examples/aoti` is a program that uses the package. A program must load the library of operations before the package.
 AOTI_RUNTIME_CHECK_INPUTS=1 in its environment makes the package check the shapes of its inputs.
@@ -41,7 +42,7 @@ class FrameStep(nn.Module):
         self.numbered = model.positions != "space"
 
     def inputs(self):
-        """{name: tensor} of the first call of a stream, all zeros. No two share memory: torch would trace them as one."""
+        """{name: tensor} of a stream's first call, all zeros. No two share memory: torch would trace them as one."""
         weight, past = self.model.like, self.start.clone()
         batch, size = past.memories[0].count.shape[0], (past.height, past.width)
         t, *patch = self.model.patch
@@ -95,8 +96,8 @@ def trace_frame_step(model, *, batch=1, size=None, window=0, decay=1.0):
         raise TypeError(f"model: expected a VideoDiT, got {type(model).__name__}")
     if "attention" in model.config["mixer"]:
         raise ValueError(
-            "model: expected polynomial mixers in all layers, got attention: its memory grows with every frame, and the "
-            "shapes of a frame step are constant"
+            "model: expected polynomial mixers in all layers, got attention: its memory grows with every frame, and "
+            "the shapes of a frame step are constant"
         )
     if model.text_dim:
         raise ValueError(
@@ -111,7 +112,7 @@ def trace_frame_step(model, *, batch=1, size=None, window=0, decay=1.0):
 def export_frame_step(model, path, *, batch=1, size=None, window=0, decay=1.0, objective=None, context="clean"):
     """Compile the frame step and write it to a .pt2 file, completely or not at all. Needs a C++ compiler.
 
-    The package is for the device and the dtype of the model, for this version of torch and for processors like this one.
+    The package is for the device and dtype of the model, for this version of torch and for processors like this one.
 
     Args:
         model, batch, size, window, decay: as in `trace_frame_step`.
@@ -119,8 +120,8 @@ def export_frame_step(model, path, *, batch=1, size=None, window=0, decay=1.0, o
         objective, context: what the model was trained with, as in `VideoStream`; written to the metadata.
 
     Raises:
-        TypeError, ValueError, ImportError: as in `trace_frame_step`; ValueError also for a path that does not end in .pt2
-            and for an unknown context.
+        TypeError, ValueError, ImportError: as in `trace_frame_step`; ValueError also for a path that does not end in
+            .pt2 and for an unknown context.
         RuntimeError: there is no compiler, or it failed.
     """
     import torch._inductor

@@ -1,4 +1,4 @@
-"""Export: a VideoDiT checkpoint as a flat float32 safetensors file, for programs without torch (examples/stream.cpp)."""
+"""Export of a VideoDiT checkpoint as a float32 safetensors file, for programs without torch (examples/stream.cpp)."""
 
 import torch
 from safetensors.torch import save_file

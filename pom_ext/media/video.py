@@ -54,7 +54,8 @@ class Writer:
             self.begin(pixels)
         elif tuple(pixels.shape[:2]) != self.size:
             raise ValueError(
-                f"frame: the frames before are {self.size[0]} x {self.size[1]}, this one {pixels.shape[0]} x {pixels.shape[1]}"
+                f"frame: the frames before are {self.size[0]} x {self.size[1]}, this one {pixels.shape[0]} x "
+                f"{pixels.shape[1]}"
             )
         self.write(pixels)
 

@@ -35,9 +35,9 @@ class Page:
 class Browser:
     """A web page that shows frames and sends keys. Its web server accepts connections from this machine only.
 
-    The server runs in its own thread; call `turn` and `show` from the thread that draws. A page receives the latest frame
-    when it has shown the previous one, so a slow page skips frames instead of falling behind. The loop pauses while no
-    page is open.
+    The server runs in its own thread; call `turn` and `show` from the thread that draws. A page receives the latest
+    frame when it has shown the previous one, so a slow page skips frames instead of falling behind. The loop pauses
+    while no page is open.
 
     Args:
         classes: names of the model's labels, for the buttons on the page.
@@ -157,7 +157,7 @@ class Browser:
         async def page(request):
             return HTMLResponse(text, headers=headers)
 
-        # Against DNS rebinding: another site can point its own name to this machine, but the browser sends that name as host.
+        # Against DNS rebinding: another site can point its name to this machine, but the browser sends it as the host.
         hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", name])
         return Starlette(routes=[Route("/", page), WebSocketRoute("/play", self._serve)], middleware=[hosts])
 

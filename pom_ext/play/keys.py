@@ -23,8 +23,8 @@ class Keys:
     """Maps the keys that a player holds to a label of the model.
 
     If all classes are actions of a game, the label is the action that presses all held keys, or as many of them as
-    possible; of several such actions, the first. Opposite directions cancel. In a game without UP and DOWN, such as Pong,
-    the keys up and down mean RIGHT and LEFT. With no key held the label is that of NOOP, or 0.
+    possible; of several such actions, the first. Opposite directions cancel. In a game without UP and DOWN, such as
+    Pong, the keys up and down mean RIGHT and LEFT. With no key held the label is that of NOOP, or 0.
 
     For other classes, the key of a number selects the class of this number until the next key. The first class is 0.
 

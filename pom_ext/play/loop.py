@@ -58,7 +58,7 @@ class Terminal:
 
 @dataclass
 class Statistics:
-    """Statistics of all frames that a loop has drawn. Only the latest 10,000 times are stored, so a loop can run forever."""
+    """Statistics of the frames of a loop. Only the latest 10,000 times are stored, so a loop can run forever."""
 
     frames: int = 0
     seconds: float = 0.0  # waits for the maximum fps included, pauses of the player excluded
