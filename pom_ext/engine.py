@@ -145,7 +145,7 @@ class Stream:
         acc = np.float64 if self.layers[layer].dtype == "float64" else np.float32
         sums = (self.batch, self.layers[layer].channels)
         shapes = ((sums, acc), (sums, acc), ((self.batch,), np.float64))
-        return tuple(_view(address, *shape).copy() for address, shape in zip(addresses, shapes))
+        return tuple(_view(address, *shape).copy() for address, shape in zip(addresses, shapes, strict=True))
 
     def kept(self, layer, evaluation=0):
         """The extra bytes beside a state as a writable uint8 array, valid as long as the stream. Only on the CPU."""

@@ -46,7 +46,7 @@ class FrameStep(nn.Module):
         weight, past = self.model.like, self.start.clone()
         batch, size = past.memories[0].count.shape[0], (past.height, past.width)
         t, *patch = self.model.patch
-        pixels = [count * side for count, side in zip(size, patch)]
+        pixels = [count * side for count, side in zip(size, patch, strict=True)]
         inputs = {"frame": weight.new_zeros(batch, self.model.in_channels, t, *pixels), "time": weight.new_zeros(batch)}
         if self.model.n_classes:
             inputs["labels"] = weight.new_zeros(batch, dtype=torch.int64)

@@ -68,7 +68,7 @@ def _metadata(model, settings):
 
 def _tensors(model):
     """{name: tensor}. D: width of a token, P: width of a patch, C: width of a state."""
-    grid = Grid(*(length // unit for length, unit in zip(model.size, model.patch[1:])))
+    grid = Grid(*(length // unit for length, unit in zip(model.size, model.patch[1:], strict=True)))
     tensors = {
         "positions": sincos_positions(grid, model.dim, like=model.patch_in.weight)[0],  # (tokens, D)
         "time.frequencies": time_frequencies(model.dim, like=model.patch_in.weight),  # (D / 2,)
