@@ -166,7 +166,8 @@ def test_folders_give_clips_frame_by_frame(films):
     assert data.fps == pytest.approx(10 / 3)
 
 
-FILMS = {  # encoders that show frames in another order than they are stored, in containers that differ in what they say of it
+# Encoders that store frames in another order than they show them, in containers with and without presentation times.
+FILMS = {
     "closed.mkv": ("libx264", {"x264-params": "keyint=12:bframes=3:b-adapt=0:scenecut=0"}, {}),
     "open.mp4": ("libx264", {"x264-params": "open-gop=1:keyint=12:bframes=3:b-adapt=0:scenecut=0"}, {}),
     "fragments.mov": ("libx264", {"x264-params": "keyint=12:bframes=3"}, {"movflags": "frag_keyframe+empty_moov"}),
