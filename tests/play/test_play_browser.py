@@ -31,8 +31,7 @@ def chromium():
         except Error as error:
             pytest.fail(
                 f"these tests drive Chromium, and {installed or 'none'} was found to start ({error}); install the "
-                "package "
-                "chromium of the system, or run: playwright install chromium"
+                "package chromium of the system, or run: playwright install chromium"
             )
         yield browser
         browser.close()
