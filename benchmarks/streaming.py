@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from pom_ext.models import VideoDiT
-from pom_ext.models.video_blocks import FrameAttention
+from pom_ext.layers.attention import FrameAttention
 from pom_ext.streaming import VideoStream
 
 from .run import amount, machine, machine_line, save
@@ -37,10 +37,10 @@ class CachedAttention(FrameAttention):
     Two forks of one stream would write over each other's frames, so that this serves a benchmark alone.
     """
 
-    def extend(self, memory, keys, values):
-        if memory is None:
+    def extend(self, cache, keys, values):
+        if cache is None:
             return keys, values
-        return tuple(self.behind(held, new) for held, new in zip(memory, (keys, values)))
+        return tuple(self.behind(held, new) for held, new in zip(cache, (keys, values)))
 
     @staticmethod
     def behind(held, new):

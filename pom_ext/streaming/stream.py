@@ -9,7 +9,7 @@ from .._random import seeded_generator
 from ..diffusion import FlowMatching, MeanFlow, build_objective
 from ..diffusion.objectives import OBJECTIVES, TIME_SCALE, check_context
 from ..diffusion.solvers import check_solver, denoise, evaluations
-from ..models.cache import Past
+from ..models.cache import StreamCache
 from ..models.checkpoint import read_checkpoint, save_checkpoint
 from ..models.video import VideoDiT
 
@@ -116,7 +116,7 @@ class VideoStream:
 
         video: (B, C, T, H, W) in [-1, 1]; labels: (B,) or (B, T / patch[0]).
         """
-        weight = self.model.like
+        weight = self.model.reference_parameter
         if not isinstance(video, torch.Tensor) or video.dim() != 5 or video.shape[0] != self.batch:
             got = tuple(video.shape) if isinstance(video, torch.Tensor) else type(video).__name__
             raise ValueError(f"video: expected {self.batch} videos (B, C, T, H, W), got {got}")
@@ -174,12 +174,12 @@ class VideoStream:
             raise ValueError(
                 f"path: {path} is a stream of a model like this one, but with other weights or of another dtype"
             )
-        device = model.like.device
+        device = model.reference_parameter.device
         options = dict(settings["stream"])
         frame, objective = options.pop("frame"), build_objective(options.pop("objective"), options.pop("shift"))
         conditions = {name: tensor.to(device) for name, tensor in parts.pop("conditions", {}).items()}
         stream = cls(model, **conditions, **options, objective=objective)
-        pasts = tuple(Past.from_state_dict(parts[f"past{i}"]).to(device) for i in range(len(parts)))
+        pasts = tuple(StreamCache.from_state_dict(parts[f"past{i}"]).to(device) for i in range(len(parts)))
         if len(pasts) != len(stream.pasts):
             raise ValueError(f"path: {path} holds {len(pasts)} pasts, its settings ask for {len(stream.pasts)}")
         stream.pasts, stream.frame = pasts, frame
@@ -190,7 +190,7 @@ class VideoStream:
         return 1 if self.guidance == 1 else 2
 
     def _labels(self, labels):
-        labels = torch.as_tensor(labels).to(self.model.like.device)
+        labels = torch.as_tensor(labels).to(self.model.reference_parameter.device)
         if labels.is_floating_point() or labels.dim() not in (1, 2) or len(labels) != self.batch:
             raise ValueError(
                 f"labels: expected one integer for each of {self.batch} videos, got {labels.dtype} {tuple(labels.shape)}"
@@ -230,7 +230,7 @@ class VideoStream:
         return self._evaluate(video, time, past, arguments, return_past=True)[1]
 
     def _noise(self, frames, purpose):
-        weight, unit = self.model.like, self.model.patch[0]
+        weight, unit = self.model.reference_parameter, self.model.patch[0]
         shape = (self.model.in_channels, unit, *self.size)
 
         def of_frame(video, frame):
