@@ -11,8 +11,8 @@ from ..models import ImageDiT, VideoDiT
 def inflate(model: ImageDiT, *, length: int, size: tuple[int, int] | None = None, frames: int = 1) -> VideoDiT:
     """A `VideoDiT` with the weights of an `ImageDiT`. Of a still video, it predicts what the image model predicts.
 
-    The local convolution starts with the image model's weights on a frame itself, and zeros on the two before. The model
-    has positions="space", so a stream has no end.
+    The local convolution starts with the image model's weights on a frame itself and zeros on the two before. The video
+    model has positions="space", so a stream has no end.
 
     Args:
         model: an `ImageDiT` without registers and local attention, with a width that is a multiple of 8.

@@ -38,7 +38,8 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:  # (B, N, D) -> (B, N, D)
-        return self.out_proj(attend(*self.qkv(x).chunk(3, dim=-1), self.heads))
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, N, D)
+        return self.out_proj(attend(q, k, v, self.heads))
 
 
 class LocalAttention(Attention):
@@ -132,18 +133,18 @@ class FrameAttention(Attention):
         window = layout.context_window.window
         q, k, v = self.qkv(x.flatten(1, 2)).chunk(3, dim=-1)  # (B, T * S, D)
         keys, values = self.extend(cache, layout.clean_frames(k), layout.clean_frames(v))  # (B, N, D)
-        mask = None
+        mask = noisy = None
         if layout.causal and (frames > 1 or layout.teacher_forced):
             frame = torch.arange(keys.shape[1], device=x.device) // size  # (N,)
             own = frame[-q.shape[1] :, None]  # (T * S, 1)
             mask = (frame <= own) & (frame > own - window if window else True)  # (T * S, N)
-        if layout.teacher_forced:
-            (q, noisy), (_, noisy_keys), (_, noisy_values) = (t.chunk(2) for t in (q, k, v))
-            both = torch.cat([keys, noisy_keys], dim=1), torch.cat([values, noisy_values], dim=1)  # (B, N + T * S, D)
-            before = torch.cat([mask & (frame < own), frame[-q.shape[1] :] == own], dim=1)  # (T * S, N + T * S)
-            noisy = attend(noisy, *both, self.heads, before)  # (B, T * S, D)
+            if layout.teacher_forced:  # noisy frames see earlier clean frames and themselves
+                (q, noisy_q), (_, noisy_k), (_, noisy_v) = (t.chunk(2) for t in (q, k, v))
+                both = torch.cat([keys, noisy_k], dim=1), torch.cat([values, noisy_v], dim=1)  # (B, N + T * S, D)
+                seen = torch.cat([mask & (frame < own), frame[-q.shape[1] :] == own], dim=1)  # (T * S, N + T * S)
+                noisy = attend(noisy_q, *both, self.heads, seen)  # (B, T * S, D)
         mixed = attend(q, keys, values, self.heads, mask)  # (B, T * S, D)
-        if layout.teacher_forced:
+        if noisy is not None:
             mixed = torch.cat([mixed, noisy])
         first = max(0, keys.shape[1] - (window - 1) * size) if window else 0
         cache = KeyValues(keys[:, first:].contiguous(), values[:, first:].contiguous())

@@ -6,6 +6,8 @@ need to know where the tokens lie take a `Grid` (images) or a `FrameLayout` (vid
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ FRAME_MIXERS = ("product", "power", "attention")
 DEFAULT_DEGREE = {"product": 2, "power": 3}
 CONV_FRAMES = 3  # frames that the local convolution sees: its own and the two before
 
+Layer = TypeVar("Layer", bound=PoM)
+
 # Mixers
 
 
@@ -29,7 +33,7 @@ class PolynomialMixer(PoM):
     """PoM over the tokens of an image; every token, registers included, sees all of them."""
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:  # (B, N, D) -> (B, N, D)
-        return super().forward(x)
+        return super().forward(x)  # pyright: ignore[reportReturnType] (no state is asked for)
 
 
 class FrameMixer(PoM):
@@ -50,10 +54,12 @@ class FrameMixer(PoM):
             mixed, cache = self._mix_each_frame(tokens, x.shape[2], positions, layout, cache)
             return mixed.view_as(x), cache
         frames = x.shape[2] if layout.causal and x.shape[1] > 1 else None  # one frame alone is a whole sequence
-        mixed, cache = super().forward(tokens, frames=frames, positions=positions, state=cache, return_state=True)
-        if frames is not None:
-            cache = cache.clone()  # a view would keep the states of all frames in memory
-        return mixed.view_as(x), cache
+        options = {"frames": frames, "positions": positions, "state": cache, "return_state": True}
+        mixed: Tensor
+        after: State
+        mixed, after = super().forward(tokens, **options)  # pyright: ignore[reportAssignmentType]
+        # Cloned: a view would keep the states of all frames in memory.
+        return mixed.view_as(x), after if frames is None else after.clone()
 
     def _mix_each_frame(
         self, tokens: Tensor, size: int, positions: Tensor | None, layout: FrameLayout, cache: State | None
@@ -72,8 +78,8 @@ class FrameMixer(PoM):
 
 
 def _make_polynomial(
-    layer: type[PoM], kind: str, dim: int, n_heads: int, degree: int | None, expand: int, rope: str | None = None
-) -> PoM:
+    layer: type[Layer], kind: str, dim: int, n_heads: int, degree: int | None, expand: int, rope: str | None = None
+) -> Layer:
     """A PoM, or a subclass of it, with one gate per head in power form and a gate per channel in product form."""
     degree = DEFAULT_DEGREE[kind] if degree is None else degree
     return layer(dim, degree, expand, form=kind, n_sel_heads=n_heads if kind == "power" else 1, rope=rope)
@@ -144,8 +150,8 @@ class LocalConv(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
-        nn.init.zeros_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
+        for parameter in self.conv.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:  # (B, R + N, D) -> (B, R + N, D)
         patches = x[:, grid.registers :]  # (B, N, D)
@@ -163,8 +169,8 @@ class FrameConv(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.conv = nn.Conv3d(dim, dim, kernel_size=CONV_FRAMES, padding=(0, 1, 1), groups=dim)
-        nn.init.zeros_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
+        for parameter in self.conv.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, layout: FrameLayout, cache: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Convolve tokens (B, T, S, D). The cache holds the last two frames, (B, 2, S, D); None at the start."""
@@ -258,6 +264,7 @@ class VideoBlock(Block):
 
     def _read_text(self, x: Tensor, cond: Tensor, text: Tensor, weight: Tensor | None) -> Tensor:
         """Every token reads the text (B, L, D), modulated by the condition (B, 1 or T, 1, D) of the token's frame."""
+        assert self.cross_mixer is not None
         text = self.text_norm(text[:, None], cond)  # (B, 1 or T, L, D)
         groups = text.shape[1]
         frames = x.shape[1] // groups  # frames that share a condition
@@ -311,7 +318,8 @@ def initialize(model: nn.Module) -> None:
             nn.init.zeros_(module.weight)
             nn.init.constant_(module.bias, -1)
         elif isinstance(module, TimeEmbedding):
-            for layer in (module.mlp[0], module.mlp[2]):
-                nn.init.normal_(layer.weight, std=0.02)
+            for layer in module.mlp:
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=0.02)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)

@@ -90,6 +90,7 @@ class StreamCache:
             raise ValueError(
                 f"tensors: expected 'forgetting' of shape (2,), window and decay, got {tuple(forgetting.shape)}"
             )
+        frames, height, width = seen.tolist()
         window, decay = forgetting.tolist()
         mixer_caches, conv_caches = [], []
         while any(name.startswith(f"{len(mixer_caches)}.") for name in remaining):
@@ -106,4 +107,4 @@ class StreamCache:
                 f"{len(conv_caches)} tails" + (f" and beside them {', '.join(sorted(remaining))}" if remaining else "")
             )
         context_window = ContextWindow(int(window), decay)
-        return cls(*seen.tolist(), tuple(mixer_caches), tuple(conv_caches), context_window)
+        return cls(frames, height, width, tuple(mixer_caches), tuple(conv_caches), context_window)

@@ -78,9 +78,10 @@ class ImageDiT(nn.Module):
         initialize(self)
         nn.init.zeros_(self.patch_out.weight)  # the untrained model predicts 0
         if self.span_embed is not None:
-            nn.init.zeros_(self.span_embed.mlp[-1].weight)
-        for parameter in (self.registers, self.register_cond) if n_registers else ():
-            nn.init.trunc_normal_(parameter, std=0.02)
+            nn.init.zeros_(self.span_embed.mlp[-1].get_parameter("weight"))
+        if self.registers is not None:
+            for parameter in (self.registers, self.register_cond):
+                nn.init.trunc_normal_(parameter, std=0.02)
 
     @property
     def reference_parameter(self) -> nn.Parameter:

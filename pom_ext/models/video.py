@@ -6,7 +6,6 @@ Tokens are (B, T', S, D): T' frames of S = height * width patches. "Frame" is a 
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -70,11 +69,12 @@ class VideoDiT(nn.Module):
         config = VideoDiTConfig(*args, **options)
         self.config = config.to_dict()
         self.in_channels, self.length, self.positions = config.in_channels, config.length, config.positions
-        self.size, self.patch = tuple(config.size), tuple(config.patch)
+        (height, width), (t, h, w) = config.size, config.patch
+        self.size, self.patch = (height, width), (t, h, w)
         self.text_dim, self.n_classes = text_dim, n_classes = config.text_dim, config.n_classes
         self.dim = dim = config.dim
 
-        self.patch_in = nn.Linear(math.prod(config.patch) * config.in_channels, dim)
+        self.patch_in = nn.Linear(t * h * w * config.in_channels, dim)
         self.time_embed = TimeEmbedding(dim)
         self.text_embed = nn.Linear(text_dim, dim) if text_dim else None
         self.label_embed = nn.Embedding(n_classes + 1, dim) if n_classes else None
@@ -87,7 +87,7 @@ class VideoDiT(nn.Module):
             local_conv = FrameConv(dim) if config.local_conv else None
             self.blocks.append(VideoBlock(dim, mixer, config.ffw_expand, local_conv, cross_mixer))
         self.norm_out = AdaLN(dim)
-        self.patch_out = nn.Linear(dim, math.prod(config.patch) * config.in_channels)
+        self.patch_out = nn.Linear(dim, t * h * w * config.in_channels)
 
         initialize(self)
         nn.init.zeros_(self.patch_out.weight)  # the untrained model predicts 0
@@ -132,13 +132,12 @@ class VideoDiT(nn.Module):
         """A cache of `frames` frames, with zeros in every tensor."""
         weight, patches = self.reference_parameter, grid.height * grid.width
         cached = min(frames, context_window.window - 1) if context_window.window else frames
-        mixer_caches = tuple(
-            block.mixer.new_cache(batch, cached * patches, context_window, weight.dtype, device)
-            for block in self.blocks
-        )
+        blocks: list[Any] = list(self.blocks)
+        tokens = cached * patches
+        mixer_caches = (b.mixer.new_cache(batch, tokens, context_window, weight.dtype, device) for b in blocks)
         conv_cache = weight.new_zeros(batch, CONV_FRAMES - 1, patches, self.dim, device=device)
-        conv_caches = tuple(conv_cache for block in self.blocks if block.local_conv is not None)
-        return StreamCache(frames, grid.height, grid.width, mixer_caches, conv_caches, context_window)
+        conv_caches = (conv_cache for block in blocks if block.local_conv is not None)
+        return StreamCache(frames, grid.height, grid.width, tuple(mixer_caches), tuple(conv_caches), context_window)
 
     def forward(
         self,
@@ -207,10 +206,10 @@ class VideoDiT(nn.Module):
         x = self.patch_in(patchify_video(video, self.patch))  # (B, T', S, D); with teacher forcing B is doubled
         x = x + self._position_embedding(first, frames, grid)  # (B, T', S, D)
         cond = self._per_frame(self.time_embed(time, self.reference_parameter), time)  # (B, 1 or T', 1, D)
-        if labels is not None:
+        if labels is not None and self.label_embed is not None:
             cond = cond + self._per_frame(self.label_embed(labels), labels)  # (B, 1 or T', 1, D)
         cond = F.silu(cond)
-        if text is not None:
+        if text is not None and self.text_embed is not None:
             text = self.text_embed(text).to(x.dtype)  # (B, L, D)
         coordinates = coordinates_3d(first, frames, grid, x.device) if self.positions == "rotary" else None
         context_window = FULL_CONTEXT if past is None else past.context_window
