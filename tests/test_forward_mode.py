@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pom_ext import PoM
 from pom_ext.forward_mode import jvp
+from pom_ext.layers.blocks import AdaLN
 from pom_ext.models import ImageDiT
-from pom_ext.models.blocks import AdaLN
 
 PRODUCTS = {  # of matrices, by operation
     **dict.fromkeys((torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.convolution.default), 1),

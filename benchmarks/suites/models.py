@@ -11,7 +11,9 @@ import time
 import torch
 
 from pom_ext import PoM
-from pom_ext.models import blocks, image_dit
+from pom_ext.layers.attention import Attention as ImageAttention
+from pom_ext.layers.blocks import PolynomialMixer
+from pom_ext.models import image_dit
 
 from ..harness import report
 from ..harness.baselines import Attention
@@ -32,7 +34,7 @@ PASSES = ("forward", "forward+backward")
 
 def make_layer(name, dim, heads, layer=PoM):
     if name == "attention":
-        return Attention(dim, heads) if layer is PoM else blocks.Attention(dim, heads)
+        return Attention(dim, heads) if layer is PoM else ImageAttention(dim, heads)
     options = dict(FORMS[name])
     return layer(dim, n_sel_heads=heads if options.pop("heads", False) else 1, **options)
 
@@ -57,7 +59,7 @@ class Models:
     def __init__(self, size):
         self.model = image_dit(size, in_channels=4, n_classes=10, image_size=32)
         dim, heads = SIZES[size]
-        kinds = {name: blocks.PolynomialMixer for name in FORMS}
+        kinds = {name: PolynomialMixer for name in FORMS}
         self.mixers = {
             name: [make_layer(name, dim, heads, kinds.get(name)) for _ in self.model.blocks] for name in NAMES
         }

@@ -9,8 +9,8 @@ import time
 
 import torch
 
+from pom_ext.layers.attention import FrameAttention
 from pom_ext.models import VideoDiT
-from pom_ext.models.video_blocks import FrameAttention
 from pom_ext.streaming import VideoStream
 
 from ..harness import report
@@ -36,10 +36,10 @@ class CachedAttention(FrameAttention):
     Only for this benchmark: two forks of one stream would overwrite each other's frames.
     """
 
-    def extend(self, memory, keys, values):
-        if memory is None:
+    def extend(self, cache, keys, values):
+        if cache is None:
             return keys, values
-        return tuple(self.behind(held, new) for held, new in zip(memory, (keys, values)))
+        return tuple(self.behind(held, new) for held, new in zip(cache, (keys, values)))
 
     @staticmethod
     def behind(held, new):

@@ -9,7 +9,7 @@ import math
 import torch
 
 from ..layers import PoM
-from ..models.blocks import time_frequencies
+from ..layers.embeddings import time_frequencies
 from ..models.image import ImageDiT
 from ..models.video import VideoDiT
 from ._state_dict import StateDictReader, layer_width

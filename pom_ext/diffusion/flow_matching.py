@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..layers.embeddings import MAX_TIME
 from .objectives import Objective, register_objective
 from .solvers import integrate
-from .timesteps import MAX_TIME, flow_times, logit_normal_time, shift_time
+from .timesteps import flow_times, logit_normal_time, shift_time
 
 
 @register_objective("flow", "flow matching")

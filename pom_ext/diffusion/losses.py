@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..layers.embeddings import MAX_TIME
 from .network import Network
-from .timesteps import MAX_TIME
 
 if TYPE_CHECKING:
     from .objectives import Objective

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import forward_mode
+from ..layers.embeddings import MAX_TIME
 from .flow_matching import FlowMatching
 from .network import Network
 from .objectives import check_positive, register_objective
 from .solvers import integrate_intervals
-from .timesteps import MAX_TIME, flow_times
+from .timesteps import flow_times
 
 WEIGHT_FLOOR = 1e-3
 

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..layers.embeddings import MAX_TIME
 from .objectives import Objective, register_objective
 from .solvers import denoise_ddim
-from .timesteps import MAX_TIME, uniform_time
+from .timesteps import uniform_time
 
 
 @register_objective("noise", "noise prediction")

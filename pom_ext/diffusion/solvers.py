@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .timesteps import MAX_TIME
+from ..layers.embeddings import MAX_TIME
 
 if TYPE_CHECKING:
     from .objectives import Objective

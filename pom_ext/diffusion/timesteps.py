@@ -10,7 +10,6 @@ import math
 import torch
 from torch import Tensor
 
-MAX_TIME = 1000
 BASE_PIXELS = 32 * 32  # at this size noise levels are spread evenly; larger images need more noise to be hidden as well
 
 

@@ -5,7 +5,7 @@ The package is one function of tensors with constant shapes; it contains the com
     frame, time, labels (if the model has classes), state... -> prediction, state after the frame...
 
 frame and prediction: (B, C, patch[0], H, W); time: (B,) in [0, 1000], in the dtype of the model; labels: (B,) int64.
-state: the tensors of a `Past`, in the order of its `state_dict`: "{layer}.total", "{layer}.residual" and
+state: the tensors of a `StreamCache`, in the order of its `state_dict`: "{layer}.total", "{layer}.residual" and
     "{layer}.count" of every layer, then "{layer}.tail" of every layer with a local convolution. With positions other
     than "space", "frames", the number of frames so far, int64 (), precedes them. The state before the first frame is
     all zeros.
@@ -34,7 +34,7 @@ from ..ops.state import FIELDS
 
 
 class FrameStep(nn.Module):
-    """The model as the function of tensors described above; `start` is the `Past` before the first frame."""
+    """The model as the function of tensors described above; `start` is the `StreamCache` before the first frame."""
 
     def __init__(self, model, start):
         super().__init__()
@@ -43,8 +43,8 @@ class FrameStep(nn.Module):
 
     def inputs(self):
         """{name: tensor} of a stream's first call, all zeros. No two share memory: torch would trace them as one."""
-        weight, past = self.model.like, self.start.clone()
-        batch, size = past.memories[0].count.shape[0], (past.height, past.width)
+        weight, past = self.model.reference_parameter, self.start.clone()
+        batch, size = past.mixer_caches[0].count.shape[0], (past.height, past.width)
         t, *patch = self.model.patch
         pixels = [count * side for count, side in zip(size, patch, strict=True)]
         inputs = {"frame": weight.new_zeros(batch, self.model.in_channels, t, *pixels), "time": weight.new_zeros(batch)}
@@ -58,9 +58,10 @@ class FrameStep(nn.Module):
         rest = list(rest)
         labels = rest.pop(0) if self.model.n_classes else None
         number = rest.pop(0) if self.numbered else None
-        layers = len(FIELDS) * len(self.start.memories)
-        memories = (State(*rest[first : first + len(FIELDS)]) for first in range(0, layers, len(FIELDS)))
-        past = replace(self.start, frames=self._frames(number), memories=tuple(memories), tails=tuple(rest[layers:]))
+        layers = len(FIELDS) * len(self.start.mixer_caches)
+        mixer_caches = (State(*rest[first : first + len(FIELDS)]) for first in range(0, layers, len(FIELDS)))
+        caches = {"mixer_caches": tuple(mixer_caches), "conv_caches": tuple(rest[layers:])}
+        past = replace(self.start, frames=self._frames(number), **caches)
         out, past = self.model(frame, time, labels=labels, frame_causal=True, past=past, return_past=True)
         # Standard strides, as the next call expects: a slice of a batch has the strides of the whole batch.
         state = (t.clone(memory_format=torch.contiguous_format) for t in _tensors(past).values())

@@ -4,7 +4,8 @@ import torch
 from safetensors.torch import save_file
 
 from .._io import atomic_write
-from ..models.blocks import Grid, sincos_positions, time_frequencies
+from ..layers.embeddings import sincos_positions, time_frequencies
+from ..layers.layout import Grid
 from ..models.checkpoint import load_model
 
 FORMAT = "pom_ext video 1"  # change it whenever programs for the last format would misread a file

@@ -16,8 +16,8 @@ from .._random import seeded_generator
 from ..diffusion import FlowMatching, Objective, build_objective
 from ..diffusion.guidance import append_empty_text, append_unconditional_labels, apply_guidance, num_copies
 from ..diffusion.solvers import check_solver, num_function_evals
-from ..diffusion.timesteps import MAX_TIME
-from ..models.cache import Past
+from ..layers.embeddings import MAX_TIME
+from ..models.cache import StreamCache
 from ..models.checkpoint import read_checkpoint, save_checkpoint
 from ..models.video import VideoDiT
 from .config import StreamConfig
@@ -41,7 +41,7 @@ class VideoStream:
     Attributes:
         frame: number of frames so far.
         config: the `StreamConfig`.
-        caches: tuple of one `Past`, or one for each evaluation of a frame. Never written to, only replaced, all together
+        caches: tuple of one `StreamCache`, or one for each evaluation of a frame. Never written to, only replaced, all together
             when a frame is finished: after an error the stream is at its last good frame, and a fork costs nothing.
 
     Raises:
@@ -131,7 +131,7 @@ class VideoStream:
         Raises:
             ValueError, TypeError: a video of another shape, or a label out of range or missing. The stream does not change.
         """
-        weight = self.model.like
+        weight = self.model.reference_parameter
         if not isinstance(video, Tensor) or video.dim() != 5 or video.shape[0] != self.batch:
             got = tuple(video.shape) if isinstance(video, Tensor) else type(video).__name__
             raise ValueError(f"video: expected {self.batch} videos (B, C, T, H, W), got {got}")
@@ -199,19 +199,19 @@ class VideoStream:
             raise ValueError(
                 f"path: {path} is a stream of a model like this one, but with other weights or of another dtype"
             )
-        device = model.like.device
+        device = model.reference_parameter.device
         options = dict(settings["stream"])
         frame, objective = options.pop("frame"), build_objective(options.pop("objective"), options.pop("shift"))
         conditions = {name: tensor.to(device) for name, tensor in parts.pop("conditions", {}).items()}
         stream = cls(model, **conditions, **options, objective=objective)
-        caches = tuple(Past.from_state_dict(parts[f"past{i}"]).to(device) for i in range(len(parts)))
+        caches = tuple(StreamCache.from_state_dict(parts[f"past{i}"]).to(device) for i in range(len(parts)))
         if len(caches) != len(stream.caches):
             raise ValueError(f"path: {path} holds {len(caches)} pasts, its settings ask for {len(stream.caches)}")
         stream.caches, stream.frame = caches, frame
         return stream
 
     def _to_labels(self, labels: Tensor | Sequence[int]) -> Tensor:
-        labels = torch.as_tensor(labels).to(self.model.like.device)
+        labels = torch.as_tensor(labels).to(self.model.reference_parameter.device)
         if labels.is_floating_point() or labels.dim() not in (1, 2) or len(labels) != self.batch:
             raise ValueError(
                 f"labels: expected one integer for each of {self.batch} videos, got {labels.dtype} {tuple(labels.shape)}"
@@ -231,14 +231,19 @@ class VideoStream:
         return conditions
 
     def _evaluate(
-        self, x: Tensor, time: float, cache: Past, conditions: dict[str, Tensor | None], return_past: bool = False
+        self,
+        x: Tensor,
+        time: float,
+        cache: StreamCache,
+        conditions: dict[str, Tensor | None],
+        return_past: bool = False,
     ) -> Any:
         """The prediction for frames x (B, C, T, H, W) of one time, or with return_past (prediction, cache after them)."""
         x = x.repeat(num_copies(self.config.guidance), 1, 1, 1, 1)
         times = torch.full((len(x),), float(time), dtype=x.dtype, device=x.device)
         return self.model(x, times, **conditions, frame_causal=True, past=cache, return_past=return_past)
 
-    def _append(self, video: Tensor, cache: Past, conditions: dict[str, Tensor | None]) -> Past:
+    def _append(self, video: Tensor, cache: StreamCache, conditions: dict[str, Tensor | None]) -> StreamCache:
         """The cache after finished frames (B, C, T, H, W)."""
         time = MAX_TIME * self.config.context_noise
         if time:
@@ -249,7 +254,7 @@ class VideoStream:
 
     def _noise(self, frames: int, purpose: int) -> Tensor:
         """(B, C, frames * patch[0], H, W), the noise of the next frames for DRAWN or REMEMBERED."""
-        weight, unit = self.model.like, self.model.patch[0]
+        weight, unit = self.model.reference_parameter, self.model.patch[0]
         shape = (self.model.in_channels, unit, *self.size)
 
         def draw(video, frame):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pom_ext.models.video_blocks import FrameAttention
+from pom_ext.layers.attention import FrameAttention
 from pom_ext.streaming import VideoStream
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
@@ -30,7 +30,7 @@ def test_the_cache_that_grows_in_place_is_attention():
         first = fast.next()
         fast.restore(kept)  # what was written behind the cache is written over
         assert torch.equal(fast.next(), first) and torch.equal(first, slow.next())
-    held = fast.caches[0].memories[0].keys
+    held = fast.caches[0].mixer_caches[0].keys
     assert held._base is not None and held._base.shape[1] > held.shape[1] == 8 * 4
     assert fast.nbytes == slow.nbytes
 

@@ -9,7 +9,7 @@ from pom_ext._random import seeded_generator
 from pom_ext.convert import inflate
 from pom_ext.diffusion import FlowMatching, MeanFlow
 from pom_ext.diffusion.meanflow import WEIGHT_FLOOR, meanflow_loss
-from pom_ext.diffusion.timesteps import MAX_TIME
+from pom_ext.layers.embeddings import MAX_TIME
 from pom_ext.models import ImageDiT, VideoDiT
 from pom_ext.models.checkpoint import load_model
 from pom_ext.sampling import sample

@@ -278,7 +278,7 @@ def test_forgetting_and_resolution_reach_the_model():
     plain, other = VideoStream(model, steps=2), VideoStream(model, steps=2, window=2)
     assert torch.equal(draw(plain, 2), draw(other, 2))
     assert not torch.isclose(plain.next(), other.next()).all()
-    assert VideoStream(model, steps=1, decay=0.5).caches[0].forgetting == (0, 0.5)
+    assert VideoStream(model, steps=1, decay=0.5).caches[0].context_window == (0, 0.5)
     assert VideoStream(model, steps=1, size=(8, 4)).next().shape == (1, 3, 2, 8, 4)
 
 

@@ -1,107 +1,17 @@
-"""Frame after frame equals the whole clip; what a stream keeps, and forgets."""
+"""What a stream keeps of earlier frames: its size, files, forks, windows and decay, and errors."""
 
 import pytest
 import torch
 from safetensors.torch import load, save
-from video_cases import (
-    CHUNKINGS,
-    CONDITION,
-    CONDITIONS,
-    CONV,
-    FRAMES,
-    HYBRID,
-    MIXER,
-    MIXERS,
-    SMALL,
-    ZEROS,
-    cut,
-    inputs,
-    small,
-    stream,
-    tensors,
-)
+from video_cases import CHUNKINGS, CONV, FRAMES, HYBRID, MIXER, MIXERS, SMALL, ZEROS, inputs, small, stream, tensors
 
 from pom_ext import PoM, State
-from pom_ext.models import Past, VideoDiT
-from pom_ext.models.blocks import Grid
-from pom_ext.models.cache import Forgetting, KeyValues
-from pom_ext.models.video_blocks import FrameAttention, FrameMixer, Layout
+from pom_ext.layers.attention import FrameAttention, KeyValues
+from pom_ext.layers.blocks import FrameMixer
+from pom_ext.layers.layout import ContextWindow, FrameLayout, Grid
+from pom_ext.models import StreamCache, VideoDiT
 
-# Frame after frame
-
-
-@MIXER
-@CONV
-@CONDITION
-@pytest.mark.parametrize("per_frame", [False, True], ids=["shared", "per-frame"])
-@torch.no_grad()
-def test_any_chunks_equal_the_whole_clip(mixer, local_conv, condition, per_frame):
-    model = small(mixer=mixer, local_conv=local_conv, **CONDITIONS[condition])
-    given = inputs(model, per_frame=per_frame)
-    whole = model(**given, frame_causal=True)
-    pasts = []
-    for chunks in CHUNKINGS:
-        out, past = stream(model, given, chunks)
-        torch.testing.assert_close(out, whole, rtol=1e-10, atol=1e-10)
-        pasts.append(past)
-    for past in pasts:
-        assert (past.frames, past.height, past.width) == (FRAMES, 2, 3)
-        torch.testing.assert_close(list(tensors(past)), list(tensors(pasts[0])), rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("positions, mixer", [("space", "product"), ("rotary", "power"), ("rotary", HYBRID)])
-@torch.no_grad()
-def test_positions_without_end(positions, mixer):
-    """Longer than `length`, and still the same in any chunks."""
-    model = small(mixer=mixer, positions=positions, length=4, dim=24, n_heads=6)
-    given = inputs(model)
-    whole = model(**given, frame_causal=True)
-    for chunks in CHUNKINGS:
-        torch.testing.assert_close(stream(model, given, chunks)[0], whole, rtol=1e-10, atol=1e-10)
-    assert not torch.allclose(model(**given), whole)
-
-
-@MIXER
-@CONV
-@torch.no_grad()
-def test_frame_causal_never_sees_later_frames(mixer, local_conv):
-    model = small(mixer=mixer, local_conv=local_conv, **CONDITIONS["text"])
-    given = inputs(model, per_frame=True)
-    changed = dict(given, video=given["video"].clone(), time=given["time"].clone())
-    changed["video"][:, :, 6:] = 100 * torch.randn_like(changed["video"][:, :, 6:])
-    changed["time"][:, 3:] = 7
-    before, after = (model(**g, frame_causal=True) for g in (given, changed))
-    assert torch.equal(before[:, :, :6], after[:, :, :6])
-    assert (before[:, :, 6:] != after[:, :, 6:]).all()
-    assert (model(**given)[:, :, :6] != model(**changed)[:, :, :6]).all()  # joint
-
-
-@MIXER
-@torch.no_grad()
-def test_every_frame_sees_the_first(mixer):
-    model = small(mixer=mixer, local_conv=False)
-    given = inputs(model)
-    changed = dict(given, video=given["video"].clone())
-    changed["video"][:, :, 0] += 1
-    for causal in (True, False):
-        before, after = (model(**g, frame_causal=causal) for g in (given, changed))
-        assert (before[:, :, -1] != after[:, :, -1]).all()
-
-
-@MIXER
-def test_gradients_of_a_stream_are_those_of_the_whole_clip(mixer):
-    model = small(mixer=mixer, **CONDITIONS["text"])
-    given = inputs(model)
-    gradients = []
-    for run in (lambda: model(**given, frame_causal=True), lambda: stream(model, given, (2, 1, 3))[0]):
-        for tensor in (given["video"].requires_grad_(), given["text"].requires_grad_(), *model.parameters()):
-            tensor.grad = None
-        run().square().sum().backward()
-        gradients.append([t.grad for t in (given["video"], given["text"], *model.parameters())])
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-8, atol=1e-10)
-
-
-# The past
+# Size, files, forks
 
 
 @torch.no_grad()
@@ -131,7 +41,7 @@ def test_clone_and_state_dict_are_exact_and_independent(mixer, local_conv):
     given = inputs(model)
     _, past = stream(model, given, (2, 1))
     expected, after = stream(model, given, (1, 2), past, first=3)
-    fork, restored = past.clone(), Past.from_state_dict(load(save(past.state_dict())))
+    fork, restored = past.clone(), StreamCache.from_state_dict(load(save(past.state_dict())))
     moved = past.to("cpu")
     for other in (fork, restored, moved):
         out, ended = stream(model, given, (1, 2), other, first=3)
@@ -184,92 +94,23 @@ def test_broken_state_dicts_are_refused(change, message):
     held = model(**inputs(model), frame_causal=True, return_past=True)[1].state_dict()
     change(held)
     with pytest.raises(ValueError, match=message):
-        Past.from_state_dict(held)
+        StreamCache.from_state_dict(held)
 
 
 def test_past_moves_between_devices_only():
     with pytest.raises((TypeError, RuntimeError)):
-        Past(1, 1, 1, (State.empty(1, 4),)).to(torch.float32)
+        StreamCache(1, 1, 1, (State.empty(1, 4),)).to(torch.float32)
 
 
 def test_key_values_grow():
-    layout = Layout(Grid(2, 2), causal=True)
-    memory = FrameAttention(8, 2)(torch.zeros(1, 1, 4, 8), layout)[1]
-    assert isinstance(memory, KeyValues) and memory.keys.shape == (1, 4, 8)
-    memory = FrameAttention(8, 2)(torch.zeros(1, 2, 4, 8), layout, memory)[1]
-    assert memory.values.shape == (1, 12, 8)
+    layout = FrameLayout(Grid(2, 2), causal=True)
+    cache = FrameAttention(8, 2)(torch.zeros(1, 1, 4, 8), layout)[1]
+    assert isinstance(cache, KeyValues) and cache.keys.shape == (1, 4, 8)
+    cache = FrameAttention(8, 2)(torch.zeros(1, 2, 4, 8), layout, cache)[1]
+    assert cache.values.shape == (1, 12, 8)
 
 
-# All frames at once among finished ones
-
-
-@MIXER
-@CONV
-@CONDITION
-@pytest.mark.parametrize("marks", ["shared", "per-frame"])
-@pytest.mark.parametrize("finished_time", [None, "shared", "per-frame"])
-def test_among_finished_frames_all_at_once_equals_one_by_one(mixer, local_conv, condition, marks, finished_time):
-    """Outputs, the past, and the gradients of the summed loss: what training in parallel rests on."""
-    model = small(mixer=mixer, local_conv=local_conv, **CONDITIONS[condition])
-    given = inputs(model, per_frame=marks == "per-frame")
-    finished = torch.randn_like(given["video"])
-    times = {
-        None: torch.zeros(3),
-        "shared": torch.tensor([0.0, 300, 7]),
-        "per-frame": 50 * torch.arange(18.0).view(3, 6),
-    }
-    clean = given | {"video": finished, "time": times[finished_time].double()}
-    past, outs = None, []
-    for frame in range(FRAMES):
-        outs.append(model(**cut(model, given, frame, frame + 1), frame_causal=True, past=past))
-        _, past = model(**cut(model, clean, frame, frame + 1), frame_causal=True, past=past, return_past=True)
-    expected = torch.cat(outs, dim=2)
-    options = {} if finished_time is None else {"finished_time": clean["time"]}
-    out, after = model(**given, frame_causal=True, finished=finished, return_past=True, **options)
-    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(list(tensors(after)), list(tensors(past)), rtol=1e-10, atol=1e-10)
-    one_by_one, at_once = (
-        torch.autograd.grad((result - 1).square().sum(), list(model.parameters()), retain_graph=True, allow_unused=True)
-        for result in (expected, out)
-    )
-    for name, a, b in zip(dict(model.named_parameters()), one_by_one, at_once, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
-
-
-@MIXER
-@pytest.mark.parametrize("window", [0, 2])
-@torch.no_grad()
-def test_finished_frames_come_in_chunks_too(mixer, window):
-    model = small(mixer=mixer, positions="space")
-    given = inputs(model)
-    finished, past = torch.randn_like(given["video"]), model.start(3, window=window)
-    whole = model(**given, frame_causal=True, finished=finished, past=past)
-    parts = []
-    for first, last in ((0, 2), (2, 3), (3, 6)):
-        part = cut(model, given, first, last)
-        held = {"finished": finished[:, :, 2 * first : 2 * last], "past": past}
-        out, past = model(**part, frame_causal=True, return_past=True, **held)
-        parts.append(out)
-    torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=1e-10, atol=1e-10)
-
-
-@MIXER
-@torch.no_grad()
-def test_a_noisy_frame_changes_no_other(mixer):
-    model = small(mixer=mixer)
-    given, finished = inputs(model), torch.randn(3, 3, 2 * FRAMES, 4, 6, dtype=torch.float64)
-    changed = given["video"].clone()
-    changed[:, :, 4:6] += 1
-    before, after = (
-        model(**(given | {"video": video}), frame_causal=True, finished=finished) for video in (given["video"], changed)
-    )
-    same = torch.ones(2 * FRAMES, dtype=torch.bool)
-    same[4:6] = False
-    torch.testing.assert_close(after[:, :, same], before[:, :, same], rtol=1e-12, atol=1e-12)
-    assert (after[:, :, 4:6] != before[:, :, 4:6]).any()
-
-
-# Forgetting
+# Windows and decay
 
 FORGETTING = {"window 1": (1, 1.0), "window 3": (3, 1.0), "window 9": (9, 1.0), "decay": (0, 0.7), "all": (0, 1.0)}
 
@@ -293,12 +134,12 @@ def test_forgetting_is_a_mask_with_those_weights(form, heads, window, decay):
         .expand(2, -1, -1)
     )
     expected = PoM.forward(mixer, x.flatten(1, 2), mask=mask).view_as(x)
-    layout = Layout(Grid(1, size), causal=True, forgetting=Forgetting(window, decay))
-    empty = mixer.empty_memory(2, 0, layout.forgetting, torch.float64, "cpu")
+    layout = FrameLayout(Grid(1, size), causal=True, context_window=ContextWindow(window, decay))
+    empty = mixer.new_cache(2, 0, layout.context_window, torch.float64, "cpu")
     for chunks in ((5,), (1,) * 5, (2, 3), (4, 1)):
-        memory, outs = empty, []
+        cache, outs = empty, []
         for part in x.split(chunks, dim=1):
-            out, memory = mixer(part, layout, memory)
+            out, cache = mixer(part, layout, cache)
             outs.append(out)
         torch.testing.assert_close(torch.cat(outs, dim=1), expected, rtol=1e-12, atol=1e-12)
 
@@ -312,14 +153,14 @@ def test_attention_with_a_window_is_attention_under_a_band(window):
     q, k, v = mixer.qkv(x.flatten(1, 2)).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
     scores = (q @ k.transpose(-1, -2) / 2).masked_fill((age < 0) | (age >= window), -torch.inf).softmax(-1)
     expected = mixer.out_proj((scores @ v).transpose(1, 2).flatten(2)).view_as(x)
-    layout = Layout(Grid(1, size), causal=True, forgetting=Forgetting(window))
+    layout = FrameLayout(Grid(1, size), causal=True, context_window=ContextWindow(window))
     for chunks in ((5,), (1,) * 5, (2, 3), (4, 1)):
-        memory, outs = None, []
+        cache, outs = None, []
         for part in x.split(chunks, dim=1):
-            out, memory = mixer(part, layout, memory)
+            out, cache = mixer(part, layout, cache)
             outs.append(out)
         torch.testing.assert_close(torch.cat(outs, dim=1), expected)
-        assert memory.keys.shape[1] == size * min(5, window - 1)
+        assert cache.keys.shape[1] == size * min(5, window - 1)
 
 
 @MIXER
@@ -335,8 +176,8 @@ def test_any_chunks_forget_alike(mixer, window, decay):
         past = model.start(3, window=window, decay=decay)
         out, past = stream(model, given, chunks, past)
         torch.testing.assert_close(out, whole, rtol=1e-10, atol=1e-10)
-        past = Past.from_state_dict(load(save(past.state_dict())))
-        assert past.forgetting == Forgetting(window, decay)
+        past = StreamCache.from_state_dict(load(save(past.state_dict())))
+        assert past.context_window == ContextWindow(window, decay)
         torch.testing.assert_close(list(tensors(past)), list(tensors(after)), rtol=1e-10, atol=1e-10)
     plain = model(**given, frame_causal=True)
     assert torch.allclose(whole, plain, rtol=1e-10, atol=1e-10) == ((window, decay) in ((0, 1.0), (9, 1.0)))
@@ -409,7 +250,7 @@ def past_of(batch=2, size=(4, 6), **changes):
         (lambda: past_of(mixer=["power", "attention"]), ValueError, "'1.total': expected .*, got none; .* model"),
         (lambda: past_of(local_conv=False), ValueError, r"'0.tail': expected \(2, 2, 6, 16\) in .*, got none"),
         (lambda: past_of(size=(6, 4)), ValueError, "its frames have 3 x 2 patches, the video 2 x 3"),
-        (lambda: past_of().state_dict(), TypeError, "expected a Past, got dict"),
+        (lambda: past_of().state_dict(), TypeError, "expected a StreamCache, got dict"),
     ],
     ids=["layers", "width", "batch", "mixer", "conv", "size", "type"],
 )
@@ -431,41 +272,9 @@ def test_past_in_another_precision_or_place(mixer):
         model.float()(**given, frame_causal=True, past=past.to("meta"))
 
 
-@torch.no_grad()
-def test_the_stream_ends_where_its_positions_do_and_goes_on_after_an_error():
-    model = small()
-    given = inputs(model)
-    expected = model(**given, frame_causal=True)
-    _, past = stream(model, given, (5,))
-    with pytest.raises(ValueError, match="end at length=12, 6 frames of tokens, got frames 5 to 6"):
-        model(**cut(model, given, 4, 6), frame_causal=True, past=past)
-    out, _ = stream(model, given, (1,), past, first=5)
-    torch.testing.assert_close(out, expected[:, :, 10:], rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("option", [{"return_past": True}, {"past": Past(0, 2, 3, ())}], ids=["return_past", "past"])
+@pytest.mark.parametrize(
+    "option", [{"return_past": True}, {"past": StreamCache(0, 2, 3, ())}], ids=["return_past", "past"]
+)
 def test_past_needs_frame_causal(option):
     with pytest.raises(ValueError, match="frame_causal: expected True with past or return_past"):
         VideoDiT(**SMALL)(**ZEROS, **option)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"finished": ZEROS["video"]}, "frame_causal: expected True with finished frames"),
-        (
-            {"finished": ZEROS["video"][:, :, :2], "frame_causal": True},
-            r"finished: expected \(2, 3, 4, 4, 6\) .* as the video, got \(2, 3, 2, 4, 6\)",
-        ),
-        ({"finished": ZEROS["video"].double(), "frame_causal": True}, "finished: expected .*float32.* got .*float64"),
-        ({"finished_time": torch.zeros(2)}, "finished_time: expected None where no finished frames are given"),
-        (
-            {"finished": ZEROS["video"], "finished_time": torch.zeros(3), "frame_causal": True},
-            r"finished_time: expected shape \(2,\), one per video, or \(2, 2\), one per frame .* got \(3,\)",
-        ),
-        ({"finished": ZEROS["video"].to("meta"), "frame_causal": True}, "finished: expected on cpu .* got meta"),
-    ],
-)
-def test_finished_frames_that_do_not_fit(options, message):
-    with pytest.raises(ValueError, match=f"(?s){message}"):
-        VideoDiT(**SMALL)(**ZEROS, **options)
