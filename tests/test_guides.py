@@ -20,8 +20,11 @@ def named_paths(page):
             yield word
 
 
-@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in GUIDES if page.stem != "add-an-objective"], ids=lambda page: page.stem
+)
 def test_a_guide_runs(page, run_blocks):  # noqa: F811
+    """test_readme.py runs the page on objectives, and looks at what it trains."""
     run_blocks(page)
 
 

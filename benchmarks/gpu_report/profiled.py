@@ -40,7 +40,7 @@ def project(device, tokens, dim, width):
 
 
 def calls(device, small=False):
-    """{name: a function that makes the call ready}; it returns None where this device has no kernel for it."""
+    """{name: a function that makes the call ready}; it returns None if this device has no kernel for it."""
     tokens, width, dim = (96, 256, 64) if small else (TOKENS, 2048, 1024)
     power = {"tokens": tokens, "width": width, "device": device}
     frame = {"tokens": 96 if small else 256, "width": 48 if small else 2304, "device": device}
@@ -59,7 +59,7 @@ def calls(device, small=False):
 
 
 def main(arguments=None):
-    """Exit status 1 where a call raised; the others were made all the same."""
+    """Exit status 1 if a call raised; the other calls are made too."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report.profiled", description=__doc__.split(":")[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="few tokens and channels")

@@ -1,8 +1,8 @@
-"""Does a family of kernels work at all? `python -m benchmarks.gpu_report.smoke FAMILY --device cuda`: a few calls, held
-against the definition in float64 as the tests hold theirs.
+"""Does a family of kernels work at all? `python -m benchmarks.gpu_report.smoke FAMILY --device cuda`: a few calls,
+compared with the definition in float64 by the tests' rule.
 
-The last line tells: "smoke ok: ...", "smoke wrong: ..." with the error, "smoke failed: ..." where a call raises. A call
-that hangs ends the process with a traceback of where.
+The last line is "smoke ok: ...", "smoke wrong: ..." with the error, or "smoke failed: ..." if a call raises. A call
+that hangs ends the process with a traceback.
 """
 
 import argparse
@@ -173,7 +173,7 @@ def calls(draw, device, large):
 
 
 def hold_folded(device):
-    """Whether the fused kernel was taken."""
+    """Whether one fused kernel computed it."""
     question, large = "supports_fused_folded_readout", {"queries": 3000, "heads": 16, "dim": 256, "width": 64}
     for drawn, args in calls(draw_readout_call, device, large | {"out_dim": 256}):
         fused = has_kernel(question, device) and call(question, args)
@@ -183,7 +183,7 @@ def hold_folded(device):
 
 
 def hold_project(device):
-    """Whether the fused kernel was taken."""
+    """Whether one fused kernel computed it."""
     question = "supports_fused_project_state"
     for drawn, args in calls(draw_state_call, device, {"tokens": 3000, "dim": 256, "width": 640}):
         fused = has_kernel(question, device) and call(question, args)
@@ -194,7 +194,7 @@ def hold_project(device):
 
 
 def check(family, device):
-    """Run a family. Returns what to tell; raises AssertionError where a result is wrong."""
+    """Run a family. Returns the text to print; raises AssertionError if a result is wrong."""
     sums = {"state": (state_functions, SUMS), "readout": (readout_functions, SUMS), "mix": (mix_functions, MIXES)}
     sums |= {"causal": (mix_functions, CAUSAL), "mask": (mix_functions, MASKS)}
     name, _, backward = family.partition("_")

@@ -13,7 +13,7 @@ TOKENS = (256, 1024, 4096)
 BOUND = 2.2  # times the forward
 
 
-def of_numbers(build, *details):
+def floating_part(build, *details):
     """(module as a function of its floating-point inputs, these inputs): labels have no derivative."""
     module, inputs = build(*details)
     at = tuple(x for x in inputs if x.is_floating_point())
@@ -22,7 +22,7 @@ def of_numbers(build, *details):
 
 def cases():
     """{name: (build, *arguments)}: build(*arguments) returns a function and the point to differentiate it at."""
-    return {name: (of_numbers, *case) for name, case in paired.cases(TOKENS).items()}
+    return {name: (floating_part, *case) for name, case in paired.cases(TOKENS).items()}
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ class CachedAttention(FrameAttention):
         return room[:, :length]
 
 
-def stream_of(config, mixer, steps):
+def make_stream(config, mixer, steps):
     """A stream of a model with random weights; noise on them opens the gates of the residual branches."""
     torch.manual_seed(0)
     model = VideoDiT(**config, length=16, n_classes=4, mixer=mixer, positions="space").eval()
@@ -85,7 +85,7 @@ def milliseconds(stream):
 def measure(name, steps, rounds):
     """The JSON of one model: milliseconds and bytes of every mixer at every length, and the comparisons."""
     config, most = MODELS[name]
-    streams = {mixer: stream_of(config, mixer, steps) for mixer in MIXERS}
+    streams = {mixer: make_stream(config, mixer, steps) for mixer in MIXERS}
     rows, near = [], {}
     for length in (length for length in LENGTHS if length <= most):
         for mixer, stream in streams.items():

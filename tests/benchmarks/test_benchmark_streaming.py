@@ -18,8 +18,8 @@ TINY = {"in_channels": 1, "size": (8, 8), "patch": (1, 4, 4), "dim": 16, "n_laye
 
 
 def test_the_cache_that_grows_in_place_is_attention():
-    fast = streaming.stream_of(TINY, streaming.ATTENTION, steps=2)
-    slow = VideoStream(streaming.stream_of(TINY, streaming.ATTENTION, steps=2).model, [0], steps=2)
+    fast = streaming.make_stream(TINY, streaming.ATTENTION, steps=2)
+    slow = VideoStream(streaming.make_stream(TINY, streaming.ATTENTION, steps=2).model, [0], steps=2)
     for block in slow.model.blocks:
         block.mixer.__class__ = FrameAttention
     for stream in (fast, slow):
