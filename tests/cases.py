@@ -251,9 +251,17 @@ def op_function(inputs, device="cpu"):
 
     def mix(u, gate, coeff=None, prior=None):
         outputs = polynomial_mix(
-            u, gate, coeff, form=case.form, degree=case.degree, n_sel_heads=case.heads,
-            state=prior_state(inputs, prior, device), return_state=case.returns_state, **context, **rotaries,
-        )  # fmt: skip
+            u,
+            gate,
+            coeff,
+            form=case.form,
+            degree=case.degree,
+            n_sel_heads=case.heads,
+            state=prior_state(inputs, prior, device),
+            return_state=case.returns_state,
+            **context,
+            **rotaries,
+        )
         return {"y": outputs[0], "state": outputs[1].total} if case.returns_state else {"y": outputs}
 
     return mix
@@ -272,9 +280,14 @@ def reference_function(inputs, dtype):
     def mix(u, gate, coeff=None, prior=None):
         total, count = reference_state(inputs, u, coeff, prior)
         y = reference.readout(
-            gate, total, count, form=case.form, n_sel_heads=case.heads, rotary=rotaries.get("gate_rotary"),
+            gate,
+            total,
+            count,
+            form=case.form,
+            n_sel_heads=case.heads,
+            rotary=rotaries.get("gate_rotary"),
             query_offsets=context.get("frames", context.get("cu_seqlens")),
-        )  # fmt: skip
+        )
         return {"y": y, "state": total[:, -1:]} if case.returns_state else {"y": y}
 
     return mix

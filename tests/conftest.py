@@ -40,8 +40,18 @@ def cmake_library(tmp_path_factory):
     build, prefix = folder / "build", folder / "prefix"
     on_gpu = _library.default_device() == "cuda"
     flags = ["-DPOM_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=native"] if on_gpu else ["-DPOM_CUDA=OFF"]
-    call("cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
-         "-DCMAKE_INSTALL_LIBDIR=lib", *flags)  # fmt: skip
+    call(
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        build,
+        "-G",
+        "Ninja",
+        "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+        "-DCMAKE_INSTALL_LIBDIR=lib",
+        *flags,
+    )
     call("cmake", "--build", build)
     call("cmake", "--install", build, "--prefix", prefix)
     return build, prefix, flags

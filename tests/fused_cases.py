@@ -68,7 +68,11 @@ def read(call, dtype):
     gate = torch.nn.functional.linear(t.x, t.gate_weight, t.gate_bias)
     offsets = None if call.offsets is None else call.offsets.tolist()
     mixed = reference.readout(
-        gate, t.total + t.residual, call.count, form=FORMS[call.form], n_sel_heads=len(call.gate_weight),
+        gate,
+        t.total + t.residual,
+        call.count,
+        form=FORMS[call.form],
+        n_sel_heads=len(call.gate_weight),
         query_offsets=offsets,
-    )  # fmt: skip
+    )
     return torch.nn.functional.linear(mixed.to(dtype), t.out_weight, t.out_bias)

@@ -35,9 +35,14 @@ def load(name, dtype=torch.float64):
         return {key: value.to(dtype) if value.is_floating_point() else value for key, value in chosen.items()}
 
     return Golden(
-        meta, group("in.", dtype), group("param.", dtype), arrays["out"], arrays["grad_out"],
-        group("gin.", torch.float64), group("gparam.", torch.float64),
-    )  # fmt: skip
+        meta,
+        group("in.", dtype),
+        group("param.", dtype),
+        arrays["out"],
+        arrays["grad_out"],
+        group("gin.", torch.float64),
+        group("gparam.", torch.float64),
+    )
 
 
 def relative_error(actual, expected):

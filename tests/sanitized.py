@@ -19,13 +19,17 @@ PARTS = ("update", "backward", "folded", "project")  # that can be left out, bes
 MODES = ("whole", "weight", "mask", "frames", "frames_unequal", "causal", "cu_seqlens")
 SELECTION = (
     *(Case(form, 3, mode, torch.bfloat16, tokens=70, width=72) for form, mode in product(FORMS, MODES)),
-    *(Case(form, 2, mode, torch.float32, tokens=131, width=33, prior=mode not in ("mask", "cu_seqlens"))
-      for form, mode in product(FORMS, MODES)),
-    *(Case("power", 4, mode, torch.float16, tokens=70, width=64, heads=heads, axes=2)
-      for mode, heads in product(("whole", "frames", "causal"), (1, 4))),
+    *(
+        Case(form, 2, mode, torch.float32, tokens=131, width=33, prior=mode not in ("mask", "cu_seqlens"))
+        for form, mode in product(FORMS, MODES)
+    ),
+    *(
+        Case("power", 4, mode, torch.float16, tokens=70, width=64, heads=heads, axes=2)
+        for mode, heads in product(("whole", "frames", "causal"), (1, 4))
+    ),
     *(Case(form, 5, mode, torch.float64, tokens=9, width=5) for form, mode in product(FORMS, ("frames", "causal"))),
     Case("power", 3, "whole", torch.bfloat16, batch=1, tokens=1100, width=64, queries=40),
-)  # fmt: skip
+)
 
 
 def update_twice(inputs, device):

@@ -62,8 +62,19 @@ class PoM(nn.Module):
         ValueError: a size that does not divide, or a value outside the ranges above.
     """
 
-    def __init__(self, dim, degree=2, expand=2, *, form="product", n_groups=1, n_sel_heads=1, bias=None, rope=None,
-                 memory="store"):  # fmt: skip
+    def __init__(
+        self,
+        dim,
+        degree=2,
+        expand=2,
+        *,
+        form="product",
+        n_groups=1,
+        n_sel_heads=1,
+        bias=None,
+        rope=None,
+        memory="store",
+    ):
         super().__init__()
         check_form(form, degree)
         if dim < 1 or expand < 1:

@@ -31,11 +31,21 @@ def test_turns_and_ratios():
     assert times["other"] == [(2.0, 1.0), (2.0, 2.0), (2.0, 3.0)]
     assert ratios(times, "ours") == {"cold": {"other": 0.5}, "warm": {"other": 1.0}}
     assert summary(times["other"], 4, "warm") == {
-        "median_ms": 2e3, "min_ms": 1e3, "iqr_ms": 1e3, "cold_median_ms": 2e3, "rounds": 3, "bytes_per_second": 2.0,
-    }  # fmt: skip
+        "median_ms": 2e3,
+        "min_ms": 1e3,
+        "iqr_ms": 1e3,
+        "cold_median_ms": 2e3,
+        "rounds": 3,
+        "bytes_per_second": 2.0,
+    }
     assert summary(times["other"], 4, "cold") == {
-        "median_ms": 2e3, "min_ms": 2e3, "iqr_ms": 0.0, "warm_median_ms": 2e3, "rounds": 3, "bytes_per_second": 2.0,
-    }  # fmt: skip
+        "median_ms": 2e3,
+        "min_ms": 2e3,
+        "iqr_ms": 0.0,
+        "warm_median_ms": 2e3,
+        "rounds": 3,
+        "bytes_per_second": 2.0,
+    }
 
 
 class Simulated:
@@ -200,5 +210,9 @@ def test_target():
     assert Target("plain", at_least=2).judged({"plain": 1.9})["reached"] is False
     assert Target("state", at_most=2).judged({"state": 2.1})["reached"] is False
     assert Target("plain", at_least=2).judged({}) == {
-        "of": "plain", "at_least": 2, "at_most": None, "measured": None, "reached": None,
-    }  # fmt: skip
+        "of": "plain",
+        "at_least": 2,
+        "at_most": None,
+        "measured": None,
+        "reached": None,
+    }

@@ -45,10 +45,17 @@ def test_models_have_the_layers_that_they_are_named_after():
     assert model(*contenders.inputs(16)).shape == (1, 4, 8, 8)
 
 
-@pytest.mark.parametrize("ours, theirs, expected", [
-    ([1, 2, 3], [2, 3, 4], 4), ([3, 2, 3], [2, 3, 4], 8), ([1, 4, 3], [2, 3, 4], 16), ([3, 4, 5], [2, 3, 4], None),
-    ([3, 2, None], [2, 3, 4], 8), ([1, 4, None], [2, 3, 4], None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ours, theirs, expected",
+    [
+        ([1, 2, 3], [2, 3, 4], 4),
+        ([3, 2, 3], [2, 3, 4], 8),
+        ([1, 4, 3], [2, 3, 4], 16),
+        ([3, 4, 5], [2, 3, 4], None),
+        ([3, 2, None], [2, 3, 4], 8),
+        ([1, 4, None], [2, 3, 4], None),
+    ],
+)
 def test_break_even(ours, theirs, expected):
     assert models.break_even((4, 8, 16), ours, theirs) == expected
 

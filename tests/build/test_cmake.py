@@ -97,8 +97,10 @@ def shown(library):
     """What a shared library defines for others: demangled names with their versions."""
     listed = subprocess.run(
         ["nm", "--dynamic", "--defined-only", "--demangle", "--with-symbol-versions", library],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return [line.split(" ", 2)[2] for line in listed.stdout.splitlines()]
 
 
@@ -186,8 +188,19 @@ def architectures_of(commands):
 
 @needs_nvcc
 def test_nvcc_is_told_so(tmp_path):
-    call("cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", "-DPOM_CUDA=ON",
-         "-DCMAKE_CUDA_ARCHITECTURES=80;90", f"-DCMAKE_CUDA_COMPILER={TOOLKIT.nvcc}")  # fmt: skip
+    call(
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        tmp_path,
+        "-G",
+        "Ninja",
+        "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+        "-DPOM_CUDA=ON",
+        "-DCMAKE_CUDA_ARCHITECTURES=80;90",
+        f"-DCMAKE_CUDA_COMPILER={TOOLKIT.nvcc}",
+    )
     assert architectures_of(tmp_path / "compile_commands.json") == ("80", "90a")
 
 
@@ -201,8 +214,18 @@ def test_the_gpu_here_gets_its_own_code(built, has_cuda):
 
 
 def test_the_header_is_c():
-    call(os.environ.get("CC", "gcc"), "-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-x", "c",
-         ROOT / "csrc/include/pom/engine.h")  # fmt: skip
+    call(
+        os.environ.get("CC", "gcc"),
+        "-std=c99",
+        "-pedantic",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fsyntax-only",
+        "-x",
+        "c",
+        ROOT / "csrc/include/pom/engine.h",
+    )
 
 
 def test_a_stream_allocates_nothing(built, tmp_path):

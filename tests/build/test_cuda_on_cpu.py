@@ -123,7 +123,11 @@ def test_the_library_given_is_the_one_in_use(library):
     environment = os.environ | {stand_in.VARIABLE: str(library)}
     ask = "import devices, sys; from pom_ext.ops import _library; print(sys.modules['pom_ext._C'].__file__, _library.ERROR)"
     answer = subprocess.run(
-        (sys.executable, "-c", ask), cwd=ROOT / "tests", env=environment | {"PYTHONPATH": str(ROOT)},
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+        (sys.executable, "-c", ask),
+        cwd=ROOT / "tests",
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     assert answer.stdout.split() == [str(library), "None"]

@@ -31,9 +31,14 @@ CONTEXTS = ({}, {"frames": 3}, {"frames": [0, 2, 2, TOKENS]}, {"causal": True})
 def spelled_out(layer, x, **context):
     """The layer with all of its projections called."""
     mixed = polynomial_mix(
-        layer.context_proj(x), layer.gate_proj(x), layer.coeff, form=layer.form, degree=layer.degree,
-        n_sel_heads=layer.n_sel_heads, **context,
-    )  # fmt: skip
+        layer.context_proj(x),
+        layer.gate_proj(x),
+        layer.coeff,
+        form=layer.form,
+        degree=layer.degree,
+        n_sel_heads=layer.n_sel_heads,
+        **context,
+    )
     return layer.out_proj(mixed)
 
 

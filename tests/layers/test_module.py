@@ -20,9 +20,16 @@ def definition(layer, x, context, rotaries=(None, None), **modes):
         weight = torch.block_diag(*weight)
     u, gate = F.linear(context, weight, layer.context_proj.bias), layer.gate_proj(x)
     mixed = reference.mix(
-        u, gate, layer.coeff, form=layer.form, degree=layer.degree, n_sel_heads=layer.n_sel_heads,
-        rotary=rotaries[0], gate_rotary=rotaries[1], **modes,
-    )  # fmt: skip
+        u,
+        gate,
+        layer.coeff,
+        form=layer.form,
+        degree=layer.degree,
+        n_sel_heads=layer.n_sel_heads,
+        rotary=rotaries[0],
+        gate_rotary=rotaries[1],
+        **modes,
+    )
     return layer.out_proj(mixed)
 
 

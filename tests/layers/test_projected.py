@@ -58,9 +58,16 @@ def definition(layer, x, context, dtype):
     if isinstance(modes.get("frames"), int):
         modes["frames"] = range(0, x.shape[1] + 1, modes["frames"])
     mixed = reference.mix(
-        project("context_proj", x), project("gate_proj", x), weights.get("coeff"), form=layer.form, degree=layer.degree,
-        n_sel_heads=layer.n_sel_heads, rotary=tables[0], gate_rotary=tables[1], **modes,
-    )  # fmt: skip
+        project("context_proj", x),
+        project("gate_proj", x),
+        weights.get("coeff"),
+        form=layer.form,
+        degree=layer.degree,
+        n_sel_heads=layer.n_sel_heads,
+        rotary=tables[0],
+        gate_rotary=tables[1],
+        **modes,
+    )
     return project("out_proj", mixed), x, weights
 
 

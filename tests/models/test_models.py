@@ -288,9 +288,22 @@ def test_bad_arguments(changes, message):
         ("labels", torch.tensor([0, 6]), ValueError, r"expected 0 to 5 \(no class\), got values from 0 to 6"),
         ("labels", torch.tensor([-1, 5]), ValueError, r"expected 0 to 5 \(no class\), got values from -1 to 5"),
     ],
-    ids=["channels", "axes", "patch", "empty", "dtype", "type", "device", "time-shape", "time-number", "labels-shape",
-         "labels-dtype", "labels-high", "labels-low"],
-)  # fmt: skip
+    ids=[
+        "channels",
+        "axes",
+        "patch",
+        "empty",
+        "dtype",
+        "type",
+        "device",
+        "time-shape",
+        "time-number",
+        "labels-shape",
+        "labels-dtype",
+        "labels-high",
+        "labels-low",
+    ],
+)
 def test_bad_inputs(name, value, error, message):
     inputs = {"images": torch.zeros(2, 3, 8, 8), "time": torch.zeros(2), "labels": torch.zeros(2).long()}
     with pytest.raises(error, match=f"{name}: .*{message}"):

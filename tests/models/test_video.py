@@ -269,10 +269,30 @@ ALL = ZEROS | {"text": torch.zeros(2, 7, TEXT_DIM), "labels": torch.zeros(2).lon
         ("labels", torch.tensor([0, 5]), ValueError, r"expected 0 to 4 \(no class\), got values from 0 to 5"),
         ("labels", None, TypeError, "built with n_classes=4 and needs them, got None"),
     ],
-    ids=["channels", "axes", "frames", "patch", "empty", "too-long", "dtype", "type", "device", "time-shape",
-         "time-frames", "time-number", "text-dim", "text-batch", "text-dtype", "no-text", "weight-shape", "labels-shape",
-         "labels-dtype", "labels-high", "no-labels"],
-)  # fmt: skip
+    ids=[
+        "channels",
+        "axes",
+        "frames",
+        "patch",
+        "empty",
+        "too-long",
+        "dtype",
+        "type",
+        "device",
+        "time-shape",
+        "time-frames",
+        "time-number",
+        "text-dim",
+        "text-batch",
+        "text-dtype",
+        "no-text",
+        "weight-shape",
+        "labels-shape",
+        "labels-dtype",
+        "labels-high",
+        "no-labels",
+    ],
+)
 def test_bad_inputs(name, value, error, message):
     with pytest.raises(error, match=f"{name}: .*{message}"):
         VideoDiT(**SMALL, text_dim=TEXT_DIM, n_classes=4)(**(ALL | {name: value}))

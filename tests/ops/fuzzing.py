@@ -119,9 +119,14 @@ class Call:
             outputs = {"state": total, "count": count}
             if gate is not None:
                 outputs["y"] = reference.readout(
-                    gate, total, count, form=case.form, n_sel_heads=case.heads, rotary=rotaries.get("gate_rotary"),
+                    gate,
+                    total,
+                    count,
+                    form=case.form,
+                    n_sel_heads=case.heads,
+                    rotary=rotaries.get("gate_rotary"),
                     query_offsets=None if edges is None else list(edges),
-                )  # fmt: skip
+                )
             if not self.every_group:  # what is returned is the state of all tokens, whatever the groups
                 weight = {name: context[name] for name in ("weight",) if name in context}
                 outputs["state"], outputs["count"] = reference_state(replace(inputs, context=weight), u, coeff, prior)

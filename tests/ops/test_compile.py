@@ -60,9 +60,14 @@ def test_breaks_are_counted():
 
 
 @pytest.mark.parametrize(
-    "name, memory", [("product-groups-nobias", "store"), ("product-degree4-heads", "recompute"), ("power-heads", "store"),
-                     ("power-1d", "recompute")]
-)  # fmt: skip
+    "name, memory",
+    [
+        ("product-groups-nobias", "store"),
+        ("product-degree4-heads", "recompute"),
+        ("power-heads", "store"),
+        ("power-1d", "recompute"),
+    ],
+)
 def test_layers_in_every_context(name, memory, device):
     layer, x = build(name, device), torch.randn(2, TOKENS, DIM, device=device)
     layer.memory, positions = memory, positions_of(layer, TOKENS, device)
@@ -122,9 +127,13 @@ def test_functions_in_every_mode(form, device):
 
 
 @pytest.mark.parametrize(
-    "options", [{"mixer": ["power", "product", "attention", "local"], "n_layers": 4, "window": 3},
-                {"mixer": "product", "n_layers": 1, "n_registers": 2, "two_times": True}], ids=str
-)  # fmt: skip
+    "options",
+    [
+        {"mixer": ["power", "product", "attention", "local"], "n_layers": 4, "window": 3},
+        {"mixer": "product", "n_layers": 1, "n_registers": 2, "two_times": True},
+    ],
+    ids=str,
+)
 def test_image_models(options):
     model, (noisy, time, labels) = image_model(**options), images()
     span = {"span": time / 2} if "two_times" in options else {}
@@ -225,8 +234,11 @@ def test_export_and_package(tmp_path):
     """For any number of tokens and any number and size of images: as a program, and compiled into a file."""
     both = Both().eval()
     with torch.no_grad():
-        program = export(both, (torch.randn(2, 6, 8), *images(2, 8, 12)),
-                         dynamic_shapes=(sized(0, 1), sized(0, 2, 3), sized(0), sized(0)))  # fmt: skip
+        program = export(
+            both,
+            (torch.randn(2, 6, 8), *images(2, 8, 12)),
+            dynamic_shapes=(sized(0, 1), sized(0, 2, 3), sized(0), sized(0)),
+        )
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "both.pt2"))
         packaged = torch._inductor.aoti_load_package(package)
         for tokens, shape in zip(((2, 6), (3, 17), (2, 300)), ((2, 8, 12), (3, 12, 8), (4, 16, 20))):

@@ -66,8 +66,11 @@ def test_operations(form, mode, device):
     prior = mode.split("+")[0] not in ("mask", "cu_seqlens")
     inputs = draw_inputs(Case(form, 3, mode, tokens=130, width=33, axes=2 * (form == "power"), prior=prior))
     fields = ("leaves", "rotaries", "prior_residual", "prior_count", "output_grads")
-    inputs = replace(inputs, context=offsets_on(device, inputs.context),
-                     **{field: move(getattr(inputs, field), device) for field in fields})  # fmt: skip
+    inputs = replace(
+        inputs,
+        context=offsets_on(device, inputs.context),
+        **{field: move(getattr(inputs, field), device) for field in fields},
+    )
 
     def change():
         for t in (*inputs.leaves.values(), *inputs.output_grads.values(), inputs.prior_residual):

@@ -51,11 +51,16 @@ ALIGNED = [
     Case(form, degree, mode, dtype, 2, 70, width, None, heads, axes)
     for mode in ("whole", "causal", "frames")
     for form, degree, width, heads, axes in (
-        ("product", 2, 64, 1, 0), ("product", 3, 64, 8, 0), ("power", 2, 64, 1, 0), ("power", 3, 64, 8, 0),
-        ("power", 3, 64, 1, 2), ("product", 2, 36, 1, 0), ("power", 3, 36, 3, 0),
+        ("product", 2, 64, 1, 0),
+        ("product", 3, 64, 8, 0),
+        ("power", 2, 64, 1, 0),
+        ("power", 3, 64, 8, 0),
+        ("power", 3, 64, 1, 2),
+        ("product", 2, 36, 1, 0),
+        ("power", 3, 36, 3, 0),
     )
     for dtype in (torch.float32, torch.bfloat16)
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", grid(degrees=(1, 2, 3, 5)) + ALIGNED, ids=str)
@@ -240,7 +245,10 @@ def test_the_tangent_of_a_state_is_a_state():
     u, direction, gate = torch.randn(3, 2, 8, 4, dtype=torch.float64).unbind()
 
     def in_pieces(u):
-        state = sum((polynomial_state(part, form="product", degree=2) for part in u.split(3, 1)[1:]), start=polynomial_state(u[:, :3], form="product", degree=2))  # fmt: skip
+        state = sum(
+            (polynomial_state(part, form="product", degree=2) for part in u.split(3, 1)[1:]),
+            start=polynomial_state(u[:, :3], form="product", degree=2),
+        )
         return polynomial_readout(gate, state, form="product")
 
     whole = functools.partial(polynomial_mix, gate=gate, form="product", degree=2)

@@ -64,9 +64,13 @@ def pick(inputs, samples):
 
     weights = {name: value for name, value in inputs.context.items() if name in ("weight", "mask")}
     return replace(
-        inputs, leaves=of(inputs.leaves), context=inputs.context | of(weights), output_grads=of(inputs.output_grads),
-        prior_residual=inputs.prior_residual[samples], prior_count=inputs.prior_count[samples],
-    )  # fmt: skip
+        inputs,
+        leaves=of(inputs.leaves),
+        context=inputs.context | of(weights),
+        output_grads=of(inputs.output_grads),
+        prior_residual=inputs.prior_residual[samples],
+        prior_count=inputs.prior_count[samples],
+    )
 
 
 def of_samples(results, samples):

@@ -66,8 +66,11 @@ def test_every_operation_has_an_implementation_that_takes_all():
 def test_decisions_are_logged_once_if_the_environment_asks(asked):
     code = "import torch, pom_ext; layer = pom_ext.PoM(8); x = torch.ones(1, 3, 8); layer(x); layer(x)"
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "POM_EXT_EXPLAIN": asked},
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        env={**os.environ, "POM_EXT_EXPLAIN": asked},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     logged = [line for line in done.stderr.splitlines() if line.startswith("layer")]
     assert len(logged) == (3 if asked == "1" else 0) and len(set(logged)) == len(logged)

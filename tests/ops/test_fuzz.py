@@ -162,7 +162,7 @@ FOUND = {
     "a strided bias": Layer(
         Case("product", 4, "whole", batch=1, tokens=1, width=16), dim=16, layouts=(("gate_proj.bias", "every other"),)
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FOUND)

@@ -58,9 +58,14 @@ def test_equals_the_definition(form, dtype, groups, heads, device):
         edges = offsets(dealt.get("frames", dealt.get("cu_seqlens")), queries)
         total = total + residual.to(total.dtype)
         y = reference.readout(
-            gate, total, count.to(gate.dtype), form=form, n_sel_heads=heads, query_offsets=edges,
+            gate,
+            total,
+            count.to(gate.dtype),
+            form=form,
+            n_sel_heads=heads,
+            query_offsets=edges,
             rotary=move(rotary, dtype=gate.dtype),
-        )  # fmt: skip
+        )
         return {"y": y}
 
     grads = {"y": (1 + torch.randn(batch, queries, width)).to(dtype)}

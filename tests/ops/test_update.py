@@ -55,9 +55,13 @@ def test_a_stream_is_the_mix_of_all_tokens_so_far(case, dtype, weighted, device)
         rotaries = {name: type(r)(r.cos.double(), r.sin.double(), r.axes) for name, r in rotaries.items()}
         gate = exact.pop("gate")
         of_frame = reference.state(
-            exact.pop("u"), exact.pop("coeff", None), form=case.form, degree=case.degree,
-            rotary=rotaries.get("rotary"), **exact,
-        )  # fmt: skip
+            exact.pop("u"),
+            exact.pop("coeff", None),
+            form=case.form,
+            degree=case.degree,
+            rotary=rotaries.get("rotary"),
+            **exact,
+        )
         total, count = total + of_frame[0], count + of_frame[1]
         wanted = reference.readout(
             gate, total, count, form=case.form, n_sel_heads=case.heads, rotary=rotaries.get("gate_rotary")

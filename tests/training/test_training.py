@@ -246,9 +246,17 @@ def test_a_model_for_other_classes_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("batch_size", 0), ("lr", 0.0), ("lr", math.nan), ("grad_clip", -1.0), ("warmup", -1), ("ema_decay", 1.0),
-     ("label_dropout", 1.5), ("seed", -1)],
-)  # fmt: skip
+    [
+        ("batch_size", 0),
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("grad_clip", -1.0),
+        ("warmup", -1),
+        ("ema_decay", 1.0),
+        ("label_dropout", 1.5),
+        ("seed", -1),
+    ],
+)
 def test_bad_settings_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected"):
         TrainConfig(**{name: value})
