@@ -53,7 +53,9 @@ class FrameOptions:
     seed: Seed = 0
     context_noise: Annotated[float, typer.Option(help="Noise in cached frames, 0 to 1; reduces drift.")] = 0.0
     window: Annotated[int, typer.Option(help="Number of latest frames to remember; 0: all.")] = 0
-    decay: Annotated[float, typer.Option(help="Weight of a frame after each later frame; 1: no decay.")] = 1.0
+    decay: Annotated[float, typer.Option(help="Factor on the weight of a frame with each later one; 1: no decay.")] = (
+        1.0
+    )
     resume: Annotated[Path | None, typer.Option(help="Continue this saved stream, with its settings.")] = None
     device: Device = None
 

@@ -27,7 +27,7 @@ class PlayOptions(FrameOptions):
 
 def stream(
     checkpoint: VideoCheckpoint,
-    options: StreamOptions,
+    *,
     out: Annotated[
         str, typer.Option(help="A .mp4, .gif or .png (contact sheet) file; window; or - for raw rgb24 on stdout.")
     ] = "clip.mp4",
@@ -38,6 +38,7 @@ def stream(
     ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second. Default: as in training.")] = None,
     save: Annotated[Path | None, typer.Option(help="Save the stream to this file; --resume continues it.")] = None,
+    options: StreamOptions,
 ):
     """Draw a video frame by frame. Each frame is shown or written as soon as it is finished."""
     from ..media import open_writer
@@ -98,7 +99,7 @@ class Screen(str, Enum):
 
 def play(
     checkpoint: VideoCheckpoint,
-    options: PlayOptions,
+    *,
     screen: Annotated[Screen, typer.Option(help="A local web page, a window, or none: print times only.")] = "browser",
     actions: Annotated[
         str | None, typer.Option(help="Actions to play in place of the keys, then end: NOOP*10,RIGHT*5.")
@@ -106,6 +107,7 @@ def play(
     frames: Annotated[int | None, typer.Option(help="Number of frames after which to end.")] = None,
     fps: Annotated[float | None, typer.Option(help="Maximum frames per second.")] = 30.0,
     port: Annotated[int, typer.Option(help="Port of the web page; 0 picks a free port.")] = 0,
+    options: PlayOptions,
 ):
     """Play: every frame answers to the keys that are pressed while it is drawn."""
     from ..play import Browser, Terminal, Window, script
