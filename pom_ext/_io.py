@@ -9,8 +9,8 @@ from pathlib import Path
 def atomic_write(path):
     """Yield a temporary path beside `path` to write to.
 
-    When the block ends, the temporary file is flushed to disk and replaces `path`. If the block fails, the temporary file
-    is removed and `path` is unchanged.
+    When the block ends, the temporary file is flushed to disk and replaces `path`. If the block fails, the temporary
+    file is removed and `path` is unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

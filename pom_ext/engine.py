@@ -85,12 +85,14 @@ class Stream:
         """Read the state with the frame added. The state does not change.
 
         Args:
-            layer, evaluation: indices, from 0.
+            layer: index of the layer, from 0.
             u: (B, N, C) projected context.
             gate: (B, M, C), or (B, M, heads).
             coeff: (E, degree) float32 (float64 if the layer's dtype is float64), power form only.
             weight: (B, N), weight of every token; None: all one.
-            rotary, gate_rotary: (cos, sin, axes), as `pom_ext.ops.rotary_table` returns them.
+            rotary: (cos, sin, axes) of the tokens, as `pom_ext.ops.rotary_table` returns them.
+            gate_rotary: (cos, sin, axes) of the gates.
+            evaluation: index of the evaluation, from 0.
             out: (B, M, C) array to write to; None: a new numpy array.
 
         Returns:
@@ -126,11 +128,18 @@ class Stream:
         """Run a whole layer on the CPU: tokens x mix with each other and with the state.
 
         Args:
+            layer: index of the layer, from 0.
             x: (B, N, D) tokens of the frame.
-            in_weight, in_bias: (C + gates, D) and (C + gates,) or None: the context, then the gate projection.
-            out_weight, out_bias: (D, C) and (D,) or None.
+            in_weight: (C + gates, D), the weight of the context projection above that of the gate projection.
+            out_weight: (D, C)
+            in_bias: (C + gates,) or None.
+            out_bias: (D,) or None.
+            coeff: as in `peek`.
+            rotary: as in `peek`.
+            gate_rotary: as in `peek`.
+            evaluation: as in `peek`.
             commit: whether to add the frame to the state.
-            layer, coeff, rotary, gate_rotary, evaluation, out: as in `peek`.
+            out: (B, N, D) array to write to; None: a new numpy array.
 
         Returns:
             (B, N, D)

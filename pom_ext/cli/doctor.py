@@ -142,8 +142,8 @@ def _describe_driver(versions, of_torch, remedy):
 def _serves(built, capability):
     """Whether code for the architectures `built`, such as "8.0;9.0a;12.0+PTX", runs on a GPU.
 
-    capability: (major, minor) of the GPU. Machine code also runs on later minor versions, PTX on all later versions. The
-    suffix "a" restricts both to one capability, "f" to one family.
+    capability: (major, minor) of the GPU. Machine code also runs on later minor versions, PTX on all later versions.
+    The suffix "a" restricts both to one capability, "f" to one family.
     """
     for name in built.split(";"):
         number, suffix, ptx = re.fullmatch(r"(\d+\.\d)([af]?)(\+PTX)?", name).groups()

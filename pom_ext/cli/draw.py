@@ -17,8 +17,7 @@ def sample(
     size: Annotated[int | None, typer.Option(help="Width in pixels. Default: the width in training.")] = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps. Default: 30; for meanflow 1.")] = None,
     guidance: Annotated[
-        float | None,
-        typer.Option(help="Strength of classifier-free guidance; 1: none. Default: 3; for meanflow as trained."),
+        float | None, typer.Option(help="Strength of guidance; 1: none. Default: 3; for meanflow as trained.")
     ] = None,
     solver: Solver = "euler",
     seed: Seed = 0,
@@ -43,16 +42,8 @@ def sample(
     size = trained if size is None else size
     objective = build_objective(settings["train"]["objective"], settings["train"]["shift"])
     objective = objective.for_resolution(size * size, trained * trained)
-    images = draw(
-        network,
-        torch.tensor(chosen).repeat_interleave(per_label),
-        shape=(channels, size, size),
-        objective=objective,
-        steps=steps,
-        guidance=guidance,
-        solver=solver,
-        seed=seed,
-        progress=True,
-    )
+    options = {"steps": steps, "guidance": guidance, "solver": solver, "seed": seed, "progress": True}
+    labels, shape = torch.tensor(chosen).repeat_interleave(per_label), (channels, size, size)
+    images = draw(network, labels, shape=shape, objective=objective, **options)
     save_grid(images, [classes[label] for label in chosen], out)
     typer.echo(f"{len(images)} images in {out}")

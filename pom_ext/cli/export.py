@@ -15,8 +15,7 @@ def export(
         Path, typer.Option(help="Safetensors file to write, for the C++ engine without torch (examples/stream.cpp).")
     ] = Path("engine.safetensors"),
     aoti: Annotated[
-        Path | None,
-        typer.Option(help="Instead of --out, compile one frame step for libtorch into this .pt2 file."),
+        Path | None, typer.Option(help="Instead of --out, compile one frame step for libtorch into this .pt2 file.")
     ] = None,
     device: Annotated[str, typer.Option(help="Device of the compiled frame step: cpu or cuda.")] = "cpu",
 ):

@@ -11,15 +11,12 @@ import typer
 Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint (model.safetensors) of an image model.")]
 VideoCheckpoint = Annotated[Path, typer.Argument(help="Checkpoint (model.safetensors) of a video model.")]
 Labels = Annotated[
-    str | None,
-    typer.Option(help="Classes to draw, by name or number: 3,7. Default: the first ten; for a game the first."),
+    str | None, typer.Option(help="Classes, by name or number: 3,7. Default: the first ten; for a game the first.")
 ]
 Steps = Annotated[int, typer.Option(help="Solver steps per frame.")]
 Solver = Annotated[str, typer.Option(help="euler or heun.")]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, or cuda if the library was built for this GPU. Default: cuda if possible.")
-]
+Device = Annotated[str | None, typer.Option(help="cpu, or cuda if the library has CUDA kernels. Default: the faster.")]
 
 
 def flatten_groups(command):
@@ -37,11 +34,9 @@ def flatten_groups(command):
 
     @functools.wraps(command)
     def run(**values):
-        grouped = {
-            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
-            for name, group in groups.items()
-        }
-        return command(**grouped, **values)
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        return command(**values)
 
     run.__signature__ = inspect.Signature([parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in flat])
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
@@ -56,14 +51,12 @@ class FrameOptions:
     steps: Steps = 8
     guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1: none.")] = 1.0
     seed: Seed = 0
-    context_noise: Annotated[
-        float, typer.Option(help="Noise added to cached frames, 0 to 1 as in training; reduces drift.")
-    ] = 0.0
+    context_noise: Annotated[float, typer.Option(help="Noise in cached frames, 0 to 1; reduces drift.")] = 0.0
     window: Annotated[int, typer.Option(help="Number of latest frames to remember; 0: all.")] = 0
-    decay: Annotated[float, typer.Option(help="Weight of a frame after each later frame; 1: no decay.")] = 1.0
-    resume: Annotated[
-        Path | None, typer.Option(help="Continue from a stream that --save wrote, with its settings.")
-    ] = None
+    decay: Annotated[float, typer.Option(help="Factor on the weight of a frame with each later one; 1: no decay.")] = (
+        1.0
+    )
+    resume: Annotated[Path | None, typer.Option(help="Continue this saved stream, with its settings.")] = None
     device: Device = None
 
     def open(self, network, settings, labels=None):

@@ -55,9 +55,7 @@ class RunOptions:
 class ModelOptions:
     """The network."""
 
-    start: Annotated[
-        Path | None, typer.Option(help="Checkpoint of an image model from which to start a video model.")
-    ] = None
+    start: Annotated[Path | None, typer.Option(help="Start a video model from this image model's checkpoint.")] = None
     model: Annotated[str | None, typer.Option(help="S/2 to XL/8. Default: the small model of the demo.")] = None
     patch: Annotated[int | None, typer.Option(help="Side of a patch, in pixels.")] = None
     dim: Annotated[int | None, typer.Option(help="Width of the tokens.")] = None
@@ -69,13 +67,8 @@ class ModelOptions:
 
     def build(self, dataset, video, **extra):
         """A new network for the data set, or with --start a video model from an image model."""
-        sizes = {
-            "patch": self.patch,
-            "dim": self.dim,
-            "n_layers": self.layers,
-            "n_heads": self.heads,
-            "degree": self.degree,
-        }
+        sizes = {"patch": self.patch, "dim": self.dim, "n_layers": self.layers, "n_heads": self.heads}
+        sizes["degree"] = self.degree
         options = {name: value for name, value in sizes.items() if value is not None} | extra
         options |= {"local_conv": self.local_conv, "mixer": self.mixer.split(",") if "," in self.mixer else self.mixer}
         if not video:
@@ -127,19 +120,13 @@ class LearningOptions:
     objective: Annotated[
         str, typer.Option(help="flow (matching), noise (prediction), or meanflow (draws images in one step).")
     ] = "flow"
-    guidance: Annotated[
-        float | None, typer.Option(help="meanflow: strength of the guidance that is trained in; 1: none. Default: 2.")
-    ] = None
+    guidance: Annotated[float | None, typer.Option(help="meanflow: trained guidance; 1: none. Default: 2.")] = None
     shift: Annotated[float | None, typer.Option(help="Noise shift. Default: computed from the size.")] = None
     context: Annotated[
         str, typer.Option(help="Video: clean (a noisy frame sees finished frames) or shared (it sees noisy frames).")
     ] = "clean"
-    context_noise: Annotated[
-        float, typer.Option(help="Video: maximum noise in finished frames, 0 to 1; reduces drift.")
-    ] = 0.5
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images or clips per step and process. Default: 32 images, 8 clips.")
-    ] = None
+    context_noise: Annotated[float, typer.Option(help="Video: most noise in finished frames, 0 to 1.")] = 0.5
+    batch_size: Annotated[int | None, typer.Option(help="Per step and process. Default: 32 images, 8 clips.")] = None
     lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default: 0.4 / width of the tokens.")] = None
     ema_decay: Annotated[float, typer.Option(help="Decay per step of the averaged weights.")] = 0.999
     bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast.")] = False
@@ -180,9 +167,9 @@ def train(data: DataOptions, run: RunOptions, model: ModelOptions, learning: Lea
     torch.manual_seed(learning.seed)
     network = model.build(dataset, video, **kind.model_options)
     config = learning.config(network, dataset, video)
-    lengths = {"steps": run.steps, "seconds": run.seconds, "save_every": run.save_every}
+    options = {name: value for name, value in vars(run).items() if name != "out"}
     try:
-        result = run_training(network, dataset, checkpoint, config, **lengths, resume=run.resume, workers=data.workers)
+        result = run_training(network, dataset, checkpoint, config, **options, workers=data.workers)
     except KeyboardInterrupt:
         saved = f"--resume goes on from {checkpoint}" if checkpoint.exists() else "no checkpoint was due yet"
         typer.echo(f"interrupted; {saved}", err=True)

@@ -27,19 +27,18 @@ class PlayOptions(FrameOptions):
 
 def stream(
     checkpoint: VideoCheckpoint,
-    options: StreamOptions,
+    *,
     out: Annotated[
         str, typer.Option(help="A .mp4, .gif or .png (contact sheet) file; window; or - for raw rgb24 on stdout.")
     ] = "clip.mp4",
-    frames: Annotated[
-        int | None, typer.Option(help="Frames to draw. Default: 64; for a window and - without end.")
-    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames to draw. Default: 64; endless for a window and -.")] = None,
     labels: Labels = None,
     actions: Annotated[
         str | None, typer.Option(help="Actions of a game, one per frame: NOOP*10,RIGHT*5. The last one repeats.")
     ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second. Default: as in training.")] = None,
     save: Annotated[Path | None, typer.Option(help="Save the stream to this file; --resume continues it.")] = None,
+    options: StreamOptions,
 ):
     """Draw a video frame by frame. Each frame is shown or written as soon as it is finished."""
     from ..media import open_writer
@@ -52,10 +51,10 @@ def stream(
     if frames is not None and frames < 1:
         raise ValueError(f"frames: expected at least 1, got {frames}")
     chosen = None
-    if options.resume is None:
-        chosen = None if labels is None else class_numbers(labels, data["classes"])
-        if chosen is None and network.n_classes:
-            chosen = [0] if data["actions"] else list(range(min(10, network.n_classes)))
+    if options.resume is None and labels is not None:
+        chosen = class_numbers(labels, data["classes"])
+    elif options.resume is None and network.n_classes:
+        chosen = [0] if data["actions"] else list(range(min(10, network.n_classes)))
     video = options.open(network, settings, chosen)
     if actions is not None and not data["actions"]:
         raise ValueError(f"actions: {checkpoint} is no model of actions; it has --labels {', '.join(data['classes'])}")
@@ -100,16 +99,15 @@ class Screen(str, Enum):
 
 def play(
     checkpoint: VideoCheckpoint,
-    options: PlayOptions,
-    screen: Annotated[
-        Screen, typer.Option(help="A web page on this machine, a window, or none: print times only.")
-    ] = "browser",
+    *,
+    screen: Annotated[Screen, typer.Option(help="A local web page, a window, or none: print times only.")] = "browser",
     actions: Annotated[
-        str | None, typer.Option(help="Actions to play in place of the keys: NOOP*10,RIGHT*5. Ends after the last.")
+        str | None, typer.Option(help="Actions to play in place of the keys, then end: NOOP*10,RIGHT*5.")
     ] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames after which to end.")] = None,
     fps: Annotated[float | None, typer.Option(help="Maximum frames per second.")] = 30.0,
     port: Annotated[int, typer.Option(help="Port of the web page; 0 picks a free port.")] = 0,
+    options: PlayOptions,
 ):
     """Play: every frame answers to the keys that are pressed while it is drawn."""
     from ..play import Browser, Terminal, Window, script

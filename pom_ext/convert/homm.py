@@ -27,18 +27,7 @@ def pom_from_homm(state_dict, degree, expand):
 
 
 def image_dit_from_homm(
-    state_dict,
-    *,
-    input_dim,
-    n_classes,
-    im_size,
-    patch,
-    dim,
-    n_layers,
-    order,
-    order_expand,
-    ffw_expand,
-    n_registers=0,
+    state_dict, *, input_dim, n_classes, im_size, patch, dim, n_layers, order, order_expand, ffw_expand, n_registers=0
 ):
     """`ImageDiT` from a state dict of davidpicard/HoMM:src/model/network/imagediffusion.py.
 
@@ -80,18 +69,7 @@ def image_dit_from_homm(
 
 
 def video_dit_from_homm(
-    state_dict,
-    *,
-    input_dim,
-    text_dim,
-    vid_size,
-    vid_length,
-    patch,
-    dim,
-    n_layers,
-    order,
-    order_expand,
-    ffw_expand,
+    state_dict, *, input_dim, text_dim, vid_size, vid_length, patch, dim, n_layers, order, order_expand, ffw_expand
 ):
     """`VideoDiT` from a state dict of davidpicard/HoMM, branch text2video: src/model/network/videodiffusion.py.
 

@@ -17,7 +17,10 @@ def pom_from_pom(state_dict, degree, expand, n_groups, n_sel_heads, rope=None):
 
     Args:
         state_dict: {name: tensor} of the authors' layer.
-        degree, expand, n_groups, n_sel_heads: as the authors' layer was built.
+        degree: argument of the authors' layer.
+        expand: argument of the authors' layer.
+        n_groups: argument of the authors' layer.
+        n_sel_heads: argument of the authors' layer.
         rope: None for PoM, "1d" or "2d" for PoMRoPE.
 
     Returns:

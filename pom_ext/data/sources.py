@@ -31,7 +31,8 @@ def open_video_dataset(data, frames=None, size=None):
 
     Args:
         data: name, or path of a folder.
-        frames, size: frames per clip and side in pixels; None: the default of the data set.
+        frames: frames per clip; None: the default of the data set.
+        size: side in pixels; None: the default of the data set.
 
     Raises:
         ValueError: what the data set raises.

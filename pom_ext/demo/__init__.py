@@ -19,7 +19,8 @@ def run_demo(out="out/demo", *, image_seconds=150.0, video_seconds=300.0, per_cl
 
     Args:
         out: folder for the files that README.md lists; existing files are replaced.
-        image_seconds, video_seconds: training time of each part. The rest takes about two minutes on two cores.
+        image_seconds: training time of the image model. The rest of the demo takes about two minutes on two cores.
+        video_seconds: training time of the video model.
         per_class: samples per digit for the classifier; the picture shows the first ten.
         streams: videos per digit for the classifier.
         seed: random seed of weights, training and samples.

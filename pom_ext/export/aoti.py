@@ -87,7 +87,10 @@ def trace_frame_step(model, *, batch=1, size=None, window=0, decay=1.0):
 
     Args:
         model: a `VideoDiT` without text and without attention, whose cache would grow.
-        batch, size, window, decay: as in `VideoDiT.start`.
+        batch: argument of `VideoDiT.start`.
+        size: argument of `VideoDiT.start`.
+        window: argument of `VideoDiT.start`.
+        decay: argument of `VideoDiT.start`.
 
     Raises:
         TypeError, ValueError: an argument that does not fit this description.
@@ -116,9 +119,14 @@ def export_frame_step(model, path, *, batch=1, size=None, window=0, decay=1.0, o
     The package is for the device and dtype of the model, for this version of torch and for processors like this one.
 
     Args:
-        model, batch, size, window, decay: as in `trace_frame_step`.
+        model: as in `trace_frame_step`.
         path: file to write.
-        objective, context: what the model was trained with, as in `VideoStream`; written to the metadata.
+        batch: as in `trace_frame_step`.
+        size: as in `trace_frame_step`.
+        window: as in `trace_frame_step`.
+        decay: as in `trace_frame_step`.
+        objective: the model's objective in training, for the metadata; None: `FlowMatching()`.
+        context: the model's context in training, "clean" or "shared", for the metadata.
 
     Raises:
         TypeError, ValueError, ImportError: as in `trace_frame_step`; ValueError also for a path that does not end in

@@ -56,13 +56,8 @@ def save_loss_curve(losses, path, title=None):
 
     def draw(axes):
         axes.plot(losses, color="tab:blue", alpha=0.25, linewidth=0.6, label="each step")
-        axes.plot(
-            np.arange(len(smooth)) + (window - 1) / 2,
-            smooth,
-            color="tab:blue",
-            linewidth=1.6,
-            label=f"mean of {window} steps",
-        )
+        steps = np.arange(len(smooth)) + (window - 1) / 2
+        axes.plot(steps, smooth, color="tab:blue", linewidth=1.6, label=f"mean of {window} steps")
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))

@@ -119,15 +119,8 @@ class GIF(Writer):
 
     def finish(self):
         first, *rest = self.frames
-        first.save(
-            self.path,
-            format="GIF",
-            save_all=True,
-            append_images=rest,
-            duration=10 * max(1, round(100 / self.fps)),  # the format counts in hundredths of a second
-            loop=0,
-            disposal=1,
-        )
+        duration = 10 * max(1, round(100 / self.fps))  # in milliseconds, of which the format counts tens
+        first.save(self.path, "GIF", save_all=True, append_images=rest, duration=duration, loop=0, disposal=1)
 
 
 class Sheet(Writer):

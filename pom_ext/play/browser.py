@@ -85,15 +85,8 @@ class Browser:
         )  # otherwise a frame can wait 40 ms for an acknowledgement
         name = f"[{self.host}]" if family == socket.AF_INET6 else self.host
         self.url = f"http://{name}:{listener.getsockname()[1]}/"
-        config = uvicorn.Config(
-            self._app(name),
-            log_level="error",
-            lifespan="off",
-            server_header=False,
-            timeout_graceful_shutdown=1,
-            ws_max_size=MESSAGE_BYTES,
-            ws_per_message_deflate=False,
-        )
+        options = {"timeout_graceful_shutdown": 1, "ws_max_size": MESSAGE_BYTES, "ws_per_message_deflate": False}
+        config = uvicorn.Config(self._app(name), log_level="error", lifespan="off", server_header=False, **options)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([listener],), name="web server", daemon=True)
         self._thread.start()

@@ -120,7 +120,8 @@ def play(stream, screen, classes=(), *, script=None, fps=None, frames=None, cloc
         script: labels, one per frame, in place of the keys; the loop ends after the last.
         fps: maximum frames per second; None: no limit. The keys are read after the wait.
         frames: number of frames of the stream after which to end.
-        clock, sleep: functions like those of the module time, in seconds.
+        clock: function that returns the time in seconds.
+        sleep: function that waits for a number of seconds.
 
     Returns:
         The `Statistics` of the frames.
