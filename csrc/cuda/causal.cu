@@ -82,8 +82,7 @@ __global__ void __launch_bounds__(kScanThreads)
 
 template <class Acc>
 struct ForwardPlan : ScanPlan<Acc, false> {
-  // (batch, tiles): sum of the weights of each tile, and prefix sum of these.
-  double *weights = nullptr, *counts = nullptr;
+  double *weights = nullptr, *counts = nullptr;  // (batch, tiles): sum of each tile, and prefix sums
 
   ForwardPlan(const CausalArgs& args, void* workspace)
       : ScanPlan<Acc, false>(args.features, args.gates, args.prior, Alignment(args.features.dtype).pointers({args.y}),

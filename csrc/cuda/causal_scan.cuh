@@ -18,8 +18,7 @@ struct ScanArgs {
   ChannelTiles channel_tiles;
   int64_t tiles = 1;
   StateView prior;
-  // (batch, tiles): prior count and weights up to the end of each tile; null if all weights are 1.
-  const double* counts = nullptr;
+  const double* counts = nullptr;  // (batch, tiles): prior and weights to each tile's end; null if all weights are 1
 
   // The prior count plus the weights of the `tokens` tokens before a tile.
   __device__ double count_before(int64_t b, int64_t tile, int64_t tokens) const {

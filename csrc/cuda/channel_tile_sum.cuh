@@ -12,8 +12,7 @@ class ChannelTileSum {
  public:
   static constexpr int kRows = kThreads / kLanes, kNumbers = ranges * Vec, kAll = kNumbers * kLanes;
   static constexpr int kOwn = (kAll + kThreads - 1) / kThreads;  // columns of one thread
-  // Avoids bank conflicts for both reads and writes.
-  static constexpr int kStride = kLanes + (Vec > 1 ? kLanes / Vec : 0);
+  static constexpr int kStride = kLanes + (Vec > 1 ? kLanes / Vec : 0);  // avoids bank conflicts
   static constexpr size_t kBytes = sizeof(Acc) * kRows * kNumbers * kStride;  // of shared memory
 
   __device__ ChannelTileSum(const ChannelTiles& channel_tiles, unsigned channel_tile) {

@@ -111,8 +111,7 @@ __device__ inline Words<16> load_run(const T* p, bool valid) {
   return words;
 }
 
-// Adds to `gates` what part `part` of the input channels contributes to 8 * count heads; lanes and numbers as in
-// mma.cuh.
+// Adds to `gates` what part `part` of the input channels contributes to 8 * count heads; lanes as in mma.cuh.
 //
 // The order of the inputs does not matter as long as both factors agree on it: a lane takes eight neighbours of a row.
 template <class T, int count>
@@ -368,8 +367,7 @@ Status folded_readout(const FoldedReadoutArgs& args, void* workspace, size_t byt
     const size_t shared = plan.fold.channels * (1 + kWarps / kRunLength) * sizeof(float);
     const Status s = launch(fold, plan.fold.rows * ceil_div(args.out_dim, kWarps), kThreads, shared, stream, plan.fold);
     if (s != Status::ok) return s;
-    // Of four warps; eight numbers per lane for 16 heads.
-    const size_t parts = sizeof(float) * kReadThreads * plan.fold.padded / 2;
+    const size_t parts = sizeof(float) * kReadThreads * plan.fold.padded / 2;  // eight numbers a lane for 16 heads
     return launch(read, plan.slots, kReadThreads, parts, stream, plan.read);
   });
 }

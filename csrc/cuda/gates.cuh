@@ -82,8 +82,7 @@ struct GateTokens {
   static constexpr bool kDual = has_tangent<Gate>;
   using Num = Number<Acc, kDual>;
   using Rows = RowsOf<T, Vec, ranges>;
-  // Rotary positions exist for the power form only.
-  static constexpr bool kPairs = std::is_base_of_v<HardSigmoid, Gate>;
+  static constexpr bool kPairs = std::is_base_of_v<HardSigmoid, Gate>;  // the power form, which can be rotated
   using Raw = LoadedGates<Rows, kDual, Vec != 1 || !kPairs>;
 
   const Place place;

@@ -35,8 +35,7 @@ constexpr int kTileRowBytes = 128;  // of a tile
 constexpr int kTileAlignment = 1024;
 constexpr int kDepth = 64;  // elements of a row: inputs of one step of a product, which takes 16 at a time
 constexpr int kProductRows = 64, kProductColumns = 256;  // tokens by channels
-// Numbers of a product that a thread holds.
-constexpr int kProductNumbers = kProductRows * kProductColumns / kWarpGroup;
+constexpr int kProductNumbers = kProductRows * kProductColumns / kWarpGroup;  // of one thread
 
 #ifdef __CUDACC__
 

@@ -7,8 +7,7 @@ namespace {
 
 constexpr int kDepth = 16;  // of a tile in shared memory
 constexpr int kSide = 4;    // a thread sums 4 by 4 numbers
-// Between rows of a tile: a multiple of 16 bytes that avoids most bank conflicts.
-constexpr int kStride = kMaskTile + 4;
+constexpr int kStride = kMaskTile + 4;  // of a tile's rows: whole 16 bytes, few bank conflicts
 
 template <class Acc>
 struct FeatureArgs {

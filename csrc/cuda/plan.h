@@ -13,8 +13,7 @@ namespace pom::cuda {
 constexpr int kLanes = 32;     // threads side by side in a row of a block: a warp reads 512 contiguous bytes
 constexpr int kThreads = 256;  // of most blocks: 8 rows
 constexpr int kWarp = 32;
-// Of a sample; channels likewise: their numbers fit in 32 bits.
-constexpr int64_t kMaxTokens = (int64_t(1) << 31) - 1024;
+constexpr int64_t kMaxTokens = (int64_t(1) << 31) - 1024;  // of a sample, and channels: both fit in 32 bits
 
 POM_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 POM_HD constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -54,8 +53,7 @@ struct Pieces {
     if (offsets) return max(0, min(tokens, offsets[group]));
     return group < groups ? group * group_length : tokens;
   }
-  // Chunks that end before the token.
-  POM_HD int64_t passed(int64_t token) const { return token > 0 ? (token - 1) >> shift : 0; }
+  POM_HD int64_t passed(int64_t token) const { return token > 0 ? (token - 1) >> shift : 0; }  // whole chunks before
   POM_HD int64_t first_slot(int64_t group) const {
     return apart ? group * chunks : min(group + passed(border(group)), chunks + group - 1);
   }

@@ -119,8 +119,7 @@ __device__ void multiply(const ProjectKernelArgs& args, ProjectShared& shared, i
     if (lane == 0) token_barriers.empty[RingPosition<kTokenStages>(step).stage].arrive();
   };
   each_round(args, [&](unsigned round) {
-    // A group begins when the other is a few steps ahead: the first group waits for the round before, the second for
-    // this one.
+    // A group begins when the other is a few steps ahead: the first in the round before, the second in this one.
     shared.ahead[1 - group].wait(group == 0 ? parity ^ 1 : parity);
     float u[kProductNumbers];
     Sum sum;

@@ -21,8 +21,7 @@ namespace pom::cuda {
 constexpr int kGroups = 2;   // that multiply
 constexpr int kCluster = 2;  // blocks
 constexpr int kWeightStages = 5, kTokenStages = 3;
-// Steps that the second group stays behind; one stage of the weight can then still be in flight.
-constexpr int kBehind = 2;
+constexpr int kBehind = 2;  // steps, of the second group; leaves a stage of the weight in flight
 constexpr int kPieceShift = 6;
 constexpr int kGroupWarps = kWarpGroup / kWarp;
 constexpr int kProjectThreads = (kGroups + 1) * kWarpGroup;
@@ -86,8 +85,7 @@ struct ProjectKernelArgs {
   int64_t tokens = 0;
   int channels = 0, steps = 0;                 // steps of kDepth inputs
   unsigned slots = 0, all_slots = 0;           // of one sample; of all samples
-  // Blocks of kProductColumns channels; these times fours of slots, one per cluster.
-  unsigned column_blocks = 0, all_rounds = 0;
+  unsigned column_blocks = 0, all_rounds = 0;  // of kProductColumns channels; these times fours of slots
   const void* bias = nullptr;
   const float *coeff = nullptr, *token_weight = nullptr;
   float* rows = nullptr;          // (batch, slots, channels)
@@ -142,7 +140,7 @@ __device__ inline void copy_tokens(const ProjectKernelArgs& args, ProjectShared&
       Barrier& full = barriers.full[position.stage];
       barriers.empty[position.stage].wait(position.parity ^ 1);
       full.arrive_expecting(TokenRing::bytes);
-      // The copy fills tokens of samples that do not exist with zeros.
+      // Outside the tensor the copy writes zeros.
       load_tile(args.x, shared.tokens[group].tiles[position.stage], i * kDepth, int(work.piece.begin), int(work.b),
                 full);
     }
