@@ -1,8 +1,13 @@
 """Forward-mode derivatives of whole models, without products by zero and passes over memory that torch's own make.
 
-torch multiplies by the tangent of the weights of a linear map too where there is none: a model then costs three products
-for every one. Here it costs two. A layer norm takes torch some ten passes more, here one.
+torch multiplies by the tangent of the weights of a linear map even if it is zero: a model then costs three products for
+every one. Here it costs two. A layer norm costs torch some ten more passes, here one.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,24 +19,24 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .ops.checks import under_autocast
 
 
-def _still(*tensors):
+def _constant(*tensors):
     return all(tensor is None or unpack_dual(tensor).tangent is None for tensor in tensors)
 
 
 def _linear_in_input(function, input, weight, bias=None, *rest, **options):
-    given, tangent = unpack_dual(input)
-    if tangent is None or not _still(weight, bias):
+    primal, tangent = unpack_dual(input)
+    if tangent is None or not _constant(weight, bias):
         return function(input, weight, bias, *rest, **options)
-    y = function(given, weight, bias, *rest, **options)
+    y = function(primal, weight, bias, *rest, **options)
     return make_dual(y, function(tangent, weight, None, *rest, **options))
 
 
 def _layer_norm(function, input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    """The matrix of derivatives of the norm is symmetric: what takes gradients back through it takes tangents forward.
+    """The Jacobian of the norm is symmetric: its backward also computes tangents.
 
-    And gradients of the tangent are right, where those of torch's own are not (pytorch/pytorch#196700).
+    Gradients of this tangent are right; those of torch's own tangent are not (pytorch/pytorch#196700).
     """
-    if _still(input, weight, bias):
+    if _constant(input, weight, bias):
         return function(input, normalized_shape, weight, bias, eps)
     x, tangent = unpack_dual(input)
     if under_autocast(x):
@@ -39,20 +44,20 @@ def _layer_norm(function, input, normalized_shape, weight=None, bias=None, eps=1
     y, mean, scale = torch.native_layer_norm(x, normalized_shape, None, None, eps)
     if tangent is not None:
         back = torch.ops.aten.native_layer_norm_backward
-        along = back(tangent.to(x.dtype), x, normalized_shape, mean, scale, None, None, [True, False, False])[0]
-        y = make_dual(y, along)
+        tangent = back(tangent.to(x.dtype), x, normalized_shape, mean, scale, None, None, [True, False, False])[0]
+        y = make_dual(y, tangent)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
 
 
 def _addcmul(function, input, tensor1, tensor2, **options):
     """One pass for every term of the product rule."""
-    (x, moved), (a, along_a), (b, along_b) = (unpack_dual(t) for t in (input, tensor1, tensor2))
+    (x, tangent), (a, a_tangent), (b, b_tangent) = (unpack_dual(t) for t in (input, tensor1, tensor2))
     y = function(x, a, b, **options)
-    for one, other in ((along_a, b), (a, along_b)):
+    for one, other in ((a_tangent, b), (a, b_tangent)):
         if one is not None and other is not None:
-            moved = function(torch.zeros_like(x) if moved is None else moved, one, other, **options)
-    return y if moved is None else make_dual(y, moved.to(y.dtype).expand_as(y))
+            tangent = function(torch.zeros_like(x) if tangent is None else tangent, one, other, **options)
+    return y if tangent is None else make_dual(y, tangent.to(y.dtype).expand_as(y))
 
 
 def _dual(x):
@@ -60,25 +65,25 @@ def _dual(x):
 
 
 def _bilinear(function, input, other):
-    """A product, or a quotient by what stands still."""
-    (x, along_x), (y, along_y) = _dual(input), _dual(other)
-    if function is torch.Tensor.div and along_y is not None:
+    """A product, or a quotient by a tensor without tangent."""
+    (x, x_tangent), (y, y_tangent) = _dual(input), _dual(other)
+    if function is torch.Tensor.div and y_tangent is not None:
         return function(input, other)
-    parts = [function(a, b) for a, b in ((along_x, y), (x, along_y)) if a is not None and b is not None]
+    parts = [function(a, b) for a, b in ((x_tangent, y), (x, y_tangent)) if a is not None and b is not None]
     return make_dual(function(x, y), sum(parts[1:], parts[0])) if parts else function(x, y)
 
 
 def _add(function, input, other, **options):
-    """To what stands still: torch decomposes that in Python, which takes longer than the sum."""
-    (x, along_x), (y, along_y) = _dual(input), _dual(other)
-    if options or (along_x is None) == (along_y is None):
+    """Adds a tensor without tangent. torch's own rule decomposes this in Python, which costs more than the sum."""
+    (x, x_tangent), (y, y_tangent) = _dual(input), _dual(other)
+    if options or (x_tangent is None) == (y_tangent is None):
         return function(input, other, **options)
-    total, tangent = function(x, y), along_y if along_x is None else along_x
+    total, tangent = function(x, y), y_tangent if x_tangent is None else x_tangent
     return make_dual(total, tangent.to(total.dtype).expand_as(total))
 
 
 def _method(function, *args, **options):
-    """As a function of torch: the method, which is Python, cannot be compiled in a mode."""
+    """Calls torch's function of that name: the method, which is Python, cannot be compiled in a mode."""
     return getattr(torch, function.__name__)(*args, **options)
 
 
@@ -105,21 +110,22 @@ class _Rules(TorchFunctionMode):
 
 
 def _by_duals(function, primals, tangents):
-    """torch.func.jvp by torch's dual tensors alone: without its levels, which every operation passes twice."""
+    """torch.func.jvp by torch's dual tensors alone, without its levels, through which every operation goes twice."""
     with forward_ad.dual_level():
         results, form = tree_flatten(function(*tree_map(make_dual, primals, tangents)))
-        values, along = zip(*map(unpack_dual, results))
-        along = [torch.zeros_like(y) if moved is None else moved for y, moved in zip(values, along)]
-    return tree_unflatten(values, form), tree_unflatten(along, form)
+        values, found = zip(*map(unpack_dual, results), strict=True)
+        found = [torch.zeros_like(y) if t is None else t for y, t in zip(values, found, strict=True)]
+    return tree_unflatten(values, form), tree_unflatten(found, form)
 
 
-def jvp(function, primals, tangents):
-    """The value of a function and its derivative in a direction, as torch.func.jvp, faster where weights stand still.
+def jvp(function: Callable[..., Any], primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    """The value of a function and its tangent, as torch.func.jvp; faster if weights have no tangent.
 
     Args:
-        function: of tensors, or tuples and dictionaries of them; a model, say. Called again where it takes such
-            derivatives itself.
-        primals, tangents: tuples: where, and in which direction.
+        function: of tensors, or of tuples and dictionaries of them, such as a model. Called twice if it computes
+            derivatives in forward mode itself.
+        primals: its arguments.
+        tangents: a tangent for every argument.
 
     Returns:
         value, tangent. Gradients flow through both.

@@ -40,8 +40,8 @@ def sample(
         shape: (C, H, W) of an image.
         objective: what the model was trained for, `FlowMatching()` by default.
         steps: solver steps; None takes those of the objective: 30, for MeanFlow 1.
-        guidance: classifier-free guidance, see `diffusion.guidance`; None takes that of the objective: 3, for MeanFlow 1,
-            since it has guidance trained in.
+        guidance: classifier-free guidance, see `diffusion.guidance`; None takes that of the objective: 3, for MeanFlow
+            1, since it has guidance trained in.
         solver: "euler" or, for flow matching, "heun". For noise prediction "euler" is DDIM.
         seed: image i depends on the seed and on i, not on the batch size or the device (except for rounding).
         batch_size: images drawn at once.
@@ -82,9 +82,10 @@ def _check(model: ImageDiT, labels: Tensor, shape: tuple[int, ...]) -> None:
     n_classes = model.config["n_classes"]
     if labels.dim() != 1 or labels.is_floating_point():
         raise ValueError(f"labels: expected integers (B,), got {labels.dtype} {tuple(labels.shape)}")
-    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) <= n_classes):
+    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) <= n_classes):
         raise ValueError(
-            f"labels: expected 0 to {n_classes} ({n_classes} is no class), got {int(labels.min())} to {int(labels.max())}"
+            f"labels: expected 0 to {n_classes} ({n_classes} is no class), "
+            f"got {int(labels.min())} to {int(labels.max())}"
         )
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"shape: expected (C, H, W), got {tuple(shape)}")

@@ -67,7 +67,7 @@ class Case:
 
 
 def grid(modes=MODES, forms=FORMS, degrees=DEGREES, dtypes=DTYPES):
-    """Every mode with every form, degree and dtype; shape, gate, rotary and prior state are drawn, with a fixed seed."""
+    """Every mode with every form, degree and dtype; shape, gate, rotary and prior state are drawn from a seed."""
     draw, cases = random.Random(0), []
     for mode, form, degree, dtype in product(modes, forms, degrees, dtypes):
         batch, tokens, width = draw.choice([shape for shape in SHAPES if math.prod(shape) * degree <= LARGEST])
@@ -83,7 +83,7 @@ def grid(modes=MODES, forms=FORMS, degrees=DEGREES, dtypes=DTYPES):
 
 @dataclass
 class Inputs:
-    """What a case calls with. `leaves` are differentiated: u, gate, and where there are any coeff and the prior total."""
+    """The inputs of a case. `leaves` are differentiated: u, gate, and if there are any coeff and the prior total."""
 
     case: Case
     leaves: dict
@@ -115,7 +115,7 @@ def draw_context(mode, batch, tokens, queries, dtype):
 
 
 def draw_weights(*shape, dtype=torch.float32):
-    """Weights of which some are zero, and all of the last row of each sample or of the last sample if there are more."""
+    """Weights, some of them zero, and all of the last row of each sample, or of the last sample if there are more."""
     weights = torch.rand(shape) * (torch.rand(shape) < 0.7)
     if shape[-2] > 1:
         weights[..., -1, :] = 0

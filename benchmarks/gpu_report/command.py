@@ -138,7 +138,7 @@ def say(text):
     try:
         print(text, end="", flush=True)
     except OSError:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- as long as the process lives
 
 
 def parsed(arguments):

@@ -106,7 +106,7 @@ def measure(name, steps, rounds):
     for mixer in MIXERS[:-1]:
         result["break_even"][mixer] = break_even(rows, mixer)
         print(f"  {mixer} is faster than attention {said(result['break_even'][mixer])}", flush=True)
-    if FAR <= most:
+    if most >= FAR:
         result["far_over_near"] = {mixer: far_over_near(streams[mixer], near[mixer], 4 * rounds) for mixer in MIXERS}
         for mixer, ratio in result["far_over_near"].items():
             verdict = "" if mixer == ATTENTION else "reached" if abs(ratio - 1) <= BOUND else "MISSED"

@@ -12,7 +12,7 @@ from .network import Network
 
 
 def num_copies(guidance: float) -> int:
-    """How often each sample is in the batch: once at guidance 1, which is none; else with and without its conditions."""
+    """How often each sample is in the batch: once at guidance 1; else with and without its conditions."""
     return 1 if guidance == 1 else 2
 
 

@@ -68,10 +68,11 @@ def video_loss(
         labels: (B,) or (B, T'), with T' = T / patch[0] frames of tokens; None for a model without.
         generator: of noise and times, on the device of the video.
         context: "clean": every frame has its own time, and sees the finished frames before it: the loss is the same as
-            if the frames were predicted one by one (diffusion forcing, Chen et al. 2024, arXiv 2407.01392, with finished
-            context). "shared": all frames have one time, and see each other's noise (arXiv 2411.12663).
-        context_noise: up to 1; the finished frames of a video are shown with noise, at one time between 0 and this share
-            of 1000. A model that has learned from noisy context corrects errors in its own frames (`VideoStream`).
+            if the frames were predicted one by one (diffusion forcing, Chen et al. 2024, arXiv 2407.01392, with
+            finished context). "shared": all frames have one time, and see each other's noise (arXiv 2411.12663).
+        context_noise: up to 1; the finished frames of a video are shown with noise, at one time between 0 and this
+            share of 1000. A model that has learned from noisy context corrects errors in its own frames
+            (`VideoStream`).
         given: number of first frames of tokens that are shown without noise and do not count in the loss.
         text: arguments `text` and `text_weight` of the model.
 

@@ -84,8 +84,8 @@ def meanflow_loss(
         u(x_t, t, span) = v - span * d/dt u(x_t, t, span),   d/dt along the path: dx/dt = v, dt/dt = dspan/dt = 1
 
     The right side is computed by a derivative in forward mode, in one pass together with the left, and held constant.
-    With guidance w, v is w (noise - image) + (1 - w) u(x_t, t, 0) of no class. Samples weigh 1 / (error + 0.001), so that
-    those with a large derivative do not dominate the batch.
+    With guidance w, v is w (noise - image) + (1 - w) u(x_t, t, 0) of no class. Samples weigh 1 / (error + 0.001), so
+    that those with a large derivative do not dominate the batch.
 
     Args:
         model: an `ImageDiT` with two times.

@@ -62,7 +62,8 @@ class Objective(ABC):
         """Data from noise.
 
         Args:
-            predict: the network as predict(x, time), time a number in [0, 1000]; `MeanFlow` calls predict(x, time, span).
+            predict: the network as predict(x, time), time a number in [0, 1000]; `MeanFlow` calls predict(x, time,
+                span).
             noise: (B, ...).
             steps: solver steps.
             solver: one of `solvers`.

@@ -33,7 +33,7 @@ def shift_time(time, shift: float):
 
 
 def uniform_time(batch: int, generator: torch.Generator) -> Tensor:
-    """(batch,) times in [0, 1), one from each of `batch` equal intervals: evenly spread in every batch, and in order."""
+    """(batch,) times in [0, 1), one from each of `batch` equal intervals: evenly spread in the batch, and in order."""
     offset = torch.rand(batch, generator=generator, device=generator.device)
     return (torch.arange(batch, device=generator.device) + offset) / batch
 

@@ -41,8 +41,9 @@ class VideoStream:
     Attributes:
         frame: number of frames so far.
         config: the `StreamConfig`.
-        caches: tuple of one `StreamCache`, or one for each evaluation of a frame. Never written to, only replaced, all together
-            when a frame is finished: after an error the stream is at its last good frame, and a fork costs nothing.
+        caches: tuple of one `StreamCache`, or one for each evaluation of a frame. Never written to, only replaced, all
+            together when a frame is finished: after an error the stream is at its last good frame, and a fork costs
+            nothing.
 
     Raises:
         TypeError, ValueError: an argument of another type or out of range.
@@ -99,7 +100,8 @@ class VideoStream:
             (B, C, frames * patch[0], H, W), trained range [-1, 1] but not clamped to it.
 
         Raises:
-            ValueError, TypeError: a label out of range or missing, or positions that end here. The stream does not change.
+            ValueError, TypeError: a label out of range or missing, or positions that end here. The stream does not
+            change.
         """
         config, shared, after = self.config, self.config.context == "shared", []
         if frames < 1 or (frames > 1 and not shared):
@@ -129,7 +131,8 @@ class VideoStream:
             labels: (B,) or (B, T / patch[0]); None takes those of the stream.
 
         Raises:
-            ValueError, TypeError: a video of another shape, or a label out of range or missing. The stream does not change.
+            ValueError, TypeError: a video of another shape, or a label out of range or missing. The stream does not
+            change.
         """
         weight = self.model.reference_parameter
         if not isinstance(video, Tensor) or video.dim() != 5 or video.shape[0] != self.batch:
@@ -137,7 +140,8 @@ class VideoStream:
             raise ValueError(f"video: expected {self.batch} videos (B, C, T, H, W), got {got}")
         if tuple(video.shape[3:]) != self.size:
             raise ValueError(
-                f"video: the stream's frames are {self.size[0]} x {self.size[1]}, got {video.shape[3]} x {video.shape[4]}"
+                f"video: the stream's frames are {self.size[0]} x {self.size[1]}, "
+                f"got {video.shape[3]} x {video.shape[4]}"
             )
         conditions, video = self._conditions(labels), video.to(weight)
         distinct = {id(cache): cache for cache in self.caches}  # with shared noise all are one at the start
@@ -214,7 +218,8 @@ class VideoStream:
         labels = torch.as_tensor(labels).to(self.model.reference_parameter.device)
         if labels.is_floating_point() or labels.dim() not in (1, 2) or len(labels) != self.batch:
             raise ValueError(
-                f"labels: expected one integer for each of {self.batch} videos, got {labels.dtype} {tuple(labels.shape)}"
+                f"labels: expected one integer for each of {self.batch} videos, "
+                f"got {labels.dtype} {tuple(labels.shape)}"
             )
         return labels
 
@@ -238,7 +243,7 @@ class VideoStream:
         conditions: dict[str, Tensor | None],
         return_past: bool = False,
     ) -> Any:
-        """The prediction for frames x (B, C, T, H, W) of one time, or with return_past (prediction, cache after them)."""
+        """The prediction for frames x (B, C, T, H, W) of one time; with return_past also the cache after them."""
         x = x.repeat(num_copies(self.config.guidance), 1, 1, 1, 1)
         times = torch.full((len(x),), float(time), dtype=x.dtype, device=x.device)
         return self.model(x, times, **conditions, frame_causal=True, past=cache, return_past=return_past)

@@ -121,7 +121,9 @@ def test_operations(name, runs):
 def test_the_library_given_is_the_one_in_use(library):
     """Or the tests of the operations would have tested another one."""
     environment = os.environ | {stand_in.VARIABLE: str(library)}
-    ask = "import devices, sys; from pom_ext.ops import _library; print(sys.modules['pom_ext._C'].__file__, _library.ERROR)"
+    ask = (
+        "import devices, sys; from pom_ext.ops._library import ERROR; print(sys.modules['pom_ext._C'].__file__, ERROR)"
+    )
     answer = subprocess.run(
         (sys.executable, "-c", ask),
         cwd=ROOT / "tests",

@@ -1,4 +1,4 @@
-"""What others do with layers and models: freeze and checkpoint them, copy them, ask for shapes alone, distribute them."""
+"""Layers and models in other hands: frozen, checkpointed, copied, asked for shapes alone, distributed."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""The layer: every constructor argument, every context, cross mixing, streaming, and what modules must be able to do."""
+"""The layer: every constructor argument, every context, cross mixing, streaming, and the duties of a module."""
 
 import copy
 import io

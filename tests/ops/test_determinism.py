@@ -1,4 +1,4 @@
-"""Bit-identical results, whatever runs beside them and however torch is set, and memory that does not grow with the tokens."""
+"""Bit-identical results, whatever runs beside them and however torch is set; memory that does not grow with tokens."""
 
 import os
 import subprocess

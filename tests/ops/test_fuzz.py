@@ -132,8 +132,8 @@ def layers(draw):
         "bias": draw(st.sampled_from((None, False, True))),
         "memory": draw(st.sampled_from(("store", "recompute"))),
     }
-    # In half precision what the projections lose is most of the error of a state, and is the same for plain torch. Where
-    # few large numbers make the state, what plain torch loses later on may happen to cancel it.
+    # In half precision the projections lose most of what a state loses, as for plain torch. If few large numbers make
+    # the state, a later loss of plain torch may happen to cancel it.
     signed = many and case.dtype not in HALF and draw(st.booleans())
     call = Layer(case, signed=signed, **options, **draw_groups(draw, case, "mix"))
     return draw_rest(draw, call, STRIDED)

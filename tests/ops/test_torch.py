@@ -22,7 +22,7 @@ OPS = {"state", "readout", "causal_mix", "mix", *IN_PLACE, *PROJECTED, *GRADIENT
 
 
 def recorded_calls(form, mode, device="cpu"):
-    """The operations that a forward and backward pass calls, as they were called; of an update, which has no gradient."""
+    """The operations that a forward and backward pass calls, with their arguments; and an update, without gradient."""
     kind = mode.split("+")[0]
     prior = kind not in ("mask", "cu_seqlens")
     inputs = draw_inputs(Case(form, 2, mode, tokens=6, width=4, axes=1 if form == "power" else 0, prior=prior))

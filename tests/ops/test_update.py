@@ -103,7 +103,7 @@ def test_update_writes_where_the_state_is(form, tokens, device):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_long_stream_loses_nothing(form, device):
-    """10,000 frames in float32: the mean is that of float64 to 1e-6, and the state takes the memory it took at first."""
+    """10,000 frames in float32: the mean is that of float64 to 1e-6, and the memory of the state does not grow."""
     frames = draw_u(form, 2, (50, 1, 3, 8)).to(device)
     gate = torch.zeros(1, 1, 8, device=device)
     coeff = torch.tensor([[0.5, -0.25]]).expand(8, 2).contiguous().to(device) if form == "power" else None

@@ -96,7 +96,7 @@ def find_toolkit(environment=os.environ, default="/usr/local/cuda"):
 def wanted_toolkit(environment=os.environ, default="/usr/local/cuda"):
     """The toolkit to build with, or None to build without CUDA.
 
-    POM_EXT_CUDA=0 forbids it; 1, or a list of architectures, demands it. "all" demands none: a wheel is built without an
+    POM_EXT_CUDA=0 forbids it; 1, or a list of architectures, demands it. "all" demands none: a wheel is built without
     nvcc too.
     """
     choice = environment.get("POM_EXT_CUDA", "")
