@@ -1,4 +1,4 @@
-"""Small video models and inputs for them, for the tests of the model, of its past and of streams."""
+"""Small video models and inputs for them, for the tests of the model, of its cache and of streams."""
 
 import pytest
 import torch
