@@ -17,7 +17,7 @@ for command in (demo, train, sample, stream, play, export):
     app.command()(friendly_errors(flatten_groups(command)))
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command(context_settings=PASS_THROUGH)(friendly_errors(bench))
-app.command()(doctor)
+app.command()(friendly_errors(doctor))
 
 
 def main():

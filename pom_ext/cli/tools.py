@@ -42,13 +42,29 @@ def bench(context: typer.Context):
     raise typer.Exit(subprocess.run(command, cwd=source, check=False).returncode)
 
 
-def doctor():
+def doctor(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME=VALUE", help="With --explain: the layer and its call.")
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Tell which implementation a layer's call takes, and why not the others.")
+    ] = False,
+):
     """Print what is installed, how the library was built, and whether it fits this machine.
 
     The exit code is 1 if the compiled library does not load or does not fit.
+
+    With --explain, make one call of a layer instead: pom-ext doctor --explain form=power dim=1024 tokens=4096 train=yes
     """
     from .doctor import diagnose
+    from .explain import explain as explained
 
+    if explain:
+        for line in explained(settings or []):
+            typer.echo(line)
+        return
+    if settings:
+        raise ValueError(f"{settings[0]}: expected --explain before the settings of a call")
     fits = True
     try:
         for line in diagnose():

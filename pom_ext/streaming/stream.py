@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,8 @@ class VideoStream:
             raise ValueError(
                 f"guidance: a model without classes and text draws with guidance=1 only, got {config.guidance}"
             )
-        self.model, self.frame, self.size = model, 0, tuple(model.size if size is None else size)
+        self.model, self.frame = model, 0
+        self.size = cast("tuple[int, int]", tuple(model.size if size is None else size))
         conditions = [given for given in (labels, text) if given is not None]
         self.batch = (len(conditions[0]) if conditions else 1) if batch is None else batch
         self.labels = None if labels is None else self._to_labels(labels)

@@ -212,6 +212,30 @@ def test_doctor_asks_for_what_the_extras_install():
     assert modules["train"] == set(TRAINING) and modules["play"] == {*PLAYING, "PIL"}
 
 
+def test_doctor_explains_which_implementation_a_call_takes():
+    few, many = (call("doctor", "--explain", "dim=64", "heads=4", f"tokens={tokens}").output for tokens in (1, 500))
+    assert "layer readout: streamed projection" in few and "    not folded into the output projection: " in few
+    assert "layer readout: folded into the output projection" in many
+    causal = call("doctor", "--explain", "form=product", "dim=32", "heads=1", "tokens=9", "mode=causal", "train=yes")
+    assert causal.exit_code == 0 and causal.output.splitlines()[1:] == ["layer: one operation"]
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        (("--explain", "width=3"), ("width=3", "NAME=VALUE", "dim, degree")),
+        (("--explain", "tokens=0"), ("tokens", "a positive integer", "0")),
+        (("--explain", "mode=sideways"), ("mode", "causal", "sideways")),
+        (("--explain", "dtype=int8"), ("dtype", "bfloat16", "int8")),
+        (("--explain", "heads=5"), ("n_sel_heads", "384", "5")),
+        (("dim=64",), ("dim=64", "--explain")),
+    ],
+    ids=str,
+)
+def test_doctor_explains_what_is_wrong_with_a_setting(words, parts):
+    assert_fails(call("doctor", *words), *parts)
+
+
 def test_doctor_fails_if_something_does_not_fit(monkeypatch, tmp_path):
     from pom_ext.cli import doctor
     from pom_ext.ops import _library
