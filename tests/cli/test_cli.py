@@ -227,7 +227,7 @@ def test_doctor_explains_which_implementation_a_call_takes():
         (("--explain", "tokens=0"), ("tokens", "a positive integer", "0")),
         (("--explain", "mode=sideways"), ("mode", "causal", "sideways")),
         (("--explain", "dtype=int8"), ("dtype", "bfloat16", "int8")),
-        (("--explain", "heads=5"), ("n_sel_heads", "384", "5")),
+        (("--explain", "heads=5"), ("n_sel_heads", "768", "5")),
         (("dim=64",), ("dim=64", "--explain")),
     ],
     ids=str,
