@@ -7,6 +7,9 @@
 # and for those who pass it on:
 #   make wheel, make sdist       into dist/
 #   make check-wheel             test that wheel beside the releases of torch in TORCHES; several GB, half an hour
+# and for those who change it (CONTRIBUTING.md):
+#   make test-quick              the tests that compile nothing and take no browser and no GPU
+#   make lint, make format       check the style and the types; apply the style
 #
 # The first two make their environment in .venv first. Where torch can be imported already, that torch is used; on a
 # machine without an NVIDIA GPU the CPU build is pinned, for a plain `torch` would bring several GB of CUDA libraries.
@@ -26,15 +29,19 @@ POM_EXT_CUDA ?= gpu
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 ASKED = POM_EXT_CUDA=$(POM_EXT_CUDA) TORCH_CUDA_ARCH_LIST=$(TORCH_CUDA_ARCH_LIST) CUDA_HOME=$(CUDA_HOME)
 SOURCES := setup.py pyproject.toml $(wildcard tools/build/*.py) $(shell find csrc -type f)
+CXX_SOURCES := $(filter %.h %.hpp %.cpp %.cu %.cuh,$(SOURCES))
 
 export POM_EXT_CUDA
-.PHONY: demo test test-cpp fuzz bench gpu-report wheel sdist check-wheel clean always
+.PHONY: demo test test-quick test-cpp fuzz bench lint format gpu-report wheel sdist check-wheel clean always
 
 demo: $(VENV)/built
 	$(BIN)/pom-ext demo --out out/demo
 
 test: $(VENV)/built $(VENV)/browser
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-quick: $(VENV)/built
+	$(BIN)/python -m pytest -q -m 'not slow and not build and not browser and not gpu' $(PYTEST_ARGS)
 
 test-cpp: $(VENV)/built
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/engine tests/export/test_export.py \
@@ -47,7 +54,18 @@ fuzz: $(VENV)/built
 	done
 
 bench: $(VENV)/built
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.run core
+
+lint: $(VENV)/lint-tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+format: $(VENV)/lint-tools
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 wheel: export TORCH_CUDA_ARCH_LIST := $(or $(TORCH_CUDA_ARCH_LIST),all)
 wheel: $(VENV)/environment
@@ -69,6 +87,11 @@ $(VENV)/environment: pyproject.toml
 	$(PYTHON) -c "import torch" 2>/dev/null && $(PYTHON) -m venv --system-site-packages $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet '$(TORCH)'
 	$(BIN)/pip install --quiet cmake ninja pybind11 setuptools wheel
+	touch $@
+
+# The extra "dev" without a build; and what the package imports, whose types the checker reads.
+$(VENV)/lint-tools: $(VENV)/environment
+	sed -n 's/^\(dev\|dependencies\) = \[\(.*\)\]$$/\2/p' pyproject.toml | tr , ' ' | xargs $(BIN)/pip install --quiet
 	touch $@
 
 # Changes when other GPUs are asked for.

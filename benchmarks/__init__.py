@@ -1,1 +1,1 @@
-"""Measurements of the package; `python -m benchmarks.run` is the only entry point."""
+"""Measurements: `python -m benchmarks.run SUITE`, and `python -m benchmarks.gpu_report` for a machine with a GPU."""

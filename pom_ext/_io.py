@@ -1,4 +1,4 @@
-"""Files that are the old one or the new one at any time, never half of either."""
+"""Writing files atomically."""
 
 import os
 from contextlib import contextmanager
@@ -7,8 +7,11 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path):
-    """Yield a path beside `path` to write to. It takes the place of `path` when the block ends, whole and on disk; if
-    the block fails it is removed, and `path` is what it was."""
+    """Yield a temporary path beside `path` to write to.
+
+    When the block ends, the temporary file is flushed to disk and replaces `path`. If the block fails, the temporary file
+    is removed and `path` is unchanged.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")

@@ -1,6 +1,6 @@
-"""The streaming engine of the C and C++ library, on numpy arrays and DLPack tensors (torch, CuPy, JAX). Needs no torch.
+"""The streams of the C and C++ library, for numpy arrays and DLPack tensors (torch, CuPy, JAX). Needs no torch.
 
-A `Stream` here is the one that a C++ loop embeds (csrc/include/pom/engine.h): what is tested from Python is what ships.
+`Stream` wraps the stream of csrc/include/pom/engine.h that a C++ program embeds, so tests in Python test that stream.
 """
 
 import ctypes
@@ -21,11 +21,12 @@ class Layer:
     """One polynomial mixer.
 
     Args:
-        width: channels E of one polynomial factor; a state has C = degree * width in product form, width in power form.
+        width: channels E of one polynomial factor; a state has C = degree * width channels in product form, width in
+            power form.
         form, degree: as in `PoM`.
-        heads: 1 for a gate per channel, more for one per head of C / heads channels.
-        dtype: of features, gates and outputs; sums are kept in float32, and float64 for float64.
-        kept: bytes beside the state for whatever else is remembered of this layer (`Stream.kept`).
+        heads: 1: a gate per channel; more: a gate per head of C / heads channels.
+        dtype: dtype of features, gates and outputs. Sums are float32, or float64 if dtype is float64.
+        kept: extra bytes beside the state, for anything else that the program caches for this layer (`Stream.kept`).
     """
 
     width: int
@@ -41,9 +42,9 @@ class Layer:
         return self.width * (self.degree if self.form == "product" else 1)
 
     def _numbers(self):
-        for name, given, known in (("form", self.form, FORMS), ("dtype", self.dtype, DTYPES)):
-            if given not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {given!r}")
+        for name, value, known in (("form", self.form, FORMS), ("dtype", self.dtype, DTYPES)):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         sizes = {"width": self.width, "heads": self.heads, "degree": self.degree}
         for name, size in sizes.items():
             if not isinstance(size, int) or size < 1:
@@ -54,19 +55,19 @@ class Layer:
 class Stream:
     """The states of all layers of a model, for a batch of videos and every evaluation of a frame.
 
-    Arguments named u, gate and so on are arrays on the stream's device that speak DLPack; the last dimension is side
-    by side in memory, others may have any stride that is not negative. Nothing is copied.
+    Array arguments (u, gate, ...) are on the stream's device and support DLPack. Their last dimension is contiguous;
+    other strides are arbitrary but not negative. They are not copied.
 
     Args:
-        layers: `Layer`s.
-        batch: videos; with guidance twice as many.
-        evaluations: 1; for models trained with shared noise as many as the solver asks the model in a frame.
-        allocate: where the memory lies: a function of a number of bytes that returns so many as a 1-D uint8 array, such as
-            `lambda n: torch.empty(n, dtype=torch.uint8, device="cuda")`. None takes numpy's.
+        layers: a `Layer` per layer of the model.
+        batch: number of videos; with guidance twice this number.
+        evaluations: 1; for models trained with shared noise the number of model evaluations per frame.
+        allocate: function that allocates n bytes as a 1-D uint8 array, such as
+            `lambda n: torch.empty(n, dtype=torch.uint8, device="cuda")`. None: numpy arrays.
 
     Raises:
         ImportError: there is no compiled engine.
-        ValueError: a layer, a batch or evaluations outside what is said above.
+        ValueError: a layer, batch or evaluations is out of range.
     """
 
     def __init__(self, layers, batch=1, evaluations=1, *, allocate=None):
@@ -81,76 +82,97 @@ class Stream:
         self._stream = _compiled().Stream(numbers, batch, evaluations, self._allocate)
 
     def peek(self, layer, u, gate, coeff=None, *, weight=None, rotary=None, gate_rotary=None, evaluation=0, out=None):
-        """Read the state with the frame added, and leave it as it was.
+        """Read the state with the frame added. The state does not change.
 
         Args:
-            layer, evaluation: numbers from 0.
+            layer, evaluation: indices, from 0.
             u: (B, N, C) projected context.
             gate: (B, M, C), or (B, M, heads).
-            coeff: (E, degree) float32 (float64 for float64), power form only.
-            weight: (B, N) of every token; None: all one.
-            rotary, gate_rotary: (cos, sin, axes) as `pom_ext.ops.rotary_table` makes them.
-            out: (B, M, C) array to write to; None makes a numpy array.
+            coeff: (E, degree) float32 (float64 if the layer's dtype is float64), power form only.
+            weight: (B, N), weight of every token; None: all one.
+            rotary, gate_rotary: (cos, sin, axes), as `pom_ext.ops.rotary_table` returns them.
+            out: (B, M, C) array to write to; None: a new numpy array.
 
         Returns:
-            (B, M, C), which is `out` where it is given.
+            (B, M, C), the array `out` if one was passed.
 
         Raises:
-            TypeError, ValueError, IndexError: an argument of another type, shape, device or range. Nothing is written.
+            TypeError, ValueError, IndexError: wrong type, shape, device or range of an argument. Nothing is written.
         """
         return self._stream.frame(layer, u, gate, coeff, weight, rotary, gate_rotary, evaluation, out, False)
 
-    def commit(self, layer, u, gate=None, coeff=None, *, weight=None, rotary=None, gate_rotary=None, evaluation=0,
-               out=None):  # fmt: skip
-        """Add the frame to the state and read it, as `peek`; gate None adds it only, and returns None."""
+    def commit(
+        self, layer, u, gate=None, coeff=None, *, weight=None, rotary=None, gate_rotary=None, evaluation=0, out=None
+    ):
+        """Add the frame to the state and read it, as `peek`. With gate=None only add it, and return None."""
         return self._stream.frame(layer, u, gate, coeff, weight, rotary, gate_rotary, evaluation, out, True)
 
-    def step(self, layer, x, in_weight, out_weight, *, in_bias=None, out_bias=None, coeff=None, rotary=None,
-             gate_rotary=None, evaluation=0, commit=False, out=None):  # fmt: skip
-        """A whole layer of tokens x (B, N, D) that mix with each other and what came before, on the CPU.
+    def step(
+        self,
+        layer,
+        x,
+        in_weight,
+        out_weight,
+        *,
+        in_bias=None,
+        out_bias=None,
+        coeff=None,
+        rotary=None,
+        gate_rotary=None,
+        evaluation=0,
+        commit=False,
+        out=None,
+    ):
+        """Run a whole layer on the CPU: tokens x mix with each other and with the state.
 
-        in_weight: (C + gates, D), the context projection and under it that of the gates; in_bias (C + gates,) or None.
-        out_weight: (D, C); out_bias (D,) or None. Returns (B, N, D).
+        Args:
+            x: (B, N, D) tokens of the frame.
+            in_weight, in_bias: (C + gates, D) and (C + gates,) or None: the context, then the gate projection.
+            out_weight, out_bias: (D, C) and (D,) or None.
+            commit: whether to add the frame to the state.
+            layer, coeff, rotary, gate_rotary, evaluation, out: as in `peek`.
+
+        Returns:
+            (B, N, D)
         """
         return self._stream.step(
             layer, x, in_weight, out_weight, in_bias, out_bias, coeff, rotary, gate_rotary, evaluation, out, commit
         )
 
     def state(self, layer, evaluation=0):
-        """Copies of total (B, C), residual (B, C) and count (B,) of a stream on the CPU."""
+        """Copies of a state's total (B, C), residual (B, C) and count (B,). Only for a stream on the CPU."""
         *addresses, _ = self._addresses(layer, evaluation)
         acc = np.float64 if self.layers[layer].dtype == "float64" else np.float32
         sums = (self.batch, self.layers[layer].channels)
         shapes = ((sums, acc), (sums, acc), ((self.batch,), np.float64))
-        return tuple(_view(address, *shape).copy() for address, shape in zip(addresses, shapes))
+        return tuple(_view(address, *shape).copy() for address, shape in zip(addresses, shapes, strict=True))
 
     def kept(self, layer, evaluation=0):
-        """The bytes that are kept beside a state, a writable uint8 array, of a stream on the CPU. Holds as long as the
-        stream does."""
+        """The extra bytes beside a state as a writable uint8 array, valid as long as the stream. Only on the CPU."""
         return _view(self._addresses(layer, evaluation)[-1], (self.layers[layer].kept,), np.uint8)
 
     def fork(self):
-        """Another stream that remembers the same."""
+        """A copy of the stream."""
         fork = Stream(self.layers, self.batch, self.evaluations, allocate=self._allocate)
         fork.cuda_stream = self.cuda_stream
         self._stream.copy_to(fork._stream)
         return fork
 
     def rewind(self, kept):
-        """Go back to where `kept`, a fork of this stream, stands."""
+        """Restore the state of `kept`, a fork of this stream."""
         kept._stream.copy_to(self._stream)
 
     def reset(self):
-        """Back to the empty stream."""
+        """Make the stream empty."""
         self._stream.reset()
 
     def save(self, path):
-        """Write a small file with a version and a checksum, whole or not at all."""
+        """Write the stream to a file with a version and a checksum, completely or not at all."""
         with atomic_write(path) as aside:
             aside.write_bytes(self._stream.save())
 
     def load(self, path):
-        """Become what a stream was that `save` wrote; ValueError where the file is damaged, or of another shape."""
+        """Restore a stream that `save` wrote. Raises ValueError if the file is damaged or of another shape."""
         try:
             self._stream.load(Path(path).read_bytes())
         except ValueError as error:
@@ -158,7 +180,7 @@ class Stream:
 
     @property
     def cuda_stream(self):
-        """The CUDA stream that the kernels of a stream on a GPU are queued on, as a number; 0 is the default one."""
+        """The CUDA stream, as a number, that a stream on a GPU queues its kernels on; 0: the default stream."""
         return self._stream.cuda_stream
 
     @cuda_stream.setter

@@ -1,29 +1,37 @@
 """Drawing images, and videos frame by frame."""
 
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._random import seeded_generator
-from .diffusion import FlowMatching, MeanFlow
-from .diffusion.objectives import guided_prediction
-from .diffusion.solvers import check_solver, denoise
+from .diffusion import FlowMatching, Objective
+from .diffusion.guidance import guided_prediction
+from .diffusion.solvers import check_solver
+from .models import ImageDiT, VideoDiT
 from .streaming import VideoStream
 
 
 @torch.no_grad()
 def sample(
-    model,
-    labels,
+    model: ImageDiT,
+    labels: Tensor,
     *,
-    shape,
-    objective=None,
-    steps=None,
-    guidance=None,
-    solver="euler",
-    seed=0,
-    batch_size=100,
-    progress=False,
-):
+    shape: tuple[int, int, int],
+    objective: Objective | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    solver: str = "euler",
+    seed: int = 0,
+    batch_size: int = 100,
+    progress: bool = False,
+) -> Tensor:
     """Draw one image per label.
 
     Args:
@@ -31,10 +39,11 @@ def sample(
         labels: (B,) integers, 0 to n_classes; n_classes asks for an image of no class in particular.
         shape: (C, H, W) of an image.
         objective: what the model was trained for, `FlowMatching()` by default.
-        steps: solver steps; None takes 30, for MeanFlow 1.
-        guidance: see `guided_prediction`; None takes 3, for MeanFlow 1, since it has guidance trained in.
+        steps: solver steps; None takes those of the objective: 30, for MeanFlow 1.
+        guidance: classifier-free guidance, see `diffusion.guidance`; None takes that of the objective: 3, for MeanFlow 1,
+            since it has guidance trained in.
         solver: "euler" or, for flow matching, "heun". For noise prediction "euler" is DDIM.
-        seed: image i depends on the seed and on i, not on the batch size or the device (but for rounding).
+        seed: image i depends on the seed and on i, not on the batch size or the device (except for rounding).
         batch_size: images drawn at once.
         progress: show a progress bar.
 
@@ -45,9 +54,8 @@ def sample(
         ValueError: an argument out of the ranges above.
     """
     objective = FlowMatching() if objective is None else objective
-    one_step = isinstance(objective, MeanFlow)
-    steps = (1 if one_step else 30) if steps is None else steps
-    guidance = (1.0 if one_step else 3.0) if guidance is None else guidance
+    steps = objective.default_steps if steps is None else steps
+    guidance = objective.default_guidance if guidance is None else guidance
     labels = torch.as_tensor(labels)
     _check(model, labels, shape)
     check_solver(objective, steps, guidance, solver)
@@ -58,13 +66,11 @@ def sample(
         chosen = labels[indices].to(parameter.device)
         noise = torch.stack([torch.randn(shape, generator=seeded_generator(seed, i)) for i in indices])
 
-        def predict(x, *times):
+        def predict(x, *times):  # the time, and the span if the objective has one
             time, *span = (torch.full((len(x),), float(t), **options) for t in times)
-            if one_step:
-                return model(x, time, chosen, *span)
-            return guided_prediction(model, x, time, chosen, guidance)
+            return guided_prediction(model, x, time, chosen, guidance, *span)
 
-        return denoise(predict, noise.to(**options), objective, steps, solver)
+        return objective.denoise(predict, noise.to(**options), steps, solver)
 
     batches = [range(i, min(i + batch_size, len(labels))) for i in range(0, len(labels), batch_size)]
     bar = tqdm(batches, desc="sample", unit="batch", disable=not progress)
@@ -72,7 +78,7 @@ def sample(
     return torch.cat(drawn) if drawn else torch.empty(0, *shape, **options)
 
 
-def _check(model, labels, shape):
+def _check(model: ImageDiT, labels: Tensor, shape: tuple[int, ...]) -> None:
     n_classes = model.config["n_classes"]
     if labels.dim() != 1 or labels.is_floating_point():
         raise ValueError(f"labels: expected integers (B,), got {labels.dtype} {tuple(labels.shape)}")
@@ -84,16 +90,23 @@ def _check(model, labels, shape):
         raise ValueError(f"shape: expected (C, H, W), got {tuple(shape)}")
 
 
-def sample_frames(model, frames=None, labels=None, *, given=None, **options):
+def sample_frames(
+    model: VideoDiT,
+    frames: int | None = None,
+    labels: Tensor | None = None,
+    *,
+    given: Tensor | None = None,
+    **options: Any,
+) -> Iterator[Tensor]:
     """Draw a video with a `VideoDiT`, and yield each frame as soon as it is finished.
 
     Args:
-        model: see `VideoStream`, which also explains the `options`.
+        model: see `VideoStream`.
         frames: how many to draw, counted as frames of tokens; None never ends.
-        labels: (B,) classes; or (B, frames), one for each, such as actions.
-        given: (B, C, T, H, W) first frames, to be continued. With labels for each frame these come first, so that there
-            are T / patch[0] more of them.
-        options: of `VideoStream`.
+        labels: (B,) classes; or (B, frames), one for each frame, such as actions.
+        given: (B, C, T, H, W) first frames, to be continued. If there are labels for each frame, the given frames have
+            theirs too: (B, T / patch[0] + frames).
+        options: arguments of `VideoStream`.
 
     Yields:
         (B, C, patch[0], H, W), trained range [-1, 1] but not clamped to it.
@@ -101,24 +114,20 @@ def sample_frames(model, frames=None, labels=None, *, given=None, **options):
     Raises:
         ValueError, TypeError: as `VideoStream`, when the first frame is asked for.
     """
-    each = labels is not None and torch.as_tensor(labels).dim() == 2
-    constant = None if each else labels
-    if each:
-        labels = torch.as_tensor(labels)
-        if frames is None:
-            frames = labels.shape[1] - (0 if given is None else given.shape[2] // model.patch[0])
-        options = {"batch": len(labels), **options}
-    elif given is not None:
-        options = {"batch": len(given), **options}
-    stream = VideoStream(model, constant, **options)
+    per_frame = labels is not None and torch.as_tensor(labels).dim() == 2
+    actions = torch.as_tensor(labels) if per_frame else None
+    videos = given if actions is None else actions
+    if videos is not None:
+        options = {"batch": len(videos), **options}
+    stream = VideoStream(model, None if per_frame else labels, **options)
     if given is not None:
-        stream.watch(given, labels[:, : given.shape[2] // model.patch[0]] if each else None)
-    if each and labels.shape[1] != stream.frame + frames:
-        raise ValueError(
-            f"labels: expected {stream.frame + frames} for each video, {stream.frame} given frames and {frames} to draw, "
-            f"got {labels.shape[1]}"
-        )
-    drawn = 0
-    while frames is None or drawn < frames:
-        yield stream.next(labels[:, stream.frame] if each else None)
-        drawn += 1
+        stream.prefill(given, None if actions is None else actions[:, : given.shape[2] // model.patch[0]])
+    if actions is not None:
+        frames = actions.shape[1] - stream.frame if frames is None else frames
+        if actions.shape[1] != stream.frame + frames:
+            raise ValueError(
+                f"labels: expected {stream.frame + frames} for each video, {stream.frame} given frames and {frames} to "
+                f"draw, got {actions.shape[1]}"
+            )
+    for _ in itertools.count() if frames is None else range(frames):
+        yield stream.next(None if actions is None else actions[:, stream.frame])

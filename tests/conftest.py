@@ -7,13 +7,12 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
-import tested_library  # noqa: F401 -- before pom_ext
 import torch
+from devices import DEVICES
 from hypothesis import settings
+from marks import pytest_collection_modifyitems  # noqa: F401 -- a hook
 
 from pom_ext.ops import _library
-
-DEVICES = [device for device in _library.DEVICES if device == "cpu" or torch.cuda.is_available()]
 
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=25)
 settings.load_profile("repeatable")

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are no part
 
 import torch
 
-from benchmarks import launches
+from benchmarks.suites import launches
 
 BF16 = torch.bfloat16
 POWER = {"form": "power", "degree": 3, "width": 2048, "dtype": BF16}
@@ -66,8 +66,8 @@ def vector_calls(case):
 def main():
     meter = launches.Meter()
 
-    from benchmarks.layers import LayerCase
-    from benchmarks.ops import OpCase
+    from benchmarks.harness.layer_case import LayerCase
+    from benchmarks.harness.op_case import OpCase
     from pom_ext import State, polynomial_state
 
     calls = {**dict(long_calls(OpCase)), **dict(short_calls(OpCase)), **dict(vector_calls(OpCase))}

@@ -14,10 +14,10 @@ def draw_state_call(context, dtype, bias, degree=3, batch=2, tokens=150, dim=72,
     weight = (torch.randn(width, dim) / dim**0.5).to(dtype)
     return SimpleNamespace(
         x=x,
-        weight=weight,
-        bias=torch.randn(width).to(dtype) if bias else None,
+        context_weight=weight,
+        context_bias=torch.randn(width).to(dtype) if bias else None,
         coeff=torch.randn(width, degree),
-        token_weight=torch.rand(batch, tokens) if "weight" in context else None,
+        weight=torch.rand(batch, tokens) if "weight" in context else None,
         offsets=None if context in ("whole", "weight") else torch.tensor([0, 10, 10, 100, tokens]),
         cumulative="cumulative" in context,
         total=total,
@@ -28,15 +28,16 @@ def draw_state_call(context, dtype, bias, degree=3, batch=2, tokens=150, dim=72,
 
 
 def arguments(call, device):
-    return [value.to(device) if isinstance(value, torch.Tensor) else value for value in vars(call).values()]
+    """The arguments of an operation by name, on a device."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in vars(call).items()}
 
 
 def state_of(call, dtype):
     """By the definition, and its projections by plain torch, in one dtype."""
-    bias = None if call.bias is None else call.bias.to(dtype)
-    u = torch.nn.functional.linear(call.x.to(dtype), call.weight.to(dtype), bias)
+    bias = None if call.context_bias is None else call.context_bias.to(dtype)
+    u = torch.nn.functional.linear(call.x.to(dtype), call.context_weight.to(dtype), bias)
     frames = {} if call.offsets is None else {"frames" if call.cumulative else "cu_seqlens": call.offsets.tolist()}
-    weight = None if call.token_weight is None else call.token_weight.to(dtype)
+    weight = None if call.weight is None else call.weight.to(dtype)
     total, count = reference.state(u, call.coeff.to(dtype), form="power", degree=call.degree, weight=weight, **frames)
     if call.total is None:
         return total, count

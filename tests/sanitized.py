@@ -13,6 +13,7 @@ from cases import FORMS, Case, draw_inputs, move, op_function, run_op, state_dty
 from fused_cases import arguments, draw_readout_call, draw_state_call
 
 from pom_ext import State, polynomial_update
+from pom_ext.ops.arguments import call
 
 PARTS = ("update", "backward", "folded", "project")  # that can be left out, beside the modes
 MODES = ("whole", "weight", "mask", "frames", "frames_unequal", "causal", "cu_seqlens")
@@ -43,26 +44,26 @@ def added_in_place(device):
     for form, dtype, width in (("power", torch.bfloat16, 72), ("product", torch.float32, 33)):
         u = torch.randn(2, 131, width, device=device).to(dtype)
         coeff = torch.randn(width, 3, device=device) if form == "power" else None
-        state = State.empty(2, width, device=device).state_dict().values()
-        rest = coeff, None, None, None, None, None, None, 0, FORMS.index(form), 3
+        state = State.empty(2, width, device=device).to_kernel()
+        given = {"u": u, "coeff": coeff, "form": FORMS.index(form), "degree": 3, **state}
         for empty in (True, False):
-            torch.ops.pom_ext.add_to_state(u, *rest, empty, *state)
-        yield from state
+            call("add_to_state", given, empty=empty)
+        yield from state.values()
 
 
 def at_once(device, without=()):
     """What the tensor cores take together with its projections, where this device's can."""
-    ops, key = torch.ops.pom_ext, "CPU" if device == "cpu" else "CUDA"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("pom_ext::folds_at_once", key):
+    key = "CPU" if device == "cpu" else "CUDA"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("pom_ext::supports_fused_folded_readout", key):
         return
     for context in ("whole", "weight", "offsets") if "project" not in without else ():
-        call = arguments(draw_state_call(context, torch.bfloat16, bias=True, prior=context != "weight"), device)
-        if ops.projects_at_once(*call):
-            yield from ops.project_state_at_once(*call)
+        args = arguments(draw_state_call(context, torch.bfloat16, bias=True, prior=context != "weight"), device)
+        if call("supports_fused_project_state", args):
+            yield from call("fused_project_state", args)
     for context in ("whole", "even", "offsets") if "folded" not in without else ():
-        call = arguments(draw_readout_call(context, torch.bfloat16, bias=True, heads=24), device)
-        if ops.folds_at_once(*call):
-            yield ops.folded_readout_at_once(*call)
+        args = arguments(draw_readout_call(context, torch.bfloat16, bias=True, heads=24), device)
+        if call("supports_fused_folded_readout", args):
+            yield call("fused_folded_readout", args)
 
 
 def results_of(case, device, without=()):

@@ -11,16 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pom_ext import PoM
 from pom_ext.forward_mode import jvp
+from pom_ext.layers.blocks import AdaLN
 from pom_ext.models import ImageDiT
-from pom_ext.models.blocks import AdaLN
 
 PRODUCTS = {  # of matrices, by operation
     **dict.fromkeys((torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.convolution.default), 1),
     torch.ops.pom_ext.linear.default: 1,
     torch.ops.pom_ext.project_state.default: 1,
-    torch.ops.pom_ext.project_state_along.default: 2,
     torch.ops.pom_ext.project_readout.default: 2,
-    torch.ops.pom_ext.project_readout_along.default: 4,
 }
 
 
@@ -28,7 +26,9 @@ class CountProducts(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.count += PRODUCTS.get(operation, 0)
+        names = [argument.name for argument in operation._schema.arguments]
+        tangent = "x_tangent" in names and args[names.index("x_tangent")] is not None
+        self.count += PRODUCTS.get(operation, 0) * (2 if tangent else 1)
         return operation(*args, **(kwargs or {}))
 
 

@@ -3,11 +3,14 @@
 import re
 import runpy
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from pom_ext.diffusion import OBJECTIVES
+
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.fixture
@@ -39,6 +42,15 @@ def test_the_page_on_streaming_runs(run_blocks):
 def test_the_page_on_the_engine_runs(run_blocks):
     run_blocks(ROOT / "docs" / "engine.md")
     assert [path.name for path in Path().iterdir()] == ["stream.pom"]
+
+
+def test_the_page_on_objectives_runs(run_blocks):
+    with patch.dict(OBJECTIVES):  # what the page registers is for this test alone
+        names = run_blocks(ROOT / "docs" / "how-to" / "add-an-objective.md")
+    losses, images = names["result"].losses, names["images"]
+    assert sum(losses[-10:]) < 0.2 * sum(losses[:10])
+    above, below = (images[:, :, part].mean((1, 2, 3)) for part in (slice(4), slice(4, None)))
+    assert above[0] > below[0] and above[1] < below[1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

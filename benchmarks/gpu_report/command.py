@@ -1,4 +1,4 @@
-"""The command: goes through the plan, one deadline for all of it, and lets the report be written whatever happens."""
+"""The command: runs the plan within one deadline, and writes the report whatever happens."""
 
 import argparse
 import contextlib
@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from ..harness.fatal import LOST
 from . import folder, plan, read
 from .guard import Guard
 from .pretend import MODES, NAMES, OF_STEP, Pretended, parsed_faults
@@ -19,7 +20,6 @@ from .run import GRACE, TIMED_OUT, run
 
 MOST_RESTARTS = 50  # of the tests, or of the benchmark
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LOST = 3  # benchmarks.run.LOST, which takes torch to import
 EPILOG = f"""The library is built for this one GPU, in place: pom_ext/*.so and pom_ext/_build.json are replaced.
 It takes torch, pybind11, setuptools and nvcc; for the tests pytest and hypothesis.
 
@@ -33,7 +33,7 @@ which a process can do nothing; refuse is for ncu and the sanitizers, absent for
 
 
 def found_machine(world, until, log):
-    """The machine, or RuntimeError with one line on why there is none."""
+    """The description of the machine. Raises RuntimeError with one line if it has no GPU."""
     step, lines = plan.machine(world), []
 
     def heard(name, text):
@@ -51,7 +51,7 @@ def found_machine(world, until, log):
 
 
 def progress(world, step, name, status):
-    """What a process that ended before its end had begun by then; None if it came to its end, or is not begun anew."""
+    """The tests or cases that a process had begun before it ended early; None if it finished or is not restarted."""
     if not step.again or status == TIMED_OUT:
         return None
     if name in ("tests", "rest"):
@@ -65,8 +65,9 @@ def progress(world, step, name, status):
 
 
 def settle(world, report, lines, status):
-    """Note of the case that a process of the benchmark was busy with why it has no result. True if the process came to
-    its end and there is none, though a disk that was full for a while may have left one in the file."""
+    """Note in the file why the case that a process of the benchmark was running has no result. Returns whether the
+    process finished; then no case was running, though a disk that was full for a while may have left one in the
+    file."""
     path = world.out / "benchmark.json"
     path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
     content, ended = read.benchmark(path) or {}, bool(lines and re.fullmatch(r"\d+ cases, \d+ s", lines[-1]))
@@ -101,14 +102,14 @@ def run_step(world, report, name, step, until):
 
 
 def since_begun(step, name):
-    """What the last of its processes said."""
+    """The lines that the last of its processes printed."""
     lines = step.readers[name].lines
     begins = [i for i, line in enumerate(lines) if line.startswith("$ ")]
     return lines[begins[-1] :] if begins else lines
 
 
 def follow(world, report, ends):
-    """All steps in their order. Why it ended before the last of them, or None."""
+    """Run all steps in order. Returns why the report ended before the last of them, or None."""
     for name, make in plan.STEPS.items():
         left = ends[name] - time.monotonic()
         if left < plan.LEAST * world.scale:
@@ -116,7 +117,7 @@ def follow(world, report, ends):
             continue
         try:
             step = make(world)
-        except Exception as error:  # noqa: BLE001 -- what cannot even be planned must not take the rest with it
+        except Exception as error:  # noqa: BLE001 -- a step that cannot be planned must not end the others
             step = f"{type(error).__name__}: {error}"
         if isinstance(step, str):
             report.skip(name, step)
@@ -133,7 +134,7 @@ def follow(world, report, ends):
 
 
 def say(text):
-    """Whether or not somebody still listens."""
+    """Print, even if nobody reads standard output any more."""
     try:
         print(text, end="", flush=True)
     except OSError:
@@ -177,7 +178,7 @@ def parsed(arguments):
 
 
 def stopped(number, frame):
-    for other in STOPS:  # once is enough, and the report is to be written
+    for other in STOPS:  # a second signal must not keep the report from being written
         signal.signal(other, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -244,6 +245,6 @@ def unbuildable(world):
 
 
 def tell_missing(world, report):
-    """Before anything takes time."""
+    """Tell what is missing before anything takes time."""
     for step, names in world.missing().items():
         report.note(f"{step}: {plan.lack(names)}")

@@ -1,9 +1,9 @@
-"""A plugin of pytest (`-p benchmarks.gpu_report.failures`) that loses nothing of a run that does not come to its end.
+"""A plugin of pytest (`-p benchmarks.gpu_report.failures`) that saves all results of a run that is cut short.
 
-Every failure goes with its traceback to the file named by POM_EXT_FAILED as soon as it is reported, and every test's
-begin and outcome to the one named by POM_EXT_JOURNAL. A process whose test met an error after which CUDA does nothing
-more ends there, and so does one whose test takes longer than POM_EXT_SECONDS: pytest-xdist replaces such a worker, and
-without it whoever started pytest starts it anew, whereupon the tests in the journal are not run again.
+Every failure is appended with its traceback to the file named by POM_EXT_FAILED as soon as it is reported, and every
+test's start and outcome to the file named by POM_EXT_JOURNAL. A process ends after a fatal CUDA error, or if a test
+takes longer than POM_EXT_SECONDS: pytest-xdist replaces such a worker; without it the report starts pytest again, which
+leaves out the tests in the journal.
 """
 
 import faulthandler
@@ -13,15 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fatal import is_fatal
 from benchmarks.gpu_report.read import journal
+from benchmarks.harness.fatal import LOST, is_fatal
 
-LOST = 3  # exit status where the GPU is lost to this process
 LONGEST_FAILURE, LONGEST_FILE = 20_000, 4 * 2**20  # characters, bytes
 
 
 def append(path, text):
-    """On disk at once. A disk that is full must not fail the tests."""
+    """Append and sync. A full disk must not fail the tests."""
     try:
         if path.exists() and path.stat().st_size > LONGEST_FILE:
             return
@@ -40,13 +39,13 @@ def message_of(report):
 
 
 class Failures:
-    """Of the process that gets all reports: pytest-xdist's controller, or pytest itself."""
+    """The plugin of the process that gets all reports: the controller of pytest-xdist, or pytest itself."""
 
     def __init__(self, config):
         self._failed, self._journal = (
             Path(os.environ[name]) if os.environ.get(name) else None for name in ("POM_EXT_FAILED", "POM_EXT_JOURNAL")
         )
-        self._lost = set()  # tests after which their process ended itself
+        self._lost = set()  # tests that ended their process
         self._runs_tests = not getattr(config.option, "numprocesses", None)
         self._is_counted = False
 
@@ -66,7 +65,7 @@ class Failures:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config, items):
-        """Not again what another process of this run began. (Under pytest-xdist the workers collect.)"""
+        """Leave out tests that another process of this run began. (Under pytest-xdist the workers collect.)"""
         begun = set(journal(self._journal)["started"] if self._journal else ())
         if left_out := [item for item in items if item.nodeid in begun]:
             config.hook.pytest_deselected(items=left_out)
@@ -87,7 +86,7 @@ class Failures:
 
     def pytest_runtest_logreport(self, report):
         if report.failed and report.when == "???" and report.nodeid in self._lost:
-            return  # a worker that Worker below has ended
+            return  # a worker ended by Worker below
         if report.failed:
             if is_fatal(message_of(report)):
                 self._lost.add(report.nodeid)
@@ -108,7 +107,7 @@ class Failures:
 
 
 class Limit:
-    """Of a process that runs tests: ends it if one takes too long, as pytest-timeout does where it is."""
+    """Ends a process whose test takes too long, in place of pytest-timeout."""
 
     def __init__(self, seconds):
         self._seconds = seconds
@@ -122,7 +121,7 @@ class Limit:
 
 
 class Worker:
-    """Of pytest-xdist's processes that run tests."""
+    """The plugin of a worker of pytest-xdist."""
 
     @pytest.hookimpl(trylast=True)  # after the report was sent
     def pytest_runtest_logreport(self, report):

@@ -1,4 +1,4 @@
-"""The families of kernels, and what is left out of later steps where the smoke step found one of them failing."""
+"""The families of kernels, and what later steps leave out if a family fails in the smoke step."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ TRAINING = ("layer_train*", "layer_recompute*")
 
 @dataclass(frozen=True)
 class Family:
-    """What needs its kernels."""
+    """The tests and measurements that need its kernels."""
 
     tests: tuple = ()  # expressions of pytest's -k
     cases: tuple = ()  # patterns of the benchmark's cases
@@ -40,9 +40,9 @@ FAMILIES = {
     "folded": Family(("folded", "readouts_take"), LAYERS, ("folded",), ("folded",)),
     "project": Family(("(at_once and state)",), (), ("project",), ("project",)),
 }  # fmt: skip
-LAST = "project"  # runs when all others have ended: the newest kernel, and the likeliest to hang
+LAST = "project"  # runs after all others: the newest kernel is the most likely to hang
 
 
 def needing(failed, what):
-    """Sorted, each once: what of the tests, cases, parts or calls needs one of these families."""
+    """Sorted and unique: the tests, cases, parts or calls (`what`) that need one of these families."""
     return sorted({word for family in failed for word in getattr(FAMILIES[family], what)})

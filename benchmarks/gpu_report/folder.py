@@ -1,4 +1,4 @@
-"""The folder of the report, and the files in it: five, two of an earlier one, and what is written aside."""
+"""The folder of the report and its files: five, two of an earlier report, and temporary ones."""
 
 import fcntl
 import json
@@ -22,7 +22,7 @@ LEAST = 2**20  # bytes that a folder must take
 
 
 def why_not(folder, pretended=False):
-    """Why a folder cannot take a report, or None. Makes it if need be. Files of other names do not matter."""
+    """Why a folder cannot take a report, or None. Creates it if needed. Files with other names do not matter."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         foreign = [name for name in FILES if (folder / name).exists()]
@@ -47,7 +47,7 @@ LOCKS = {}  # {folder: file descriptor}: held until this process ends, however i
 
 
 def lock(folder):
-    """Whether this process alone reports into a folder; True too if its file system knows no locks."""
+    """Whether only this process reports into the folder; also True if its file system has no locks."""
     try:
         handle = LOCKS.get(folder) or os.open(folder, os.O_RDONLY)
         LOCKS[folder] = handle
@@ -66,7 +66,7 @@ def unlock(folder):
 
 
 def earlier_in(folder):
-    """What an earlier report in it holds, or None."""
+    """The content of an earlier report in the folder, or None."""
     try:
         content = json.loads((folder / "report.json").read_text())
         return content if content.get("made_by") == MARK else None
@@ -75,13 +75,13 @@ def earlier_in(folder):
 
 
 def found_something(report):
-    """Whether it is worth keeping: not pretended, and some step was begun."""
+    """Whether a report is worth keeping: real, and at least one step began."""
     return not report.get("pretended") and any(step.get("status") != "not run" for step in report.get("steps", ()))
 
 
 def prepared(folder, pretended=False):
-    """(folder, a line or None): the folder, where an earlier report has made room, or another one if that cannot take
-    it, so that a long way to a GPU was not for nothing."""
+    """(folder, a line or None): the folder with an earlier report moved aside, or a new one if it cannot be used, so
+    that the time on a GPU is not lost."""
     why = why_not(folder, pretended)
     if why:
         unlock(folder)
@@ -100,7 +100,7 @@ def prepared(folder, pretended=False):
 
 
 class Log:
-    """log.txt: what all processes print, line by line as it comes, each with the name of its process."""
+    """log.txt: the output of all processes, line by line, each with the name of its process."""
 
     def __init__(self, path, unwritten):
         self._path, self._unwritten = path, unwritten
@@ -115,7 +115,7 @@ class Log:
             self._ends.setdefault(name, deque(maxlen=END_OF_LOG)).append(line)
 
     def finish(self):
-        """Write the ends of those who said too much."""
+        """Write the last lines of processes that printed too much."""
         for name, end in self._ends.items():
             self._write(f"{name}| (lines were left out here)\n{''.join(end)}")
         self._ends = {}

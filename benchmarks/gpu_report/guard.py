@@ -1,7 +1,7 @@
-"""Cleans up after a report that was killed: ends the processes that it had started, and removes its working folder.
+"""Cleans up after a killed report: ends the processes that it started, and removes its working folder.
 
-A program of its own, which waits for its standard input to end: that happens however the report ends. It reads lines,
-"+ PID" for a group that has begun and "- PID" for one that is over, and takes the folder as its argument.
+A separate program that waits for its standard input to close, which happens however the report ends. It reads lines,
+"+ PID" for a group of processes that begins and "- PID" for one that ends. Its argument is the folder.
 """
 
 import os
@@ -12,7 +12,7 @@ import sys
 
 
 class Guard:
-    """Starts that program. A report without one goes on all the same."""
+    """Starts this program. If it cannot be started, the report runs without it."""
 
     def __init__(self, folder):
         self._popen = None
@@ -22,13 +22,13 @@ class Guard:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # what stops the report from a terminal must not stop this one
+                start_new_session=True,  # a signal from the terminal must not stop this program
             )
         except OSError:
             pass
 
     def __call__(self, sign, pid):
-        """A group has begun ("+") or is over ("-")."""
+        """Note that a group begins ("+") or ends ("-")."""
         if self._popen:
             try:
                 os.write(self._popen.stdin.fileno(), f"{sign} {pid}\n".encode())

@@ -1,5 +1,5 @@
-"""The GPU and what drives it, as JSON: `python -m benchmarks.gpu_report.machine`. A program of its own, since a driver
-that hangs hangs whoever asks it."""
+"""Prints the GPU, driver and torch as JSON: `python -m benchmarks.gpu_report.machine`. A separate program, since a
+hanging driver hangs its caller."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def driver():
 
 
 def describe():
-    """Raises RuntimeError with one line where there is no GPU that torch can use, or no torch."""
+    """Raises RuntimeError with one line if torch is missing or finds no GPU that it can use."""
     try:
         import torch
     except ModuleNotFoundError:

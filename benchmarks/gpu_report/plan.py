@@ -13,8 +13,8 @@ from .read import Ncu, Sanitizer, Smoke, Tail
 from .run import GRACE, ROOT, Process
 
 DEADLINE = 540  # seconds for all of it: whoever runs it may have ten minutes
-# Seconds of each step. One that needs less leaves the rest to those after it. Performance before the long tests, since
-# it can be had nowhere else.
+# Seconds of each step. A step that needs less leaves time to the next ones. Performance comes before the long tests,
+# since only a GPU can show it.
 SECONDS = {
     "machine": 40,
     "build": 125,
@@ -27,18 +27,18 @@ SECONDS = {
     "rest": 5,
 }  # fmt: skip
 assert sum(SECONDS.values()) + GRACE <= DEADLINE
-# The most of what others left, or are to have, that a step may take: one that hangs is not to eat it all.
+# The most seconds that a step may take, with time left by others: a step that hangs must not take all of it.
 MOST = {"machine": 90, "smoke": 80, "layers": 60, "ncu": 80, "sanitizers": 130}
-LEAST = 20  # seconds that a step needs to begin; below that the time is better left to the next
+LEAST = 20  # seconds that a step needs to begin; less time is left to the next step
 OF_A_FAMILY = 15  # seconds of a family of kernels in the smoke step, once torch is imported
-IMPORT = 30  # the most that importing torch may take, on a machine that has not done it before
-OF_A_CASE = 30  # seconds of a case of the benchmark, its setup and its compilations with it
+IMPORT = 30  # the most that the first import of torch may take
+OF_A_CASE = 30  # seconds of a case of the benchmark, with its setup and compilations
 OF_A_TEST = 40
 WORKERS = 8  # of the tests
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
-NEWEST = "project_state_kernel"  # the kernel whose barriers the sanitizers misread in others of its kind
+NEWEST = "project_state_kernel"  # the sanitizers misread the barriers of such kernels
 SIDE_BY_SIDE = "layer-power3-heads16-N16384-D1024-bfloat16"
-FIRST_TESTS = "(cuda or test_at_once) and not on_cpu"  # those with a device axis
+FIRST_TESTS = "(cuda or test_at_once) and not on_cpu"  # tests with a device parameter
 OTHER_TESTS = "not cpu and not cuda and not test_at_once"
 # Tests that cannot run without a package that only they or training need.
 NEEDS = {
@@ -54,16 +54,16 @@ NEEDS = {
     ),
     "peft": ("tests/layers/test_changed_projections.py::test_lora_of_peft",),
 }
-PACKAGES = {"build": ("pybind11", "setuptools"), "tests": ("pytest", "hypothesis")}  # without which nothing runs
+PACKAGES = {"build": ("pybind11", "setuptools"), "tests": ("pytest", "hypothesis")}  # required ones
 HAS_KERNELS = (
-    "from pom_ext import _library; _library.load(); "
+    "from pom_ext.ops import _library; _library.load(); "
     "assert 'cuda' in _library.DEVICES, 'the library was built without CUDA kernels'"
 )
 
 
 @dataclass
 class World:
-    """What the plan runs on: this machine, its GPU and its tools. pretend.py has another one."""
+    """The machine that the plan runs on, its GPU and its tools. pretend.py has a stand-in."""
 
     out: Path
     scratch: Path
@@ -75,7 +75,7 @@ class World:
     pretended = False
 
     def missing(self):
-        """{"build" or "tests": what they need and this machine lacks}."""
+        """{"build" or "tests": packages and tools that they need and this machine lacks}."""
         found = {step: [name for name in names if not is_there(name)] for step, names in PACKAGES.items()}
         if not self.program("nvcc"):
             found["build"].append("nvcc")
@@ -87,11 +87,11 @@ class World:
 
     @property
     def build(self):
-        """Environment of everything that builds: for this GPU alone."""
+        """Environment of every build: only for this GPU."""
         return {"TORCH_CUDA_ARCH_LIST": self.machine["capability"], "POM_EXT_CUDA": "1", "MAX_JOBS": str(self.jobs)}
 
     def program(self, name):
-        """The path of a tool, or None where there is none."""
+        """The path of a tool, or None."""
         return shutil.which(name) or self._of_toolkit(name)
 
     def _of_toolkit(self, name):
@@ -114,12 +114,12 @@ class World:
 
 @dataclass
 class Step:
-    """Groups of processes, one after the other; those of a group run side by side."""
+    """Groups of processes, one after the other; the processes of a group run side by side."""
 
     groups: list
     readers: dict = field(default_factory=dict)  # by process
-    every_group: bool = False  # also those after one that failed
-    again: bool = False  # start the one process anew where it ended before its end (report.py tells which)
+    every_group: bool = False  # also the groups after one that failed
+    again: bool = False  # restart the process if it ends early (command.py)
 
 
 def machine(world):
@@ -135,7 +135,7 @@ def build(world):
 
 
 def smoke(world):
-    """One process for a family, so that none suffers from another; the last one alone."""
+    """One process for each family, so that none disturbs another; the last one alone."""
     readers = {family: Smoke() for family in FAMILIES}
 
     def of(family):
@@ -148,10 +148,10 @@ def smoke(world):
 
 
 def benchmark(world, *selection, name="benchmark"):
-    """Case by case into one file; --resume goes on with what it lacks."""
+    """Run cases into one file; --resume runs those that it lacks."""
     tail = Tail(2000)
-    words = ("-m", "benchmarks.run", "--device", world.device, "--json", world.out / "benchmark.json", "--resume")
-    words += ("--limit", f"{OF_A_CASE * world.scale:g}", *selection)
+    words = ("-m", "benchmarks.run", "core", "--device", world.device, "--limit", f"{OF_A_CASE * world.scale:g}")
+    words += ("--json", world.out / "benchmark.json", "--resume", *selection)
     return Step([[world.python(name, *words, line=tail.line)]], {name: tail}, again=True)
 
 
@@ -159,7 +159,7 @@ def quick_benchmark(world):
     causal = ("causal_mix-power3-N16384-*bfloat16", "causal_mix_backward-power3-N16384-*bfloat16")
     without = needing(world.failed, "cases")
     if takes_layers(world) is None:
-        without.append(SIDE_BY_SIDE)  # in the step after this one, beside more
+        without.append(SIDE_BY_SIDE)  # measured in the next step, beside more contenders
     selection = ("--quick", "--also", *causal, *(("--without", *without) if without else ()))
     return benchmark(world, *selection)
 
@@ -172,7 +172,7 @@ def takes_layers(world):
 
 
 def layers(world):
-    """u stored, by blocks, and at once by one kernel."""
+    """u stored, computed by blocks, and fused in one kernel."""
     if why := takes_layers(world):
         return why
     against = ("context projection", "by blocks", "at once")
@@ -210,7 +210,7 @@ def left_out(is_there=is_there):
 
 
 def pytest_words(selection, failed=(), is_there=is_there, seconds=OF_A_TEST):
-    """Arguments of python that run the tests of a -k expression, but for those of failed families."""
+    """Arguments of python that run the tests of a -k expression, except those of failed families."""
     if words := needing(failed, "tests"):
         selection = f"({selection}) and not ({' or '.join(words)})"
     command = ["-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
@@ -219,7 +219,7 @@ def pytest_words(selection, failed=(), is_there=is_there, seconds=OF_A_TEST):
         command += ["-n", str(WORKERS), "--dist", "worksteal", "--max-worker-restart", "100"]
     if is_there("pytest_timeout"):
         command += [f"--timeout={seconds:g}", "--timeout-method=thread"]
-        # Where a test hangs stands in the log before it is ended. (Without pytest-timeout failures.py does both.)
+        # Log where a test hangs before it is ended. (Without pytest-timeout failures.py does both.)
         command += ["-o", f"faulthandler_timeout={0.9 * seconds:g}"]
     for tests in left_out(is_there).values():
         command += [f"--deselect={test}" if "::" in test else f"--ignore={test}" for test in tests]
@@ -239,7 +239,7 @@ def tests(world, selection=FIRST_TESTS, name="tests"):
 
 
 def sanitizers(world):
-    """Every tool in a process of its own; the kernels at once with their projections in one more, under memcheck."""
+    """Every tool in a process of its own; the fused projection kernels in one more, under memcheck."""
     program = world.program("compute-sanitizer")
     if program is None:
         return "there is no compute-sanitizer on this machine"
@@ -254,7 +254,7 @@ def sanitizers(world):
         words += (sys.executable, ROOT / "tests/sanitized.py", world.device, "--only", newest or "cases")
         words += ("--without", *without) if without else ()
         readers[name] = Sanitizer()
-        # Every allocation its own, so that memcheck sees where each one ends.
+        # A separate allocation for every tensor, so that memcheck sees where each one ends.
         environment = {"OMP_NUM_THREADS": "2", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         group.append(world.process(name, words, environment, readers[name].line))
     return Step([group], readers)
@@ -287,5 +287,5 @@ def ends(start, scale=1):
 
 
 def limit(name, left, scale=1):
-    """Seconds of a step, of those that are left until its end."""
+    """Seconds that a step may take. left: seconds until its end."""
     return min(left, scale * MOST.get(name, DEADLINE))

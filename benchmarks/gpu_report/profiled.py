@@ -11,8 +11,9 @@ import torch
 
 # First smoke, which looks after the library that is to be tested.
 from benchmarks.gpu_report.smoke import BF16, arguments, draw_readout_call, draw_state_call, has_kernel
-from benchmarks.measure import OURS
-from benchmarks.ops import OpCase
+from benchmarks.harness.measure import OURS
+from benchmarks.harness.op_case import OpCase
+from pom_ext.ops.arguments import call
 
 TOKENS = 16384
 
@@ -24,21 +25,22 @@ def ours(*case, **more):
 
 def folded(device, tokens, dim, width):
     sizes = {"heads": 16, "width": width // 16, "batch": 1, "queries": tokens, "dim": dim, "out_dim": dim}
-    call = arguments(draw_readout_call("whole", BF16, True, **sizes), device)
-    if has_kernel("folds_at_once", device) and torch.ops.pom_ext.folds_at_once(*call):
-        return partial(torch.ops.pom_ext.folded_readout_at_once, *call)
+    args, question = arguments(draw_readout_call("whole", BF16, True, **sizes), device), "supports_fused_folded_readout"
+    if has_kernel(question, device) and call(question, args):
+        return partial(call, "fused_folded_readout", args)
     return None
 
 
 def project(device, tokens, dim, width):
-    call = arguments(draw_state_call("whole", BF16, True, batch=1, tokens=tokens, dim=dim, width=width), device)
-    if has_kernel("projects_at_once", device) and torch.ops.pom_ext.projects_at_once(*call):
-        return partial(torch.ops.pom_ext.project_state_at_once, *call)
+    drawn, question = draw_state_call("whole", BF16, True, 3, 1, tokens, dim, width), "supports_fused_project_state"
+    args = arguments(drawn, device)
+    if has_kernel(question, device) and call(question, args):
+        return partial(call, "fused_project_state", args)
     return None
 
 
 def calls(device, small=False):
-    """{name: a function that makes the call ready}; it returns None where this device has no kernel for it."""
+    """{name: a function that makes the call ready}; it returns None if this device has no kernel for it."""
     tokens, width, dim = (96, 256, 64) if small else (TOKENS, 2048, 1024)
     power = {"tokens": tokens, "width": width, "device": device}
     frame = {"tokens": 96 if small else 256, "width": 48 if small else 2304, "device": device}
@@ -57,7 +59,7 @@ def calls(device, small=False):
 
 
 def main(arguments=None):
-    """Exit status 1 where a call raised; the others were made all the same."""
+    """Exit status 1 if a call raised; the other calls are made too."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report.profiled", description=__doc__.split(":")[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="few tokens and channels")

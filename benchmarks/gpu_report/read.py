@@ -1,4 +1,4 @@
-"""What is worth telling of what the steps print: a reader takes lines as they come, and can be asked at any time."""
+"""Readers of the output of the steps: each takes lines as they come, and can tell its results at any time."""
 
 import csv
 import json
@@ -7,7 +7,7 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-from ..resources import shortened
+from ..suites.resources import shortened
 from .run import INTERRUPTED, TIMED_OUT
 
 LONGEST = 300  # characters of one line in the report
@@ -38,8 +38,8 @@ class Tail:
         del self.lines[: -self._size]
 
     def reason(self):
-        """The line that tells best why a command failed: the last that speaks of an error, else the last. Of one that
-        was stopped, the last before that."""
+        """The line that best tells why a command failed: the last about an error, else the last; the last line before
+        it was stopped, if it was stopped."""
         if self._at_interrupt:
             return self._at_interrupt
         said = [line for line in self.lines if line.strip() and not line.startswith("$ ")]
@@ -48,7 +48,7 @@ class Tail:
 
 
 class Smoke:
-    """What a process of smoke.py said of its family."""
+    """The result that a process of smoke.py printed for its family."""
 
     def __init__(self):
         self._tail, self._said, self._hung = Tail(), None, False
@@ -103,7 +103,7 @@ def journal(path):
 
 
 class Sanitizer:
-    """What compute-sanitizer reports, counted line by line: its own sum comes last, if it comes."""
+    """The errors that compute-sanitizer prints, counted line by line, since its own sum may never come."""
 
     MOST = 10  # that are told in words
     RECORD = re.compile(
@@ -170,7 +170,7 @@ class Ncu:
             self._rows.append(dict(zip(self._header, next(csv.reader([text])), strict=False)))
 
     def refused(self):
-        """Its own words where it does not get at the counters, or None."""
+        """The error of Nsight Compute if it may not read the counters, or None."""
         said = [line for line in self.tail.lines if re.match("==ERROR==(?!.*application)", line)]
         return short(said[0]).removeprefix("==ERROR== ") if said and not self._rows else None
 
@@ -218,7 +218,7 @@ def why_ended(lines, status):
 
 
 def benchmark(path):
-    """What the benchmark wrote by now, or None."""
+    """The results of the benchmark so far, or None."""
     try:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError):

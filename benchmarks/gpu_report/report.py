@@ -1,6 +1,6 @@
-"""The report: what is known by now, written to report.json and report.txt after every step and during the long ones.
+"""The report: the results so far, written to report.json and report.txt after every step and during the long ones.
 
-Both are written aside and put in place whole, so whoever ends this program at whatever second finds readable files.
+Both are replaced whole, so that the files are readable whenever this program is ended.
 """
 
 import datetime
@@ -34,7 +34,7 @@ def commit():
 
 
 def pytest_counts(lines):
-    """{"passed": 12, "failed": 1, ...} of pytest's last line, where there is one."""
+    """{"passed": 12, "failed": 1, ...} from the last line of pytest; {} without one."""
     ends = [line for line in lines if re.search(r"\b\d+ \w+.* in \d+\.\d+s", line)]
     found = re.findall(r"(\d+) (passed|failed|skipped|deselected|error)", ends[-1]) if ends else []
     return {word: int(number) for number, word in found}
@@ -53,7 +53,7 @@ class Report:
         self._readers, self._started, self._written = {}, 0.0, 0.0
 
     def note(self, text):
-        """One line, told once."""
+        """Add a line to the report, unless it is there."""
         if text not in self.notes:
             self.notes.append(text)
             complain(text)
@@ -82,7 +82,7 @@ class Report:
         return step["ok"]
 
     def beat(self, statuses, every=EVERY):
-        """Called all the time while a step runs, with the statuses of its processes that have ended."""
+        """Called regularly while a step runs, with the statuses of its processes that have ended."""
         now = time.monotonic()
         if now - self._written > every * self.world.scale:
             self._step["seconds"] = now - self._started
@@ -90,14 +90,14 @@ class Report:
             self.write()
 
     def stop(self, why):
-        """From outside, in the middle of a step or between two."""
+        """The report was stopped from outside, during a step or between two."""
         if self._step and self._step["status"] == "running":
             self._look(self._step, {})
             self._step |= {"status": "stopped", "ok": False, "why": why}
         self.finish(why, STOPPED)
 
     def finish(self, why=None, state=ENDED):
-        """Nothing runs from here on; why, if not all was run."""
+        """No step runs after this. why: the reason if not all steps ran."""
         self.state, self._why = state, why
         if why:
             self.note(why)
@@ -106,7 +106,7 @@ class Report:
                 step["why"] = step["why"] or why
 
     def _look(self, step, statuses):
-        """Put what is found by now into self.findings. Returns (whether all is well, why not)."""
+        """Put the results so far into self.findings. Returns (whether the step is fine, why not)."""
         name, status = step["name"], step["status"]
         what = {"layers": "benchmark", "rest": "tests"}.get(name, name)
         try:
@@ -181,7 +181,7 @@ class Report:
 
     @property
     def ok(self):
-        """Whether it came to its end, nothing failed, and all ran but what a machine may lack."""
+        """Whether the report is complete, no step failed, and every step ran except those that a machine may lack."""
         done = {step["name"] for step in self.steps if step["ok"]}
         needed = {"build", "smoke", "benchmark", "tests"}
         return (
@@ -225,7 +225,7 @@ class Report:
         }
 
     def write(self):
-        """Both files. Where a disk is full or gone a line tells so, and the report goes on in memory."""
+        """Write both files. If the disk is full or gone, a line tells so and the report stays in memory."""
         self._written = time.monotonic()
         for name, text in {
             "report.json": json.dumps(self.content(), indent=1) + "\n",
@@ -302,8 +302,8 @@ class Report:
             return []
         if not found["kernels"]:
             return [f"ncu began with {', '.join(found['profiled'])} and gave no table"] if found["profiled"] else []
-        heads = {"us": "µs", "memory_percent": "memory %", "dram_percent": "DRAM %", "sm_percent": "SM %",
-                 "occupancy_percent": "occupancy %", "registers": "registers"}  # fmt: skip
+        heads = {"us": "µs", "memory_percent": "memory %", "dram_percent": "DRAM %", "sm_percent": "SM %"}
+        heads |= {"occupancy_percent": "occupancy %", "registers": "registers"}
         lines = ["", "".join(f"{head:>13}" for head in heads.values()) + f"{'top stall, cycles':>32}  kernel"]
         for kernel in found["kernels"]:
             cells = "".join(f"{'' if kernel[k] is None else format(kernel[k], '.1f'):>13}" for k in heads)
@@ -313,7 +313,7 @@ class Report:
 
 
 def _of_no_end(said, status=None):
-    """Of a sanitizer that gave no sum."""
+    """The line of a sanitizer that printed no summary."""
     if "refused" in said:
         return f"refused: {said['refused']}"
     return f"crashed: {signal}" if (signal := read.crash(status)) else "came to no end"

@@ -1,6 +1,6 @@
-"""Runs processes side by side until a time, and stops the ones that overrun: an interrupt, some seconds, then a kill.
+"""Runs processes side by side and stops those that overrun: an interrupt, some seconds, then a kill.
 
-One thread and no waiting without a limit: whatever a process does, hang in the driver even, the caller gets on.
+One thread, and every wait has a limit: a process that hangs, even in the driver, cannot hang the caller.
 """
 
 import ctypes
@@ -35,15 +35,15 @@ class Process:
 
 
 def _in_a_group_of_its_own():
-    """So that all that it starts is stopped with it, and that it is stopped with its parent, a killed one too."""
+    """A group makes it possible to stop all its children; the signal stops it if its parent dies, even by a kill."""
     os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a script starts with & has it ignored, and so its children
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a script's background job and its children ignore it
     if hasattr(LIBC, "prctl"):
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Running:
-    """A process on its way: `status` is None until it has ended, then its exit status (-11: signal 11) or TIMED_OUT."""
+    """A started process: `status` is None until it ends, then its exit status (-11: signal 11) or TIMED_OUT."""
 
     def __init__(self, process, until, grace, log, watch):
         self.process, self.status, self._log, self._grace, self._watch = process, None, log, grace, watch
@@ -55,10 +55,10 @@ class Running:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **process.environment}
         try:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
             self._popen = subprocess.Popen(
-                words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, preexec_fn=_in_a_group_of_its_own,
-            )  # fmt: skip
+                words, cwd=ROOT, env=environment, **streams, preexec_fn=_in_a_group_of_its_own
+            )
             self._watch("+", self._popen.pid)
             self.output = self._popen.stdout
             os.set_blocking(self.output.fileno(), False)
@@ -74,7 +74,7 @@ class Running:
             self._log(self.process.name, f"(this line could not be read: {type(error).__name__}: {error})")
 
     def read(self):
-        """Pass on what it has printed by now. False where there is no more at present."""
+        """Pass on the lines printed so far. False if there was no output."""
         try:
             data = os.read(self.output.fileno(), 1 << 16)
         except BlockingIOError:
@@ -86,7 +86,7 @@ class Running:
         return not self.at_end
 
     def look(self):
-        """Whether it has ended; stop it where its time is up."""
+        """Whether it has ended; stops it if its time is up."""
         now, code = time.monotonic(), self._popen.poll()
         if code is not None:
             self._finish(TIMED_OUT if self._interrupted else code)
@@ -122,14 +122,16 @@ class Running:
         self.status = status
 
 
-def run(
-    processes, until, *, grace=GRACE, at_once=None, log=lambda name, text: None, beat=lambda statuses: None,
-    watch=lambda sign, pid: None,
-):  # fmt: skip
+def ignore(*arguments):
+    pass
+
+
+def run(processes, until, *, grace=GRACE, at_once=None, log=ignore, beat=ignore, watch=ignore):
     """Run processes, `at_once` at a time, until a time of time.monotonic(). Returns {name: status}.
 
-    Those that are not begun by then are TIMED_OUT too. log(name, line) gets all lines; beat({name: status})
-    is called now and then with those that have ended, watch("+" or "-", pid) for a group that begins or is over.
+    Processes that have not begun by then are TIMED_OUT too. log(name, line) is called with every line, beat({name:
+    status}) regularly with the processes that have ended, watch("+" or "-", pid) when a group of processes begins or
+    ends.
     """
     waiting, running, statuses = deque(processes), [], {}
     try:

@@ -1,8 +1,8 @@
-"""Does a family of kernels work at all? `python -m benchmarks.gpu_report.smoke FAMILY --device cuda`: a few calls, held
-against the definition in float64 as the tests hold theirs.
+"""Does a family of kernels work at all? `python -m benchmarks.gpu_report.smoke FAMILY --device cuda`: a few calls,
+compared with the definition in float64 by the tests' rule.
 
-The last line tells: "smoke ok: ...", "smoke wrong: ..." with the error, "smoke failed: ..." where a call raises. A call
-that hangs ends the process with a traceback of where.
+The last line is "smoke ok: ...", "smoke wrong: ..." with the error, or "smoke failed: ..." if a call raises. A call
+that hangs ends the process with a traceback.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from sanitized import update_twice
 
 from pom_ext import State, polynomial_readout, polynomial_state
 from pom_ext.ops import reference
+from pom_ext.ops.arguments import call
 from pom_ext.ops.checks import FORMS
 
 from .families import FAMILIES
@@ -164,48 +165,42 @@ def hold_norm(result, exact, plain):
 
 
 def calls(draw, device, large):
-    """(call, its arguments on the device) of operations with their projections; large: sizes that only a GPU gets."""
+    """(call, its arguments on the device by name) of operations with projections; large: sizes that only a GPU gets."""
     for context, sizes in (("whole", {}), ("offsets", {}), *((("whole", large),) if device != "cpu" else ())):
         torch.manual_seed(0)
-        call = draw(context, BF16, bias=True, **sizes)
-        yield call, arguments(call, device)
+        drawn = draw(context, BF16, bias=True, **sizes)
+        yield drawn, arguments(drawn, device)
 
 
 def hold_folded(device):
-    """Whether it was done at once."""
-    ops, large = torch.ops.pom_ext, {"queries": 3000, "heads": 16, "dim": 256, "width": 64, "out_dim": 256}
-    for call, words in calls(draw_readout_call, device, large):
-        at_once = has_kernel("folds_at_once", device) and ops.folds_at_once(*words)
-        if at_once:
-            y = ops.folded_readout_at_once(*words)
-        else:
-            y = ops.folded_readout(*words[:-1], None, None, 0, words[-1])
-        hold_norm(y, read(call, torch.float64), read(call, BF16))
-    return at_once
+    """Whether one fused kernel computed it."""
+    question, large = "supports_fused_folded_readout", {"queries": 3000, "heads": 16, "dim": 256, "width": 64}
+    for drawn, args in calls(draw_readout_call, device, large | {"out_dim": 256}):
+        fused = has_kernel(question, device) and call(question, args)
+        y = call("fused_folded_readout", args) if fused else call("folded_readout", args)[0]
+        hold_norm(y, read(drawn, torch.float64), read(drawn, BF16))
+    return fused
 
 
 def hold_project(device):
-    """Whether it was done at once."""
-    ops = torch.ops.pom_ext
-    for call, words in calls(draw_state_call, device, {"tokens": 3000, "dim": 256, "width": 640}):
-        at_once = has_kernel("projects_at_once", device) and ops.projects_at_once(*words)
-        if at_once:
-            total = ops.project_state_at_once(*words)[0]
-        else:
-            *others, degree = words
-            total = ops.project_state(*others, None, None, 0, FORMS.index("power"), degree, False)[0]
-        hold_norm(total, state_of(call, torch.float64)[0], state_of(call, BF16)[0])
-    return at_once
+    """Whether one fused kernel computed it."""
+    question = "supports_fused_project_state"
+    for drawn, args in calls(draw_state_call, device, {"tokens": 3000, "dim": 256, "width": 640}):
+        fused = has_kernel(question, device) and call(question, args)
+        name = "fused_project_state" if fused else "project_state"
+        total = call(name, args, form=FORMS.index("power"))[0]
+        hold_norm(total, state_of(drawn, torch.float64)[0], state_of(drawn, BF16)[0])
+    return fused
 
 
 def check(family, device):
-    """Run a family. Returns what to tell; raises AssertionError where a result is wrong."""
+    """Run a family. Returns the text to print; raises AssertionError if a result is wrong."""
     sums = {"state": (state_functions, SUMS), "readout": (readout_functions, SUMS), "mix": (mix_functions, MIXES)}
     sums |= {"causal": (mix_functions, CAUSAL), "mask": (mix_functions, MASKS)}
     name, _, backward = family.partition("_")
     if name in ("folded", "project"):
-        at_once = {"folded": hold_folded, "project": hold_project}[name](device)
-        return "at once" if at_once else "by other kernels: this device has none for it"
+        fused = {"folded": hold_folded, "project": hold_project}[name](device)
+        return "by the fused kernel" if fused else "by other kernels: this device has none for it"
     cases = UPDATES if name == "update" else sums[name][1]
     for case in cases:
         try:

@@ -1,4 +1,4 @@
-"""What takes the place of a process of the plan when there is no GPU: prints what that would, and fails as told.
+"""Stand-ins for the processes of the plan without a GPU: they print what those would print, and fail on request.
 
 python -m benchmarks.gpu_report.stubs NAME MODE the real command
 """
@@ -36,7 +36,7 @@ def hang(stuck=False):
 
 
 def misbehave(mode):
-    """What any process can do."""
+    """The failures of any process."""
     if mode in ("hang", "stuck"):
         hang(mode == "stuck")
     elif mode == "crash":
@@ -48,7 +48,7 @@ def value_after(words, option):
 
 
 def from_python(words):
-    """The program that a tool is to run."""
+    """The command that a tool runs."""
     return words[words.index(sys.executable) :]
 
 
@@ -81,7 +81,7 @@ def smoke(mode, words):
 
 
 def benchmark(mode, words):
-    """Three cases into the file, with the words and the way of benchmarks.run: the second misbehaves."""
+    """Writes three cases to the file as benchmarks.run does; the second misbehaves."""
     path = Path(value_after(words, "--json"))
     try:
         content = json.loads(path.read_text())
@@ -142,8 +142,11 @@ NCU = {
 
 def ncu(mode, words):
     if mode == "refuse":
-        say("==PROF== Connected to process 1 (/usr/bin/python3)", "==ERROR== ERR_NVGPUCTRPERM - The user does not have "
-            "permission to access NVIDIA GPU Performance Counters on the target device 0.")  # fmt: skip
+        say(
+            "==PROF== Connected to process 1 (/usr/bin/python3)",
+            "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access NVIDIA GPU Performance Counters "
+            "on the target device 0.",
+        )
         return 1
     if LIBRARY and subprocess.run([*from_python(words), "--small"], check=False).returncode:
         return 1
@@ -209,7 +212,7 @@ def test_after():
 
 
 def tests(mode, words):
-    """The real pytest with the real options, but for the selection, over a few tests."""
+    """The real pytest with the real options, except for the selection, over a few tests."""
     folder = Path(os.environ["POM_EXT_JOURNAL"]).with_suffix("")
     folder.mkdir(exist_ok=True)
     file = folder / "test_pretended.py"

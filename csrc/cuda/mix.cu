@@ -17,7 +17,7 @@ struct MixKernelArgs {
   ChannelTiles channel_tiles;
   StateView prior;
   StateOut out;  // may be the prior
-  uint32_t* ticket = nullptr;
+  uint32_t* arrival_counter = nullptr;
   void* y = nullptr;
 };
 
@@ -97,14 +97,14 @@ __global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kRanges > 3 ? 1 : 
     static_cast<Acc*>(args.out.residual)[at] = residual;
   }
   if (thread != 0) return;
-  if (!args.ticket) {
+  if (!args.arrival_counter) {
     if (block.tile == 0) args.out.count[b] = *new_count;
     return;
   }
   __threadfence();
-  if (atomicAdd(args.ticket + b, 1u) + 1 == unsigned(args.channel_tiles.count)) {
+  if (atomicAdd(args.arrival_counter + b, 1u) + 1 == unsigned(args.channel_tiles.count)) {
     args.out.count[b] = *new_count;
-    args.ticket[b] = 0;
+    args.arrival_counter[b] = 0;
   }
 }
 
@@ -203,9 +203,9 @@ Status mix(const MixArgs& args, void* workspace, size_t bytes, void* stream) {
 }
 
 Status update(const UpdateArgs& args, void* workspace, size_t bytes, void* stream) {
-  if (args.features.batch > 0 && !args.ticket) return Status::null_pointer;
+  if (args.features.batch > 0 && !args.arrival_counter) return Status::null_pointer;
   return checked_run(args, args.features.dtype, workspace, bytes, [&](auto acc, void* memory) {
-    const MixKernelArgs kernel = {args.features, args.gates, {}, args.state.view(), args.state, args.ticket, args.y};
+    const MixKernelArgs kernel = {args.features, args.gates, {}, args.state.view(), args.state, args.arrival_counter, args.y};
     return run<decltype(acc)>(kernel, memory, stream);
   });
 }

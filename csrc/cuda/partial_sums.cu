@@ -58,8 +58,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<I>) sum_features_kernel(SumA
       if (threadIdx.x == 0) args.weight_rows[index] = weights[0];
     }
   }
-  if (args.tickets)
-    reduce_samples(reduce_args(args), args.partition, block, args.channel_tiles.count, out, args.tickets);
+  if (args.arrival_counters)
+    reduce_samples(reduce_args(args), args.partition, block, args.channel_tiles.count, out, args.arrival_counters);
 }
 
 }  // namespace

@@ -75,7 +75,7 @@ struct SumArgs {
   WorkPartition partition;        // set by the launch
   Acc* rows = nullptr;            // (batch, slots, C)
   double* weight_rows = nullptr;  // (batch, slots)
-  Ticket* tickets = nullptr;      // (batch, channel tiles); null if samples are not reduced
+  ArrivalCounter* arrival_counters = nullptr;      // (batch, channel tiles); null if samples are not reduced
   StateView prior;                // added to the reduced sums
   StateOut out;
 };
@@ -101,7 +101,7 @@ class PieceSums {
       : rows(arena.take<Acc>(f.batch * pieces.slots() * f.channels())),
         weight_rows(f.weight ? arena.take<double>(f.batch * pieces.slots()) : nullptr),
         args_{f, make_channel_tiles(f, f.rotary, alignment_of(f).vec()), pieces, {}, rows, weight_rows} {
-    if (reduce) args_.tickets = arena.take<Ticket>(f.batch * args_.channel_tiles.count);
+    if (reduce) args_.arrival_counters = arena.take<ArrivalCounter>(f.batch * args_.channel_tiles.count);
   }
 
   // `prior` and `out` are used only if samples are reduced.

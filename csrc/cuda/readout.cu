@@ -83,7 +83,7 @@ struct BackwardKernelArgs {
   int64_t grad_y_batch_stride = 0, grad_y_token_stride = 0;
   void* grad_gate = nullptr;  // with one gate per channel
   void* mean_rows = nullptr;  // acc (batch, slots, C): gradient of the mean, a partial sum per piece
-  Ticket* tickets = nullptr;  // (batch, channel tiles), if a sample is one group; the last block then reduces it
+  ArrivalCounter* arrival_counters = nullptr;  // (batch, channel tiles), if a sample is one group; the last block then reduces it
   void* grad_total = nullptr;
   void* partials = nullptr;  // acc (batch, tokens, channels >> shift), if there are heads
   int partials_shift = 0;
@@ -163,8 +163,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<I>) readout_backward
       out.sum(dmean, reinterpret_cast<Acc*>(memory), mean_rows + int64_t(index) * g.channels);
     }
   }
-  if (args.tickets)
-    reduce_samples(reduce_args<Acc>(args), forward.partition, block, forward.channel_tiles.count, out, args.tickets);
+  if (args.arrival_counters)
+    reduce_samples(reduce_args<Acc>(args), forward.partition, block, forward.channel_tiles.count, out, args.arrival_counters);
 }
 
 template <class S, class H, class T, class Body>
@@ -231,7 +231,7 @@ struct BackwardPlan {
         heads(call.gates, args.forward.channel_tiles) {
     const Gates& g = call.gates;
     args.mean_rows = arena.take<Acc>(g.batch * args.forward.pieces.slots() * g.channels);
-    args.tickets = call.groups == 1 ? arena.take<Ticket>(g.batch * args.forward.channel_tiles.count) : nullptr;
+    args.arrival_counters = call.groups == 1 ? arena.take<ArrivalCounter>(g.batch * args.forward.channel_tiles.count) : nullptr;
     args.grad_total = call.grad_total;
     args.partials = g.heads > 1 ? arena.take<Acc>(g.batch * g.tokens * heads.count) : nullptr;
     args.partials_shift = heads.shift;

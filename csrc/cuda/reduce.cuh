@@ -103,11 +103,11 @@ __device__ void reduce_count(const ReduceArgs<Acc>& args, int64_t b, int64_t gro
 }
 
 // Called by a block that has written the rows of its pieces of a channel tile, if a sample is one group: the last block
-// with a piece of a sample reduces the sample's rows. `row` is the block's ChannelTileSum, `tickets` is (batch, channel
+// with a piece of a sample reduces the sample's rows. `row` is the block's ChannelTileSum, `arrival_counters` is (batch, channel
 // tiles). Which blocks share a sample follows from its shape alone, not from offsets, which may be wrong.
 template <class Acc, class Row>
 __device__ void reduce_samples(const ReduceArgs<Acc>& args, const WorkPartition& partition, const BlockIndex& block,
-                               int channel_tiles, const Row& row, Ticket* tickets) {
+                               int channel_tiles, const Row& row, ArrivalCounter* arrival_counters) {
   POM_SHARED(memory);
   int* const broadcast = reinterpret_cast<int*>(memory);
   const unsigned slots = unsigned(args.pieces.slots()), end = partition.first(block.row + 1);
@@ -115,7 +115,7 @@ __device__ void reduce_samples(const ReduceArgs<Acc>& args, const WorkPartition&
   for (unsigned b = partition.first(block.row) / slots; b * slots < end; ++b) {
     const unsigned sharing = partition.block_of((b + 1) * slots - 1) - partition.block_of(b * slots) + 1;
     if (sharing > 1) {
-      if (threadIdx.x == 0) *broadcast = is_last(tickets + int64_t(b) * channel_tiles + block.tile, sharing);
+      if (threadIdx.x == 0) *broadcast = is_last(arrival_counters + int64_t(b) * channel_tiles + block.tile, sharing);
       __syncthreads();
       const bool last = *broadcast;
       __syncthreads();

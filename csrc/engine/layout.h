@@ -1,7 +1,7 @@
 // Where the parts of a stream lie in its memory, and which shapes there are.
 //
 // Evaluation by evaluation and in it layer by layer: total, residual, count, what the caller keeps. Behind all of them
-// the tickets of the layers, which only a GPU uses and nobody saves.
+// the arrival counters of the layers, which only a GPU uses and nobody saves.
 #pragma once
 
 #include "arena.h"
@@ -41,7 +41,7 @@ inline size_t layers_bytes(const pom_shape& shape, int64_t layers) {
 inline size_t states_bytes(const pom_shape& shape) {
   return size_t(shape.evaluations) * layers_bytes(shape, shape.layer_count);
 }
-inline size_t tickets_bytes(const pom_shape& shape) {
+inline size_t arrival_counters_bytes(const pom_shape& shape) {
   return size_t(shape.evaluations * shape.layer_count * shape.batch) * sizeof(uint32_t);
 }
 inline char* memory_of(const pom_stream& stream) { return static_cast<char*>(Arena::align(stream.memory)); }

@@ -31,7 +31,7 @@ pom_state state_of(const pom_stream& stream, int64_t evaluation, int64_t layer) 
   return {total, residual, reinterpret_cast<double*>(counts), parts.kept ? kept : nullptr};
 }
 
-uint32_t* tickets_of(const pom_stream& stream, int64_t evaluation, int64_t layer) {
+uint32_t* arrival_counters_of(const pom_stream& stream, int64_t evaluation, int64_t layer) {
   const pom_shape& shape = stream.shape;
   return reinterpret_cast<uint32_t*>(memory_of(stream) + states_bytes(shape)) +
          (evaluation * shape.layer_count + layer) * shape.batch;
@@ -66,7 +66,7 @@ struct FramePlan {
     const StateOut state = {at.total, at.residual, at.count};
     const StateOut scratch = {arena.take<char>(sums), arena.take<char>(sums), arena.take<double>(batch)};
     mix = {features_of(shape, batch, frame), gates_of(shape, batch, frame), state.view(), frame.y, scratch};
-    update = {mix.features, mix.gates, state, tickets_of(stream, evaluation, layer), frame.y};
+    update = {mix.features, mix.gates, state, arrival_counters_of(stream, evaluation, layer), frame.y};
     bytes = std::max(workspace_of(stream.place, mix), workspace_of(stream.place, update));
     memory = arena.take<char>(int64_t(bytes));
   }
@@ -118,7 +118,7 @@ const char* pom_cuda_error(void) {
 
 size_t pom_stream_bytes(const pom_shape* shape) {
   if (check(shape) != Status::ok) return 0;
-  return states_bytes(*shape) + tickets_bytes(*shape) + kAlignment;
+  return states_bytes(*shape) + arrival_counters_bytes(*shape) + kAlignment;
 }
 
 pom_status pom_stream_open(pom_stream* stream, const pom_shape* shape, const pom_place* place, void* memory,

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "torch/arguments.h"
+#include "torch/tensors.h"
 
 namespace pom_torch {
 
@@ -34,7 +34,7 @@ void each_block(const Tensor& x, int64_t width, Body body, int64_t bytes = kBloc
 // The groups of consecutive tokens of a sample, and those that have tokens in a block.
 class Bounds {
  public:
-  Bounds(const Plain& offsets, int64_t tokens, int64_t groups) : bounds_(groups + 1) {
+  Bounds(const DenseArg& offsets, int64_t tokens, int64_t groups) : bounds_(groups + 1) {
     const int64_t* given = checked_offsets(offsets, tokens);
     for (int64_t g = 0; g <= groups; ++g)
       bounds_[g] = given ? given[g] : g == groups ? tokens : g * (tokens / std::max<int64_t>(1, groups));

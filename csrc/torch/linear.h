@@ -12,7 +12,7 @@
 #include <cstring>
 
 #include "cpu/kernels.h"
-#include "torch/arguments.h"
+#include "torch/tensors.h"
 
 // Weak: a torch without oneDNN lacks it. (Its declaration in torch's headers is for builds with it alone.)
 extern "C" AOTI_TORCH_EXPORT __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(

@@ -20,12 +20,22 @@ inline Optional part_of(const Optional& table, const Block& block) {
   return table ? Optional(rows_of(*table, block.token, block.tokens)) : Optional();
 }
 
-// What the forward kept of its projections (B, N, C), as a matrix.
-inline Optional kept_matrix(const Optional& kept, const Tensor& x, int64_t width) {
-  if (!kept || kept->size(0) != x.size(0) || kept->size(1) != x.size(1) || kept->size(2) != width) return {};
-  STD_TORCH_CHECK(kept->is_contiguous() && kept->scalar_type() == x.scalar_type(), "kept: expected as it was returned");
-  return matrix_of(*kept);
+// What the forward saved of its projections (B, N, C), as a matrix.
+inline Optional saved_matrix(const Optional& saved, const Tensor& x, int64_t width) {
+  if (!saved || saved->size(0) != x.size(0) || saved->size(1) != x.size(1) || saved->size(2) != width) return {};
+  STD_TORCH_CHECK(saved->is_contiguous() && saved->scalar_type() == x.scalar_type(),
+                  "saved_projection: expected as it was returned");
+  return matrix_of(*saved);
 }
+
+// The direction of a derivative: of the tokens, and of the state they are added to or read. None, or x_tangent at least.
+#define POM_TANGENTS "Tensor? x_tangent, Tensor? total_tangent, Tensor? residual_tangent"
+struct TangentInputs {
+  Optional x, total, residual;
+  static TangentInputs read(Arguments& from) { return {from.optional(), from.optional(), from.optional()}; }
+};
+
+inline Tensor empty_result(const Tensor& like) { return torch::stable::new_empty(like, {0, 0, 0}); }
 
 // A direction of tokens, as a matrix.
 inline Tensor direction_of(const Tensor& x_tangent, const Tensor& x) {

@@ -2,9 +2,10 @@
 
 import typer
 
-from .common import one_line_errors
+from .common import friendly_errors
 from .draw import sample
 from .export import export
+from .options import flatten_groups
 from .tools import bench, demo, doctor
 from .train import train
 from .video import play, stream
@@ -13,9 +14,9 @@ app = typer.Typer(
     help="PoM: train and sample diffusion transformers whose cost is linear in tokens.", no_args_is_help=True
 )
 for command in (demo, train, sample, stream, play, export):
-    app.command()(one_line_errors(command))
-PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-app.command(context_settings=PASS_ON)(one_line_errors(bench))
+    app.command()(friendly_errors(flatten_groups(command)))
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+app.command(context_settings=PASS_THROUGH)(friendly_errors(bench))
 app.command()(doctor)
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: errors as one line, the device, names of classes."""
+"""Helpers of several commands: errors in one line, devices, classes, checkpoints."""
 
 import functools
 import os
@@ -7,8 +7,8 @@ import sys
 import typer
 
 
-def one_line_errors(command):
-    """Report mistakes that a user can mend as one line on stderr and exit code 1; anything else is a bug."""
+def friendly_errors(command):
+    """Report errors that a user can fix in one line on stderr, with exit code 1. Other exceptions are bugs and pass."""
 
     @functools.wraps(command)
     def run(*args, **kwargs):
@@ -16,7 +16,7 @@ def one_line_errors(command):
             return command(*args, **kwargs)
         except ModuleNotFoundError as error:
             message = f"{error}; the commands need more than the library: pip install 'pom_ext[train,play]'"
-        except BrokenPipeError:  # whoever read the output has seen enough; nothing of it may be left to write at exit
+        except BrokenPipeError:  # the reader closed the pipe; leave Python nothing to flush into it at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit from None
         except (ValueError, ArithmeticError, OSError) as error:
@@ -27,8 +27,12 @@ def one_line_errors(command):
     return run
 
 
-def chosen_device(device):
-    """The device asked for, or the best there is; ValueError where this build or machine lacks it."""
+def choose_device(device):
+    """The requested device, or the fastest available one for None.
+
+    Raises:
+        ValueError: this build or this machine does not have the device.
+    """
     import torch
 
     from ..ops import _library
@@ -43,7 +47,7 @@ def chosen_device(device):
 
 
 def class_numbers(labels, classes):
-    """Class numbers for "3,cat": names first, since the names of classes can be numbers too."""
+    """Class numbers of "3,cat". Names have priority over numbers, since a class can be named "7"."""
     numbers = []
     for label in labels.split(","):
         if label in classes:
@@ -54,3 +58,30 @@ def class_numbers(labels, classes):
             names = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
             raise ValueError(f"labels: no class {label!r}; expected some of {names}, or 0 to {len(classes) - 1}")
     return numbers
+
+
+def parse_size(size):
+    """(height, width) of "48x64", None of None."""
+    if size is None:
+        return None
+    parts = size.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"size: expected height x width such as 48x64, got {size!r}")
+    return tuple(map(int, parts))
+
+
+def load_video_model(checkpoint, device):
+    """`load_model`; raises ValueError for an image model."""
+    from ..models.checkpoint import load_model
+
+    network, settings = load_model(checkpoint, device=choose_device(device))
+    if settings.get("architecture") != "VideoDiT":
+        raise ValueError(f"checkpoint: {checkpoint} is an image model; draw from it with: pom-ext sample {checkpoint}")
+    return network, settings
+
+
+def trained_objective(settings):
+    """The objective that the model of a checkpoint was trained with."""
+    from ..diffusion import build_objective
+
+    return build_objective(settings["train"]["objective"], settings["train"]["shift"])

@@ -1,4 +1,4 @@
-"""What is installed, what was built and what runs here."""
+"""What is installed, how the library was built, and whether it fits this machine."""
 
 import importlib
 import importlib.util
@@ -13,7 +13,7 @@ PLAYING = ("pygame", "starlette", "uvicorn", "websockets")
 
 
 def diagnose():
-    """Yield a line for each thing there is to know; at the end, raise what `_library.load` raises."""
+    """Yield the lines of the report. Raises what `_library.load` raises if the library cannot be loaded."""
     import torch
 
     from .. import __version__
@@ -22,7 +22,8 @@ def diagnose():
     package = Path(__file__).resolve().parents[1]
     yield f"pom_ext    {__version__}, {package}"
     yield f"python     {platform.python_version()}, {platform.system()} {platform.machine()}"
-    yield f"torch      {torch.__version__}, {torch.get_num_threads()} threads, CPU {torch.backends.cpu.get_cpu_capability()}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield f"torch      {torch.__version__}, {torch.get_num_threads()} threads, CPU {capability}"
     yield f"cuda       {_describe_cuda(torch)}"
     for purpose, extra, wanted in (("training", "train", TRAINING), ("playing", "play", PLAYING)):
         missing = [name for name in wanted if importlib.util.find_spec(name) is None]
@@ -31,7 +32,7 @@ def diagnose():
     yield from _describe_build(build_note(), __version__, sysconfig.get_platform(), BUILD)
     yield from _describe_changes(package, BUILD)
     yield f"engine     {_describe_engine()}"
-    importlib.import_module(".ops", __package__)  # where the library lacks an operation, load tells from then on
+    importlib.import_module("pom_ext.ops")  # after this import, load reports a library that lacks an operation
     load()
     library = Path(importlib.util.find_spec("pom_ext._C").origin)
     yield f"library    loaded, {library}"
@@ -43,7 +44,7 @@ def diagnose():
 
 
 def _describe_products(torch):
-    """What matrix products in 16 bits are worth on this processor."""
+    """Which 16-bit matrix products this processor computes natively."""
     native = torch.ops.pom_ext.native_products().split()
     wide = [name for name in ("bfloat16", "float16") if name not in native]
     parts = [f"has matrix products in {' and '.join(native)}"] * bool(native)
@@ -64,7 +65,7 @@ def _describe_cuda(torch):
 
 
 def _describe_build(note, version, here, remedy):
-    """What the library was built with, and where that does not fit this package or this machine."""
+    """How the library was built, and mismatches with this package or this machine."""
     if not note:
         yield f"built      unknown: no note of a build; {remedy}"
         return
@@ -79,7 +80,7 @@ def _describe_build(note, version, here, remedy):
 
 
 def _describe_changes(package, remedy):
-    """In a source folder: what was changed since its library was built."""
+    """In a source folder: a mismatch if a source is newer than the library."""
     note = package / "_build.json"
     sources = [path for path in (package.parent / "csrc").rglob("*") if path.is_file()]
     if note.exists() and sources:
@@ -89,7 +90,7 @@ def _describe_changes(package, remedy):
 
 
 def _describe_engine():
-    """The streams without torch are a library of their own, for one version of Python."""
+    """Whether the engine, a separate library for a single Python version, can be loaded."""
     from ..engine import _compiled
 
     try:
@@ -100,7 +101,7 @@ def _describe_engine():
 
 
 def _describe_kernels(torch, remedy):
-    """What the library was built for, and whether that serves the GPUs that are here."""
+    """The GPUs that the library was built for, and whether it runs on those of this machine."""
     built = torch.ops.pom_ext.cuda_architectures()
     here = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     here = sorted({torch.cuda.get_device_capability(i) for i in here})
@@ -120,9 +121,9 @@ def _describe_kernels(torch, remedy):
 
 
 def _describe_driver(versions, of_torch, remedy):
-    """Whether the driver serves the CUDA runtime that the library is linked to; nothing where it was built without.
+    """Whether the driver supports the CUDA runtime of the library. Yields no line for a library without CUDA.
 
-    A driver serves every runtime of its own major version and of those before.
+    A driver supports every runtime of its own and of earlier major versions.
     """
     if not versions:
         return
@@ -139,10 +140,10 @@ def _describe_driver(versions, of_torch, remedy):
 
 
 def _serves(built, capability):
-    """Whether code for the architectures "8.0;9.0a;12.0+PTX" runs on a GPU of this (major, minor).
+    """Whether code for the architectures `built`, such as "8.0;9.0a;12.0+PTX", runs on a GPU.
 
-    Machine code runs on later minor versions too, PTX on everything later; an "a" binds both to the one GPU, an "f" to
-    its family.
+    capability: (major, minor) of the GPU. Machine code also runs on later minor versions, PTX on all later versions. The
+    suffix "a" restricts both to one capability, "f" to one family.
     """
     for name in built.split(";"):
         number, suffix, ptx = re.fullmatch(r"(\d+\.\d)([af]?)(\+PTX)?", name).groups()

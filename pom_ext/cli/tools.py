@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
+from .options import Seed
+
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the results of this demo.")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/demo"),
     image_seconds: Annotated[float, typer.Option(help="Training time of the image model.")] = 150.0,
     video_seconds: Annotated[float, typer.Option(help="Training time of the video model.")] = 300.0,
-    seed: Annotated[int, typer.Option(help="Seed of weights, training and samples.")] = 0,
+    seed: Seed = 0,
 ):
-    """Learn the MNIST digits, draw them, move them, stream them as video; a classifier reads what comes out."""
+    """Train on MNIST, draw digits, and stream moving digits as video; a classifier checks the results."""
     from ..demo import run_demo
 
     report = run_demo(out, image_seconds=image_seconds, video_seconds=video_seconds, seed=seed)
@@ -29,7 +31,7 @@ def demo(
 
 
 def bench(context: typer.Context):
-    """Run the benchmarks of the source tree; arguments go to benchmarks/run.py."""
+    """Run the benchmarks of the source tree. All arguments are passed to benchmarks/run.py."""
     source = Path(__file__).resolve().parents[2]
     if not (source / "benchmarks" / "run.py").is_file():
         raise ValueError(
@@ -41,9 +43,9 @@ def bench(context: typer.Context):
 
 
 def doctor():
-    """Print what is installed, what was built and what runs here.
+    """Print what is installed, how the library was built, and whether it fits this machine.
 
-    Exit code 1 if the compiled library does not load, or does not fit what is here.
+    The exit code is 1 if the compiled library does not load or does not fit.
     """
     from .doctor import diagnose
 

@@ -1,19 +1,21 @@
-"""A video model that starts from what an image model has learned."""
+"""A video model that starts from the weights of an image model."""
+
+from __future__ import annotations
 
 import torch
 
-from ..models.image import ImageDiT
-from ..models.video import MIXERS, VideoDiT
+from ..layers.blocks import FRAME_MIXERS
+from ..models import ImageDiT, VideoDiT
 
 
-def inflate(model, *, length, size=None, frames=1):
-    """A `VideoDiT` with the weights of an `ImageDiT`, which predicts of a still video what that does of the picture.
+def inflate(model: ImageDiT, *, length: int, size: tuple[int, int] | None = None, frames: int = 1) -> VideoDiT:
+    """A `VideoDiT` with the weights of an `ImageDiT`. Of a still video, it predicts what the image model predicts.
 
-    The local convolution starts with the image model's weights on a frame itself and zeros on those before. Positions are
-    those of space alone, so that a stream has no end.
+    The local convolution starts with the image model's weights on a frame itself and zeros on the two before. The video
+    model has positions="space", so a stream has no end.
 
     Args:
-        model: an `ImageDiT` without registers and local attention, with a width that 8 divides.
+        model: an `ImageDiT` without registers and local attention, with a width that is a multiple of 8.
         length: video frames of a clip in training.
         size: (H, W) of the videos; None takes that of the images.
         frames: video frames in one token, patch[0].
@@ -22,7 +24,7 @@ def inflate(model, *, length, size=None, frames=1):
         VideoDiT in the dtype and on the device of the model.
 
     Raises:
-        TypeError, ValueError: an image model that has no video counterpart.
+        TypeError, ValueError: not an image model, or one that has no video counterpart.
     """
     if not isinstance(model, ImageDiT):
         raise TypeError(f"model: expected an ImageDiT, got {type(model).__name__}")
@@ -32,18 +34,13 @@ def inflate(model, *, length, size=None, frames=1):
         raise ValueError("model: expected two_times=False; video models have one time")
     config = dict(model.config)
     mixers = [config["mixer"]] if isinstance(config["mixer"], str) else config["mixer"]
-    if not set(mixers) <= set(MIXERS):
-        raise ValueError(f"model: expected mixers of {', '.join(MIXERS)}, got {config['mixer']}")
+    if not set(mixers) <= set(FRAME_MIXERS):
+        raise ValueError(f"model: expected mixers of {', '.join(FRAME_MIXERS)}, got {config['mixer']}")
     side, patch = config.pop("image_size"), config.pop("patch")
     for name in ("n_registers", "window", "two_times"):
         del config[name]
-    video = VideoDiT(
-        size=(side, side) if size is None else size,
-        length=length,
-        patch=(frames, patch, patch),
-        positions="space",
-        **config,
-    )
+    size = (side, side) if size is None else size
+    video = VideoDiT(size=size, length=length, patch=(frames, patch, patch), positions="space", **config)
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name == "patch_in.weight":  # (D, h * w * C) -> (D, t * h * w * C), the mean of the frames of a token

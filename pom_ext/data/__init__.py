@@ -1,7 +1,11 @@
-"""Data sets of images and of videos."""
+"""Data sets of images and of videos. Nothing is downloaded."""
 
-from .images import MNIST, ImageDataset, ImageFolder, open_dataset
-from .videos import GamePlay, MovingDigits, VideoDataset, VideoFolder, open_video_dataset
+from .datasets import ImageDataset, VideoDataset
+from .folders import ImageFolder, VideoFolder
+from .games import GamePlay
+from .mnist import MNIST
+from .moving_digits import MovingDigits
+from .sources import is_video, open_dataset, open_video_dataset
 
 __all__ = [
     "GamePlay",
@@ -11,6 +15,7 @@ __all__ = [
     "MovingDigits",
     "VideoDataset",
     "VideoFolder",
+    "is_video",
     "open_dataset",
     "open_video_dataset",
 ]

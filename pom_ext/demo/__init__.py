@@ -1,4 +1,4 @@
-"""The demo: train a small PoM transformer on the MNIST images, draw digits, teach it to move them, and stream video."""
+"""The demo: train a small PoM transformer on MNIST, draw digits, train it on moving digits, and stream video."""
 
 import json
 import os
@@ -18,11 +18,11 @@ def run_demo(out="out/demo", *, image_seconds=150.0, video_seconds=300.0, per_cl
     """Run the demo and return the contents of its report.json.
 
     Args:
-        out: folder for what README.md says; files there are replaced.
-        image_seconds, video_seconds: training time of each part. All else adds about two minutes on two cores.
-        per_class: samples that the classifier reads, per digit; the picture shows the first ten.
-        streams: videos that it reads, per digit.
-        seed: of the weights, the training and the samples.
+        out: folder for the files that README.md lists; existing files are replaced.
+        image_seconds, video_seconds: training time of each part. The rest takes about two minutes on two cores.
+        per_class: samples per digit for the classifier; the picture shows the first ten.
+        streams: videos per digit for the classifier.
+        seed: random seed of weights, training and samples.
     """
     begin = time.perf_counter()
     out = Path(out)
@@ -37,7 +37,7 @@ def run_demo(out="out/demo", *, image_seconds=150.0, video_seconds=300.0, per_cl
 
 
 def machine():
-    """One line that names the machine and the versions that matter."""
+    """One line with the machine and the relevant versions."""
     return (
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"Python {platform.python_version()}, torch {torch.__version__}"

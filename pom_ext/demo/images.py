@@ -20,10 +20,10 @@ SAMPLING = {"steps": 30, "guidance": 2.5, "solver": "euler"}
 
 
 def run_images(out, *, seconds, per_class, seed):
-    """Train for so many seconds, draw `per_class` of every digit, and have them read.
+    """Train for `seconds`, draw `per_class` images of every digit, and classify them.
 
     Returns:
-        the trained `ImageDiT`, and the part of the report.
+        the trained `ImageDiT`, and the report on images as a dict.
     """
     data = MNIST()
     config = TrainConfig(**{**asdict(TRAIN), "seed": seed})

@@ -1,12 +1,19 @@
-"""The report of the demo, for people."""
+"""The demo's report as Markdown."""
 
 
 def markdown(report):
-    """report.md"""
+    """The text of report.md from the contents of report.json."""
     images, video = report["images"], report["video"]
     sampling, digits, stream = images["sampling"], images["samples_read_as_requested_by_digit"], video["stream"]
-    costs, clip = video["costs"], video["clip_frames"]
-    last = len(costs["PoM"]["bytes"])
+    costs, clip, length = video["costs"], video["clip_frames"], stream["frames"]
+    accuracy = images["classifier_accuracy_on_real_images"]
+
+    def solver(drawn, unit):
+        return f"{drawn['seconds']} s, {drawn['steps']} {drawn['solver']} {unit}, guidance {drawn['guidance']}"
+
+    def last_frame(name):
+        return f"{costs[name]['milliseconds'][-1]:.1f} ms and {costs[name]['bytes'][-1]:,} bytes"
+
     return f"""# Demo: digits drawn, moved and streamed by PoM
 
 {report["machine"]}, on {images["device"]}; everything in {report["total_seconds"]} s
@@ -18,9 +25,9 @@ def markdown(report):
 | model | ImageDiT, {images["parameters"]:,} parameters, mixer {images["model"]["mixer"]} |
 | training | {images["steps"]:,} steps in {images["training_seconds"]} s ({images["milliseconds_per_step"]} ms a step) |
 | final loss | {images["final_loss"]} |
-| sampling | {sampling["images"]} images in {sampling["seconds"]} s, {sampling["steps"]} {sampling["solver"]} steps, guidance {sampling["guidance"]} |
+| sampling | {sampling["images"]} images in {solver(sampling, "steps")} |
 | requested digit read in | **{images["samples_read_as_requested"]:.1%}** of the samples |
-| the classifier itself | {images["classifier_accuracy_on_real_images"]:.1%} on 1,000 real images it was not trained on |
+| the classifier itself | {accuracy:.1%} on 1,000 real images it was not trained on |
 
 | digit | {" | ".join(digits)} |
 |---|{"---|" * len(digits)}
@@ -32,19 +39,19 @@ def markdown(report):
 
 ## Video
 
-The image model goes on as a video model: it learns moving digits in clips of {clip} frames, then streams {stream["frames"]}.
+The image model goes on as a video model: it learns moving digits in clips of {clip} frames, then streams {length}.
 
 | | |
 |---|---|
 | training | {video["steps"]:,} steps in {video["training_seconds"]} s ({video["milliseconds_per_step"]} ms a step) |
 | final loss | {video["final_loss"]} |
-| streaming | {stream["videos"]} videos of {stream["frames"]} frames in {stream["seconds"]} s, {stream["steps"]} {stream["solver"]} steps a frame, guidance {stream["guidance"]} |
+| streaming | {stream["videos"]} videos of {length} frames in {solver(stream, "steps a frame")} |
 | what a video remembers | {video["state_bytes_per_video"]:,} bytes, however long it is |
 | requested digit read within {clip} frames | **{video["read_within_the_trained_length"]:.1%}** |
 | in the last frames of twice that | **{video["read_at_twice_the_trained_length"]:.1%}** |
 | by frame | {", ".join(f"{share:.0%}" for share in video["frames_read_as_requested"])} |
 | the classifier itself | {video["classifier_accuracy_on_real_frames"]:.1%} on real frames it was not trained on |
-| frame {last} | {costs["PoM"]["milliseconds"][-1]:.1f} ms and {costs["PoM"]["bytes"][-1]:,} bytes; with attention {costs["attention"]["milliseconds"][-1]:.1f} ms and {costs["attention"]["bytes"][-1]:,} bytes |
+| frame {len(costs["PoM"]["bytes"])} | {last_frame("PoM")}; with attention {last_frame("attention")} |
 
 ![video](video.gif)
 

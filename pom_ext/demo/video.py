@@ -1,4 +1,4 @@
-"""The second part of the demo: the image model learns to move its digits, and streams them for longer than it has seen."""
+"""The second part of the demo: the image model learns moving digits, and streams them beyond its training length."""
 
 import time
 from dataclasses import asdict
@@ -10,24 +10,24 @@ from ..data import MovingDigits
 from ..diffusion import FlowMatching
 from ..media import contact_sheet, write_video
 from ..media.figures import save_loss_curve, save_stream_costs
-from ..media.video import tile
+from ..media.frames import tile
 from ..models import VideoDiT
 from ..streaming import VideoStream
 from ..training import TrainConfig, train
 from .classifier import train_classifier
 
-CLIP, STREAM = 8, 24  # frames: of a clip in training, and of the videos drawn
+CLIP, STREAM = 8, 24  # frames of a training clip and of a drawn video
 TRAIN = TrainConfig(lr=7e-3, shift=2.0, batch_size=4, warmup=50, ema_decay=0.995, context_noise=1.0)
-# Without context noise a digit's strokes grow or fade from frame to frame: after 16 frames half of the digits were read.
+# Without context noise strokes grow or fade from frame to frame: after 16 frames half of the digits were readable.
 SAMPLING = {"steps": 6, "guidance": 4.0, "solver": "euler", "context_noise": 0.8}
 COSTS = 192  # frames over which time and memory are compared with attention
 
 
 def run_video(out, image_model, *, seconds, per_class, seed):
-    """Train for so many seconds, stream `per_class` videos of every digit, and have every frame read.
+    """Train for `seconds`, stream `per_class` videos of every digit, and classify every frame.
 
     Returns:
-        the part of the report.
+        the report on video as a dict.
     """
     data = MovingDigits(frames=CLIP, seed=seed)
     config = TrainConfig(**{**asdict(TRAIN), "seed": seed})
@@ -76,20 +76,20 @@ def mean(values):
 
 
 def still_frames(data):
-    """One frame of a moving digit for every image, and its label."""
+    """One frame of a moving digit for every image, with its label."""
     clips = [data[index] for index in range(data.images_shown)]
     frames = torch.stack([clip[:, index % CLIP] for index, (clip, _) in enumerate(clips)])
     return frames, torch.stack([label for _, label in clips])
 
 
 def compare_costs(model, seed):
-    """Milliseconds and bytes of every frame of a stream, for the model and for its twin with attention.
+    """Milliseconds and bytes of every frame of a stream, for the model and for the same model with attention.
 
-    Both draw by turns, with one solver step, and nothing is shown; the twin is not trained, which costs it no time.
+    Both draw by turns, with one solver step. The attention model is not trained, which does not change its times.
     """
     torch.manual_seed(seed)
-    twin = VideoDiT(**{**model.config, "mixer": "attention"}).to(model.patch_in.weight).eval()
-    streams = {"PoM": VideoStream(model, [0], steps=1), "attention": VideoStream(twin, [0], steps=1)}
+    attention = VideoDiT(**{**model.config, "mixer": "attention"}).to(model.patch_in.weight).eval()
+    streams = {"PoM": VideoStream(model, [0], steps=1), "attention": VideoStream(attention, [0], steps=1)}
     costs = {name: {"milliseconds": [], "bytes": []} for name in streams}
     for _ in range(COSTS):
         for name, stream in streams.items():

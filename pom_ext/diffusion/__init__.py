@@ -1,5 +1,20 @@
-"""What a model learns, and the way back from noise to data."""
+"""What a model learns (objectives and losses), and the way back from noise to data (solvers, guidance)."""
 
-from .objectives import FlowMatching, MeanFlow, NoisePrediction, build_objective
+# Importing an objective registers it, and messages list the objectives in this order.
+# isort: off
+from .flow_matching import FlowMatching
+from .noise_prediction import NoisePrediction
+from .meanflow import MeanFlow
 
-__all__ = ["FlowMatching", "MeanFlow", "NoisePrediction", "build_objective"]
+# isort: on
+from .objectives import OBJECTIVES, Objective, build_objective, register_objective
+
+__all__ = [
+    "OBJECTIVES",
+    "FlowMatching",
+    "MeanFlow",
+    "NoisePrediction",
+    "Objective",
+    "build_objective",
+    "register_objective",
+]

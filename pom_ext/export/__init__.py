@@ -1,4 +1,4 @@
-"""Models for programs in C++: on the engine, or on libtorch."""
+"""Video models as files for programs in C++, which run them with the engine or with libtorch."""
 
 from .aoti import export_frame_step, trace_frame_step
 from .native import export_model

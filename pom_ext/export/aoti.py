@@ -1,21 +1,22 @@
 """One frame step of a `VideoDiT` as an AOTInductor package, for programs that have libtorch but no Python.
 
-The package is one function of tensors of constant shapes, with the compiled operations in it:
+The package is one function of tensors with constant shapes; it contains the compiled operations:
 
-    frame, time, labels (where the model has classes), state... -> prediction, state after the frame...
+    frame, time, labels (if the model has classes), state... -> prediction, state after the frame...
 
 frame and prediction: (B, C, patch[0], H, W); time: (B,) in [0, 1000], in the dtype of the model; labels: (B,) int64.
-state: what a `Past` holds, in the order of its `state_dict`: "{layer}.total", "{layer}.residual" and "{layer}.count" of
-    every layer, then "{layer}.tail" of every layer with a local convolution. With positions other than "space" "frames",
-    the number of frames so far, int64 (), comes before them. The state before the first frame is zeros.
+state: the tensors of a `StreamCache`, in the order of its `state_dict`: "{layer}.total", "{layer}.residual" and
+    "{layer}.count" of every layer, then "{layer}.tail" of every layer with a local convolution. With positions other
+    than "space", "frames", the number of frames so far, int64 (), precedes them. The state before the first frame is
+    all zeros.
 
-With clean context, every evaluation of a solver is a call with the same state, whose new state is dropped; one more with
-the finished frame at time 0 gives the state for the next frame. With shared noise every evaluation carries a state of
-its own. The metadata say which (`context`), what the prediction is (`objective`, "flow" or "noise", and `shift`), the
-number of classes (`n_classes`), and in `inputs`, a line for each: name, dtype, sizes.
+With clean context, every evaluation of a solver calls the function with the same state and drops the new state. One
+more call, with the finished frame at time 0, returns the state for the next frame. With shared noise, every evaluation
+has its own state. The package's metadata contain: `context`; what the prediction is (`objective`, "flow" or "noise",
+and `shift`); the number of classes (`n_classes`); and `inputs`, one line per input: name, dtype, sizes.
 
-`examples/aoti` is such a program. It must load the library of operations before the package, and asks it by
-AOTI_RUNTIME_CHECK_INPUTS=1 in the environment to check the shapes that it is given.
+`examples/aoti` is a program that uses the package. A program must load the library of operations before the package.
+AOTI_RUNTIME_CHECK_INPUTS=1 in its environment makes the package check the shapes of its inputs.
 """
 
 from dataclasses import replace
@@ -26,14 +27,14 @@ from torch import nn
 
 from .._io import atomic_write
 from ..diffusion import FlowMatching
-from ..diffusion.objectives import OBJECTIVES, check_context
+from ..diffusion.losses import check_context
 from ..models.video import VideoDiT
 from ..ops import State
 from ..ops.state import FIELDS
 
 
 class FrameStep(nn.Module):
-    """The model as the function of tensors that is described above; `start` is the `Past` before the first frame."""
+    """The model as the function of tensors described above; `start` is the `StreamCache` before the first frame."""
 
     def __init__(self, model, start):
         super().__init__()
@@ -41,11 +42,11 @@ class FrameStep(nn.Module):
         self.numbered = model.positions != "space"
 
     def inputs(self):
-        """{name: tensor} of the call that begins a stream, all zeros. None share memory: torch would trace them as one."""
-        weight, past = self.model.like, self.start.clone()
-        batch, size = past.memories[0].count.shape[0], (past.height, past.width)
+        """{name: tensor} of a stream's first call, all zeros. No two share memory: torch would trace them as one."""
+        weight, past = self.model.reference_parameter, self.start.clone()
+        batch, size = past.mixer_caches[0].count.shape[0], (past.height, past.width)
         t, *patch = self.model.patch
-        pixels = [count * side for count, side in zip(size, patch)]
+        pixels = [count * side for count, side in zip(size, patch, strict=True)]
         inputs = {"frame": weight.new_zeros(batch, self.model.in_channels, t, *pixels), "time": weight.new_zeros(batch)}
         if self.model.n_classes:
             inputs["labels"] = weight.new_zeros(batch, dtype=torch.int64)
@@ -57,20 +58,21 @@ class FrameStep(nn.Module):
         rest = list(rest)
         labels = rest.pop(0) if self.model.n_classes else None
         number = rest.pop(0) if self.numbered else None
-        layers = len(FIELDS) * len(self.start.memories)
-        memories = (State(*rest[first : first + len(FIELDS)]) for first in range(0, layers, len(FIELDS)))
-        past = replace(self.start, frames=self._frames(number), memories=tuple(memories), tails=tuple(rest[layers:]))
+        layers = len(FIELDS) * len(self.start.mixer_caches)
+        mixer_caches = (State(*rest[first : first + len(FIELDS)]) for first in range(0, layers, len(FIELDS)))
+        caches = {"mixer_caches": tuple(mixer_caches), "conv_caches": tuple(rest[layers:])}
+        past = replace(self.start, frames=self._frames(number), **caches)
         out, past = self.model(frame, time, labels=labels, frame_causal=True, past=past, return_past=True)
-        # Standard strides, in which it goes in again: a slice of one video keeps those of the whole.
+        # Standard strides, as the next call expects: a slice of a batch has the strides of the whole batch.
         state = (t.clone(memory_format=torch.contiguous_format) for t in _tensors(past).values())
         return out, *([number + 1] if self.numbered else []), *state
 
     def _frames(self, number):
-        """The number of frames so far, as an integer that is not known before the package runs."""
+        """The number of frames so far, as an integer that is unknown until the package runs."""
         if number is None:
             return 0
         frames = number.item()
-        if self.model.positions == "sincos":  # the package checks it too: these positions end
+        if self.model.positions == "sincos":  # a finite table of positions; the package checks this too
             torch._check(frames >= 0)
             torch._check(frames < self.model.length // self.model.patch[0])
         return frames
@@ -81,21 +83,22 @@ def _tensors(past):
 
 
 def trace_frame_step(model, *, batch=1, size=None, window=0, decay=1.0):
-    """The frame step as a `torch.export.ExportedProgram`, and {name: tensor} of the inputs that it begins with.
+    """The frame step as a `torch.export.ExportedProgram`, and {name: tensor} of the inputs of its first call.
 
     Args:
-        model: a `VideoDiT` without text and without attention, whose memory would grow.
+        model: a `VideoDiT` without text and without attention, whose cache would grow.
         batch, size, window, decay: as in `VideoDiT.start`.
 
     Raises:
-        TypeError, ValueError: an argument outside what is said above. ImportError: nothing compiled.
+        TypeError, ValueError: an argument that does not fit this description.
+        ImportError: the library is not compiled.
     """
     if not isinstance(model, VideoDiT):
         raise TypeError(f"model: expected a VideoDiT, got {type(model).__name__}")
     if "attention" in model.config["mixer"]:
         raise ValueError(
-            "model: expected polynomial mixers in all layers, got attention: its memory grows with every frame, and the "
-            "shapes of a frame step are constant"
+            "model: expected polynomial mixers in all layers, got attention: its memory grows with every frame, and "
+            "the shapes of a frame step are constant"
         )
     if model.text_dim:
         raise ValueError(
@@ -108,16 +111,19 @@ def trace_frame_step(model, *, batch=1, size=None, window=0, decay=1.0):
 
 
 def export_frame_step(model, path, *, batch=1, size=None, window=0, decay=1.0, objective=None, context="clean"):
-    """Compile the frame step and write it to a .pt2 file, whole or not at all. It is for the device and the dtype of the
-    model, this version of torch and processors like this one. Needs a C++ compiler.
+    """Compile the frame step and write it to a .pt2 file, completely or not at all. Needs a C++ compiler.
+
+    The package is for the device and dtype of the model, for this version of torch and for processors like this one.
 
     Args:
         model, batch, size, window, decay: as in `trace_frame_step`.
-        objective, context: what the model was trained for, as in `VideoStream`: for the program to know.
+        path: file to write.
+        objective, context: what the model was trained with, as in `VideoStream`; written to the metadata.
 
     Raises:
-        what `trace_frame_step` raises; ValueError for a path that does not end in .pt2, or another context. RuntimeError:
-            no compiler, or it failed.
+        TypeError, ValueError, ImportError: as in `trace_frame_step`; ValueError also for a path that does not end in
+            .pt2 and for an unknown context.
+        RuntimeError: there is no compiler, or it failed.
     """
     import torch._inductor
 
@@ -127,15 +133,13 @@ def export_frame_step(model, path, *, batch=1, size=None, window=0, decay=1.0, o
     check_context(context)
     program, inputs = trace_frame_step(model, batch=batch, size=size, window=window, decay=decay)
     lines = (" ".join([name, str(t.dtype).removeprefix("torch."), *map(str, t.shape)]) for name, t in inputs.items())
-    names = {kind: name for name, kind in OBJECTIVES.items()}
     metadata = {
-        "inputs": "\n".join(lines), "n_classes": str(model.n_classes), "objective": names[type(objective)],
-        "shift": str(objective.shift), "context": context,
-    }  # fmt: skip
-    with (
-        atomic_write(path) as aside,
-        open(aside, "wb") as file,
-    ):  # a file, since torch refuses names that end otherwise
+        "inputs": "\n".join(lines),
+        "n_classes": str(model.n_classes),
+        **{name: str(value) for name, value in objective.describe().items()},
+        "context": context,
+    }
+    with atomic_write(path) as aside, open(aside, "wb") as file:  # open, since torch refuses a path without .pt2
         torch._inductor.aoti_compile_and_package(
             program, package_path=file, inductor_configs={"aot_inductor.metadata": metadata}
         )

@@ -1,28 +1,29 @@
-"""Export: a VideoDiT checkpoint as a flat float32 safetensors file, for programs without torch (examples/stream.cpp)."""
+"""Export of a VideoDiT checkpoint as a float32 safetensors file, for programs without torch (examples/stream.cpp)."""
 
 import torch
 from safetensors.torch import save_file
 
 from .._io import atomic_write
-from ..models.blocks import Grid, sincos_positions, time_frequencies
+from ..layers.embeddings import sincos_positions, time_frequencies
+from ..layers.layout import Grid
 from ..models.checkpoint import load_model
 
-FORMAT = "pom_ext video 1"  # raised whenever a program that reads the last one would go wrong
+FORMAT = "pom_ext video 1"  # change it whenever programs for the last format would misread a file
 
 
 def export_model(checkpoint, path):
-    """Write the averaged weights of a video model, as the engine takes them (csrc/include/pom/engine.h).
+    """Write the averaged weights of a video model in the layout of the engine (csrc/include/pom/engine.h).
 
-    The file's metadata are numbers and words, its tensors float32: the projections of context and gate stacked, those of
-    all modulations of all layers stacked, their "1 +" within the bias, biases that a layer lacks as zeros.
+    The tensors are float32. The context and gate projections of a layer are stacked; the modulations of all layers are
+    stacked, with their "1 +" added to the bias. Missing biases are zeros. The metadata are numbers and words.
 
     Args:
         checkpoint: a file that training wrote.
-        path: the file to write, whole or not at all.
+        path: the file to write, completely or not at all.
 
     Raises:
-        FileNotFoundError: no such checkpoint.
-        ValueError: no checkpoint, or one of a model that the program cannot run.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no checkpoint, or its model has a feature that the engine lacks.
     """
     model, settings = load_model(checkpoint)
     _check_supported(checkpoint, model, settings)
@@ -67,35 +68,35 @@ def _metadata(model, settings):
 
 
 def _tensors(model):
-    """Names and tensors. D is the width of a token, P that of a patch, C of a state."""
-    grid = Grid(*(length // unit for length, unit in zip(model.size, model.patch[1:])))
+    """{name: tensor}. D: width of a token, P: width of a patch, C: width of a state."""
+    grid = Grid(*(length // unit for length, unit in zip(model.size, model.patch[1:], strict=True)))
     tensors = {
         "positions": sincos_positions(grid, model.dim, like=model.patch_in.weight)[0],  # (tokens, D)
         "time.frequencies": time_frequencies(model.dim, like=model.patch_in.weight),  # (D / 2,)
         **_linear("patch_in", model.patch_in),  # (D, P)
         **_linear("time.in", model.time_embed.mlp[0]),  # (4 D, D)
         **_linear("time.out", model.time_embed.mlp[2]),  # (D, 4 D)
-        **_stacked("modulation", *_modulations(model)),  # (6 D for every layer, then 2 D; D)
+        **_linear("modulation", *_modulations(model)),  # (6 D for every layer, then 2 D; D)
         **_linear("patch_out", model.patch_out),  # (P, D)
     }
     if model.label_embed is not None:
         tensors["labels"] = model.label_embed.weight  # (classes + 1, D)
     for number, block in enumerate(model.blocks):
         name, mixer = f"layers.{number}", block.mixer
-        tensors |= _stacked(f"{name}.mixer_in", mixer.context_proj, mixer.gate_proj)  # (C + gates, D)
+        tensors |= _linear(f"{name}.mixer_in", mixer.context_proj, mixer.gate_proj)  # (C + gates, D)
         tensors |= _linear(f"{name}.mixer_out", mixer.out_proj)  # (D, C)
         if mixer.coeff is not None:
             tensors[f"{name}.coeff"] = mixer.coeff  # (C, degree)
         tensors |= _linear(f"{name}.ffw_in", block.ffw[0]) | _linear(f"{name}.ffw_out", block.ffw[2])
         if block.local_conv is not None:
             conv = block.local_conv.conv
-            weight = conv.weight.flatten(1).t()  # (27, D): frame, row, column; channels side by side
+            weight = conv.weight.flatten(1).t()  # (27, D): (frame, row, column), channels last
             tensors |= {f"{name}.conv.weight": weight, f"{name}.conv.bias": conv.bias}
     return tensors
 
 
 def _modulations(model):
-    """Layers whose outputs, one under the other, are what the blocks multiply with and add: (D, condition) each."""
+    """The linear layers that compute scales, shifts and gates of all blocks from the condition, in stacking order."""
     for block in model.blocks:
         for norm, gate in ((block.mixer_norm, block.mixer_gate), (block.ffw_norm, block.ffw_gate)):
             yield _plus_one(norm.modulation, model.dim)
@@ -104,18 +105,14 @@ def _modulations(model):
 
 
 def _plus_one(layer, rows):
-    """The layer with 1 added to its first outputs: scales and gates are 1 + what is learned."""
+    """The layer with 1 added to its first `rows` outputs: the model scales and gates by 1 + output."""
     one = (torch.arange(len(layer.bias)) < rows).to(layer.bias)
-    made = torch.nn.Linear(layer.in_features, layer.out_features)
-    made.weight, made.bias = layer.weight, torch.nn.Parameter(layer.bias.detach() + one)
-    return made
+    shifted = torch.nn.Linear(layer.in_features, layer.out_features)
+    shifted.weight, shifted.bias = layer.weight, torch.nn.Parameter(layer.bias.detach() + one)
+    return shifted
 
 
-def _linear(name, layer):
-    return _stacked(name, layer)
-
-
-def _stacked(name, *layers):
-    """Weights, and biases, one under the other."""
+def _linear(name, *layers):
+    """{name: tensor} of linear layers stacked along their outputs."""
     bias = [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
     return {f"{name}.weight": torch.cat([layer.weight for layer in layers]), f"{name}.bias": torch.cat(bias)}

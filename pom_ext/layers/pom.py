@@ -1,22 +1,19 @@
 """PoM: the polynomial mixer as a layer, the drop-in for multi-head attention."""
 
+from __future__ import annotations
+
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..ops import _library, polynomial_mix, polynomial_readout, polynomial_state, rotary_table
-from ..ops.checks import MAX_HEADS, check_form, check_tensor
-from ..ops.functional import only_one
-from ..ops.projected import (
-    are_plain,
-    folded_readout,
-    folding_pays,
-    is_plain,
-    project,
-    projected_readout,
-    projected_state,
-)
+from ..ops import Rotary, State, _library, polynomial_mix, polynomial_readout, polynomial_state, rotary_table
+from ..ops.arguments import Frames, Gate, Polynomial, Visibility, check_mutually_exclusive, query_offsets
+from ..ops.checks import MAX_HEADS, check_form, check_state, check_tensor, is_integer
+from ..ops.dispatch import LayerCall, choose
+from ..ops.linear import project
+from ..ops.projected import folded_readout, projected_readout, projected_state
 from ..ops.rotary import AXES
 
 MEMORY = ("store", "recompute")
@@ -181,54 +178,94 @@ class PoM(nn.Module):
         if context is not x:
             check_tensor("context", context, (x.shape[0], "N", self.dim), like=x)
         rotary, gate_rotary = self._rotaries(x, context, positions, context_positions)
-        grouped = frames is not None or cu_seqlens is not None
-        if (grouped or causal) and context.shape[1] != x.shape[1]:
+        mode = "causal" if causal else "mask" if mask is not None else None
+        if frames is not None or cu_seqlens is not None:
+            mode = mode or "groups"
+        if (causal or frames is not None or cu_seqlens is not None) and context.shape[1] != x.shape[1]:
             raise ValueError(
                 "context: with causal, frames or cu_seqlens the queries are the context tokens, got "
                 f"{context.shape[1]} of these and {x.shape[1]} queries"
             )
-        # On a GPU a short context and its queries are one kernel.
-        together = x.is_cuda and not grouped and self.memory == "store" and not self._folds(x, 1)
-        if causal or mask is not None or together:
+        if choose("layer", self._call(x, (self.gate_proj, self.out_proj), mode=mode)) == "one operation":
             mixed = polynomial_mix(
-                project(self.context_proj, context), project(self.gate_proj, x), self.coeff, form=self.form,
-                degree=self.degree, n_sel_heads=self.n_sel_heads, weight=weight, mask=mask, causal=causal, frames=frames,
-                cu_seqlens=cu_seqlens, rotary=rotary, gate_rotary=gate_rotary, state=state, return_state=return_state,
-            )  # fmt: skip
-            return (project(self.out_proj, mixed[0]), mixed[1]) if return_state else project(self.out_proj, mixed)
+                project(self.context_proj, context),
+                project(self.gate_proj, x),
+                self.coeff,
+                form=self.form,
+                degree=self.degree,
+                n_sel_heads=self.n_sel_heads,
+                weight=weight,
+                mask=mask,
+                causal=causal,
+                frames=frames,
+                cu_seqlens=cu_seqlens,
+                rotary=rotary,
+                gate_rotary=gate_rotary,
+                state=state,
+                return_state=return_state,
+            )
+            if isinstance(mixed, tuple):
+                return project(self.out_proj, mixed[0]), mixed[1]
+            return project(self.out_proj, mixed)
         if return_state:
-            only_one(return_state=True, cu_seqlens=cu_seqlens)
+            check_mutually_exclusive(return_state=True, cu_seqlens=cu_seqlens)
         state = self.state_of(context, weight=weight, frames=frames, cu_seqlens=cu_seqlens, rotary=rotary, state=state)
         y = self.read(x, state, frames=frames, cu_seqlens=cu_seqlens, rotary=gate_rotary)
         return (y, state.last()) if return_state else y
 
-    def state_of(self, context, **seen):
-        """The State of context tokens (B, N, dim), which may see each other as `polynomial_state` lets them."""
-        options = {"form": self.form, "degree": self.degree, **seen}
-        if self._fuses(context, self.context_proj):
-            return projected_state(context, self.context_proj, self.coeff, keep=self._keeps(context), **options)
-        return polynomial_state(project(self.context_proj, context), self.coeff, **options)
+    def state_of(
+        self,
+        context: Tensor,
+        *,
+        weight: Tensor | None = None,
+        frames: Frames | None = None,
+        cu_seqlens: Frames | None = None,
+        rotary: Rotary | None = None,
+        state: State | None = None,
+    ) -> State:
+        """The State of context tokens (B, N, dim); the other arguments as of `polynomial_state`."""
+        if choose("layer state", self._call(context, (self.context_proj,))) == "stored projection":
+            tokens = project(self.context_proj, context)
+            groups = {"weight": weight, "frames": frames, "cu_seqlens": cu_seqlens}
+            return polynomial_state(
+                tokens, self.coeff, form=self.form, degree=self.degree, rotary=rotary, state=state, **groups
+            )
+        visibility = Visibility.of(context, weight=weight, frames=frames, cu_seqlens=cu_seqlens)
+        if state is not None:
+            check_mutually_exclusive(state=state, cu_seqlens=cu_seqlens)
+            check_state("state", state, (context.shape[0], 1, self.state_width), context.dtype, context)
+        polynomial = Polynomial(self.form, self.degree, self.coeff, rotary)
+        return projected_state(context, self.context_proj, polynomial, visibility, state, self._saves(context))
 
-    def read(self, x, state, **seen):
-        """What query tokens (B, M, dim) read of a State, in groups as of `polynomial_readout`: (B, M, dim)."""
-        options = {"form": self.form, "n_sel_heads": self.n_sel_heads, **seen}
-        even = seen.get("cu_seqlens") is None and not isinstance(seen.get("frames"), (list, tuple, torch.Tensor))
-        if self._folds(x, state.total.shape[1], even):
-            return folded_readout(x, self.gate_proj, self.out_proj, state, **options)
-        if self._fuses(x, self.gate_proj, self.out_proj):
-            keep = self._keeps(x, state.total)
-            return projected_readout(x, self.gate_proj, self.out_proj, state, keep=keep, **options)
-        return project(self.out_proj, polynomial_readout(project(self.gate_proj, x), state, **options))
+    def read(
+        self,
+        x: Tensor,
+        state: State,
+        *,
+        frames: Frames | None = None,
+        cu_seqlens: Frames | None = None,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """(B, M, dim): the readout of query tokens (B, M, dim); the other arguments as of `polynomial_readout`."""
+        projections, groups = (self.gate_proj, self.out_proj), state.total.shape[1]
+        even = cu_seqlens is None and not isinstance(frames, (list, tuple, torch.Tensor))
+        taken = choose("layer readout", self._call(x, projections, groups=groups, even=even))
+        if taken == "stored projection":
+            gates, options = project(self.gate_proj, x), {"form": self.form, "n_sel_heads": self.n_sel_heads}
+            y = polynomial_readout(gates, state, frames=frames, cu_seqlens=cu_seqlens, rotary=rotary, **options)
+            return project(self.out_proj, y)
+        gate = Gate(None, self.n_sel_heads, rotary)
+        if taken == "streamed projection":
+            offsets = query_offsets(x, groups, frames, cu_seqlens)
+            return projected_readout(x, projections, state, gate, self.form, offsets, self._saves(x, state.total))
+        # One frame length deals the queries evenly.
+        offsets = None if is_integer(frames) else query_offsets(x, groups, frames, cu_seqlens)
+        return folded_readout(x, projections, state, gate, self.form, offsets)
 
-    def _folds(self, x, groups, even=True):
-        """Whether the readout is folded into the output projection."""
-        return is_plain(self.out_proj) and folding_pays(x, groups, self.state_width, self.n_sel_heads, even=even)
+    def _call(self, x: Tensor, projections: tuple[nn.Module, ...], **more: Any) -> LayerCall:
+        return LayerCall(x, projections, self.memory, width=self.state_width, n_heads=self.n_sel_heads, **more)
 
-    def _fuses(self, x, *projections):
-        """Whether one operation projects and sums, or reads and projects. On a GPU only where that is to save memory."""
-        return (x.device.type == "cpu" or self.memory == "recompute") and are_plain(x, *projections)
-
-    def _keeps(self, *inputs):
-        """Whether projections are stored, because there will be gradients that need them."""
+    def _saves(self, *inputs: Tensor) -> bool:
+        """Whether projections are stored, because gradients will need them."""
         differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.parameters()))
         return differentiated and self.memory == "store"

@@ -1,13 +1,14 @@
-"""Pictures of results: a grid of images with a label per row, and a loss curve."""
+"""Figures of results: a grid of images, a loss curve, the costs of a stream."""
 
 import numpy as np
 
 from .._io import atomic_write
+from .frames import tile
 
 
 def _figure(path, width, height, *draw):
-    """Let each draw(axes) fill its part, side by side, of a figure of that size in inches; write it to `path` (PNG)."""
-    from matplotlib.figure import Figure  # not pyplot: needs no display and leaves no global state
+    """Write a PNG figure of width x height inches, with one column of axes for each draw(axes)."""
+    from matplotlib.figure import Figure  # unlike pyplot, it needs no display and leaves no global state
 
     figure = Figure(figsize=(width, height), layout="constrained")
     for part, fill in enumerate(draw):
@@ -17,21 +18,21 @@ def _figure(path, width, height, *draw):
 
 
 def save_grid(images, row_labels, path, title=None, column_labels=()):
-    """Write images as a grid, one labelled row after the other.
+    """Write images as a grid with labelled rows.
 
-    images: (rows * columns, C, H, W) in [-1, 1] (clamped), C 1 or 3; row_labels: one text per row; column_labels: one per
-    column, or none.
+    Args:
+        images: (rows * columns, C, H, W) in [-1, 1] (clamped), C 1 or 3, row by row.
+        row_labels: one text per row.
+        path: file to write.
+        title: text above the grid.
+        column_labels: one text per column, or none.
     """
     rows, gap = len(row_labels), 2
-    images = ((images.detach().float().cpu().clamp(-1, 1) + 1) / 2).unflatten(0, (rows, -1))  # (rows, columns, C, H, W)
-    columns, channels, height, width = images.shape[1:]
+    columns = images.unflatten(0, (rows, -1)).shape[1]
+    channels, height, width = images.shape[1:]
     if channels not in (1, 3):
         raise ValueError(f"images: expected 1 or 3 channels to draw, got {channels}")
-    canvas = images.new_ones(channels, rows * (height + gap) - gap, columns * (width + gap) - gap)
-    for row in range(rows):
-        for column in range(columns):
-            top, left = row * (height + gap), column * (width + gap)
-            canvas[:, top : top + height, left : left + width] = images[row, column]
+    canvas = tile((images.detach().float().cpu().clamp(-1, 1) + 1) / 2, columns=columns, gap=gap, fill=1.0)
 
     def draw(axes):
         axes.imshow(canvas.permute(1, 2, 0).numpy().squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -47,7 +48,7 @@ def save_grid(images, row_labels, path, title=None, column_labels=()):
 
 
 def save_loss_curve(losses, path, title=None):
-    """Write the loss of every step, and its running mean, as a curve."""
+    """Write a figure of the loss at every step and its running mean."""
     from matplotlib.ticker import StrMethodFormatter
 
     window = max(1, len(losses) // 50)
@@ -76,9 +77,9 @@ def save_loss_curve(losses, path, title=None):
 
 
 def save_stream_costs(costs, path, title=None):
-    """Write time (the median of eleven neighbouring frames) and memory of a stream as two curves beside each other.
+    """Write a figure of the time (median of eleven neighbouring frames) and the memory of streams, frame by frame.
 
-    costs: {name: {"milliseconds": [...], "bytes": [...]}}, one entry a frame.
+    costs: {name: {"milliseconds": [...], "bytes": [...]}}, one number per frame.
     """
 
     def draw_one(axes, key, scale, label):
@@ -90,7 +91,7 @@ def save_stream_costs(costs, path, title=None):
         axes.grid(alpha=0.3)
         axes.legend()
 
-    def median_of_neighbours(values, half=5):  # other programs disturb single frames
+    def median_of_neighbours(values, half=5):  # other programs can slow single frames down
         return [float(np.median(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
 
     costs = {
@@ -103,39 +104,3 @@ def save_stream_costs(costs, path, title=None):
         axes.set_title(title, fontsize=10, loc="left")
 
     _figure(path, 9, 3.6, times, lambda axes: draw_one(axes, "bytes", 2**20, "MiB remembered"))
-
-
-def save_crossover(results, path):
-    """Draw what `benchmarks.crossover` measured: seconds over tokens, a column for each size.
-
-    A ring marks the length from which on a form is faster than attention.
-    """
-    from matplotlib.figure import Figure
-
-    cases = results["cases"]
-    sizes = list(dict.fromkeys(case["size"] for case in cases))
-    rows = list(dict.fromkeys((case["what"], case["passes"]) for case in cases))
-    figure = Figure(figsize=(4 * len(sizes), 2.8 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), len(sizes), squeeze=False, sharex=True)
-    for case in cases:
-        axes = grid[rows.index((case["what"], case["passes"]))][sizes.index(case["size"])]
-        for name, seconds in case["seconds"].items():
-            (line,) = axes.loglog(
-                results["tokens"], [value or np.nan for value in seconds], "o-", markersize=3, label=name,
-                color="black" if name == "attention" else None,
-            )  # fmt: skip
-            even = case["break_even"].get(name)
-            if even is not None:
-                at = results["tokens"].index(even)
-                axes.plot(even, seconds[at], "o", markersize=10, fillstyle="none", color=line.get_color())
-        axes.set_title(f"{case['what']} {case['size']}, {case['passes']}", fontsize=10)
-        axes.set_xticks(results["tokens"], [f"{tokens:,}" for tokens in results["tokens"]], fontsize=8)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    grid[0][0].legend(fontsize=8)
-    for row in grid:
-        row[0].set_ylabel("seconds")
-    for axes in grid[-1]:
-        axes.set_xlabel("tokens")
-    with atomic_write(path) as aside:
-        figure.savefig(aside, dpi=120, format="png")

@@ -1,6 +1,6 @@
-"""Video to look at: files written frame by frame, and pictures of many frames.
+"""Video files written frame by frame, and contact sheets.
 
-A frame is (C, H, W) in [-1, 1] (clamped), C 1 or 3.
+A frame is (C, H, W) in [-1, 1] (values outside are clamped), C 1 or 3.
 """
 
 import fractions
@@ -11,33 +11,16 @@ import torch
 
 from .._io import atomic_write
 from .figures import save_grid
+from .frames import tile, to_pixels
 
-SMALLEST = 256  # players and browsers show less than this many pixels as a stamp: smaller frames are enlarged
-
-
-def to_pixels(frame):
-    """(C, H, W) in [-1, 1] -> (H, W, 3) uint8, contiguous."""
-    if frame.dim() != 3 or frame.shape[0] not in (1, 3) or not frame.numel():
-        raise ValueError(f"frame: expected (C, H, W) with 1 or 3 channels and some pixels, got {tuple(frame.shape)}")
-    pixels = ((frame.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous()
-
-
-def tile(frames, columns=None, gap=1):
-    """(B, C, H, W) side by side as one frame, row by row, with `gap` pixels between them; columns: None is near square."""
-    count, channels, height, width = frames.shape
-    columns = columns or -(-count // max(1, round(count**0.5)))
-    rows = -(-count // columns)
-    sheet = frames.new_full((channels, rows * (height + gap) - gap, columns * (width + gap) - gap), -0.5)
-    for number, frame in enumerate(frames):
-        top, left = number // columns * (height + gap), number % columns * (width + gap)
-        sheet[:, top : top + height, left : left + width] = frame
-    return sheet
+SMALLEST = 256  # frames with a longer side below this many pixels are enlarged, since players show them tiny
 
 
 class Writer:
-    """Where frames go, one after the other: a context manager. What is written appears when the block ends, whole; if it
-    fails, nothing does, and a file that was there is what it was."""
+    """A context manager that writes frames to a file, one after the other.
+
+    The complete file appears when the block ends. If the block fails, a file that was there before is unchanged.
+    """
 
     def __init__(self, target, fps):
         if not 0 < fps < math.inf:
@@ -71,7 +54,8 @@ class Writer:
             self.begin(pixels)
         elif tuple(pixels.shape[:2]) != self.size:
             raise ValueError(
-                f"frame: the frames before are {self.size[0]} x {self.size[1]}, this one {pixels.shape[0]} x {pixels.shape[1]}"
+                f"frame: the frames before are {self.size[0]} x {self.size[1]}, this one {pixels.shape[0]} x "
+                f"{pixels.shape[1]}"
             )
         self.write(pixels)
 
@@ -79,16 +63,16 @@ class Writer:
         """Called with the first frame."""
 
     def abandon(self):
-        """Called where the block failed."""
+        """Called if the block failed."""
 
     def enlarged(self, pixels):
-        """By a whole factor, so that the longer side is `SMALLEST` or more."""
+        """Pixels repeated by a whole factor, so that the longer side is at least `SMALLEST`."""
         factor = max(1, -(-SMALLEST // max(pixels.shape[:2])))
         return pixels.repeat_interleave(factor, dim=0).repeat_interleave(factor, dim=1)
 
 
 class MP4(Writer):
-    """H.264 by PyAV; frames leave memory as they come."""
+    """H.264, written by PyAV frame by frame."""
 
     file = None
 
@@ -121,7 +105,7 @@ class MP4(Writer):
 
 
 class GIF(Writer):
-    """Pillow's, without end; all frames are in memory until the last."""
+    """An endless GIF, written by Pillow after the last frame; all frames stay in memory until then."""
 
     def begin(self, pixels):
         self.frames = []
@@ -147,7 +131,7 @@ class GIF(Writer):
 
 
 class Sheet(Writer):
-    """All frames in one PNG, row by row; all are in memory until the last."""
+    """All frames in one PNG, row by row, written after the last frame; all frames stay in memory until then."""
 
     def begin(self, pixels):
         self.frames = []
@@ -164,7 +148,7 @@ class Sheet(Writer):
 
 
 class Raw(Writer):
-    """rgb24 frames on standard output, as they come, in the size they have."""
+    """rgb24 frames on standard output, frame by frame, not enlarged."""
 
     def __enter__(self):
         return self
@@ -184,7 +168,8 @@ def open_writer(target, fps=8.0):
     """The writer for a file name that ends in .mp4, .gif or .png (a contact sheet), or for "-", standard output.
 
     Raises:
-        ValueError: another ending, or fps that are not positive. BrokenPipeError from `add`: nobody reads any more.
+        ValueError: another ending, or fps that are not positive.
+        BrokenPipeError: in `add`, if the reader of standard output has closed it.
     """
     if str(target) == "-":
         return Raw(target, fps)
@@ -195,19 +180,26 @@ def open_writer(target, fps=8.0):
 
 
 def ffplay_command(height, width, fps):
-    """What shows the frames that `open_writer("-")` writes, as they come: ... | ffplay ..."""
+    """The ffplay command that shows the output of `open_writer("-")`: ... | ffplay ..."""
     return f"ffplay -f rawvideo -pixel_format rgb24 -video_size {width}x{height} -framerate {fps:g} -"
 
 
 def write_video(path, video, fps=8.0):
-    """Write (C, T, H, W) as `open_writer` does."""
+    """Write a video (C, T, H, W) to a file that `open_writer` can write."""
     with open_writer(path, fps) as writer:
         for frame in video.unbind(1):
             writer.add(frame)
 
 
 def contact_sheet(videos, path, row_labels=None, columns=12, title=None):
-    """Write a PNG with a row, labelled or not, for each of (B, C, T, H, W), of at most so many frames evenly spread over it.
+    """Write a PNG with one row per video, of frames evenly spread over the video.
+
+    Args:
+        videos: (B, C, T, H, W).
+        path: file to write.
+        row_labels: one text per video, or None.
+        columns: maximum number of frames per row.
+        title: text above the rows.
 
     Raises:
         ValueError: no video or no frames, fewer than one column, or not one label per row.

@@ -1,7 +1,9 @@
 """Diffusion transformers built on PoM."""
 
-from .cache import Past
+from .cache import StreamCache
 from .image import ImageDiT, image_dit
 from .video import VideoDiT, video_dit
 
-__all__ = ["ImageDiT", "Past", "VideoDiT", "image_dit", "video_dit"]
+Past = StreamCache  # its name in version 0.1
+
+__all__ = ["ImageDiT", "Past", "StreamCache", "VideoDiT", "image_dit", "video_dit"]

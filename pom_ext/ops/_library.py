@@ -1,5 +1,7 @@
 """Loads the compiled library. Importing never fails or prints: what went wrong is raised by the call that needs it."""
 
+from __future__ import annotations
+
 import importlib
 import json
 import re
@@ -13,18 +15,18 @@ BUILD_CUDA = f"POM_EXT_CUDA=1 {BUILD}"  # for the GPUs that are visible, or with
 MINIMUM_TORCH = "2.10"  # whose stable ABI the library is built for: TORCH_TARGET in setup.py
 
 
-def build_note():
-    """What setup.py wrote down of the build (tools/build/note.py), or {} if nothing was built or the note is damaged."""
+def build_note() -> dict:
+    """The note that setup.py wrote of the build (tools/build/note.py); {} if there is none or it is damaged."""
     try:
         return json.loads((PACKAGE / "_build.json").read_text())
     except (FileNotFoundError, ValueError):
         return {}
 
 
-def _load():
+def _load() -> str | None:
     """Register the operations with torch; the error with its remedy where that fails."""
     if _numbers(torch.__version__) < _numbers(MINIMUM_TORCH):
-        # Not left to the loader: what such a torch lacks would be missed in the middle of a call, and end the process.
+        # Checked before loading: on an older torch a missing symbol would abort the process in the middle of a call.
         return (
             f"pom_ext: torch {torch.__version__} is too old: {MINIMUM_TORCH} or later is needed. Update it with "
             f"pip install 'torch>={MINIMUM_TORCH}'; the library need not be built again"
@@ -41,7 +43,7 @@ def _load():
     return None
 
 
-def _numbers(version):
+def _numbers(version: str) -> tuple[int, ...]:
     """(2, 10) of "2.10.0a0+cpu": a torch built from source counts as the release that it leads to."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
@@ -51,12 +53,12 @@ CUDA = "" if ERROR else torch.ops.pom_ext.cuda_architectures()  # that the libra
 DEVICES = ("cpu", "cuda") if CUDA else ("cpu",)  # that the library has kernels for
 
 
-def default_device():
+def default_device() -> str:
     """The fastest device that is here and that there are kernels for."""
     return "cuda" if "cuda" in DEVICES and torch.cuda.is_available() else "cpu"
 
 
-def load():
+def load() -> None:
     """Raises ImportError with the remedy where there is no compiled library."""
     if ERROR is not None:
         raise ImportError(ERROR)

@@ -1,22 +1,15 @@
 """The compiled operations as functions: polynomial state, readout, and both in one."""
 
+from __future__ import annotations
+
 import torch
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..ops import _library
-from .checks import (
-    FORMS,
-    accumulator,
-    check_features,
-    check_gate,
-    check_rotary,
-    check_state,
-    check_tensor,
-    check_weights,
-    frame_offsets,
-    offsets_tensor,
-    under_autocast,
-)
+from . import _library
+from .arguments import Frames, Gate, Polynomial, Visibility, call, check_mutually_exclusive, query_offsets
+from .checks import FLOATS, FORMS, check_form, check_state, under_autocast
+from .rotary import Rotary
 from .state import State
 
 if _library.ERROR is None:
@@ -30,65 +23,50 @@ if _library.ERROR is None:
         )
 
 
-def _require(tensor, name):
-    """The compiled library is there and serves the device of the tensor."""
+def _require(tensor: Tensor, name: str) -> None:
+    """ImportError or ValueError unless there is a compiled library with kernels for the device of the tensor."""
     _library.load()
-    if isinstance(tensor, torch.Tensor) and tensor.device.type not in (*_library.DEVICES, "meta"):
+    device = tensor.device.type if isinstance(tensor, torch.Tensor) else "cpu"
+    if device != "cpu" and device not in (*_library.DEVICES, "meta"):
         served = " and ".join(_library.DEVICES)
         remedy = "move it there"
-        if tensor.device.type == "cuda":
+        if device == "cuda":
             remedy += f", or build for this GPU, in the source folder and with nvcc on the path: {_library.BUILD_CUDA}"
         raise ValueError(
             f"{name}: this library has kernels for tensors on {served} only, got one on {tensor.device}; {remedy}"
         )
 
 
-def _of_one_dtype(u, gate):
-    """Under autocast the wider dtype of the two, as torch has it for its operations of several tensors."""
-    if u.dtype == gate.dtype or not under_autocast(u):
+def _promote_under_autocast(u: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast both in the wider dtype of the two, as torch does it for its operations of several tensors."""
+    if u.dtype == gate.dtype or gate.dtype not in FLOATS or not under_autocast(u):
         return u, gate
     dtype = torch.promote_types(u.dtype, gate.dtype)
     return u.to(dtype), gate.to(dtype)
 
 
-def only_one(**modes):
-    given = [name for name, value in modes.items() if value is not None and value is not False]
-    if len(given) > 1:
-        raise ValueError(f"{given[0]} and {given[1]}: each says who sees whom; give one of them")
-
-
-def context_of(u, weight, mask, frames, cu_seqlens):
-    """(weight, mask, offsets, cumulative) as the kernels take them."""
-    batch, tokens = u.shape[:2]
-    if mask is not None:
-        if weight is not None:
-            raise ValueError("mask and weight: the mask holds the weights already; give one of them")
-        return None, check_weights("mask", mask, (batch, "M", tokens), u), None, False
-    if weight is not None:
-        weight = check_weights("weight", weight, (batch, tokens), u)
-    if frames is not None:
-        return weight, None, frame_offsets(frames, tokens, u), True
-    if cu_seqlens is not None:
-        return weight, None, offsets_tensor("cu_seqlens", cu_seqlens, tokens, u), False
-    return weight, None, None, False
-
-
-def coefficients_of(coeff, u):
-    return None if coeff is None else coeff.to(accumulator(u.dtype))
-
-
-def prior_of(state):
-    return (None, None, None) if state is None else (state.total, state.residual, state.count)
-
-
-def angles_of(rotary):
-    return (None, None, 0) if rotary is None else (rotary.cos, rotary.sin, rotary.axes)
+def _prior(state: State | None, u: Tensor) -> dict:
+    """The arguments of an operation that adds to a state of one group, checked."""
+    if state is None:
+        return {}
+    check_state("state", state, (u.shape[0], 1, u.shape[2]), u.dtype, u)
+    return state.to_kernel()
 
 
 def polynomial_state(
-    u, coeff=None, *, form, degree, weight=None, mask=None, causal=False, frames=None, cu_seqlens=None, rotary=None,
-    state=None,
-):  # fmt: skip
+    u: Tensor,
+    coeff: Tensor | None = None,
+    *,
+    form: str,
+    degree: int,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    frames: Frames | None = None,
+    cu_seqlens: Frames | None = None,
+    rotary: Rotary | None = None,
+    state: State | None = None,
+) -> State:
     """Sum the polynomial features φ(u) of the context tokens into a State. One pass over u.
 
     Args:
@@ -99,34 +77,39 @@ def polynomial_state(
         degree: 1 to 16.
         weight: (B, N) weight of every token, at least 0.
         mask: (B, M, N) weights of every token for M groups; costs M * N * C, not linear in tokens.
-        causal: one group a token, of the tokens up to and with it.
-        frames: a frame length, or offsets 0, ..., N; one group a frame, of the frames up to and with it.
-        cu_seqlens: offsets 0, ..., N; one group a sequence.
-        rotary: `rotary.Rotary` angles by which the features are turned before they are summed (power form).
-        state: State with one group, of what came before; added to every group in the same pass.
+        causal: one group for each token: that token and those before it.
+        frames: a frame length, or offsets 0, ..., N; one group for each frame: that frame and those before it.
+        cu_seqlens: offsets 0, ..., N; one group for each sequence.
+        rotary: `Rotary` angles by which the features are rotated before they are summed (power form).
+        state: State (B, 1, C) of earlier tokens; added to every group in the same pass.
 
     Returns:
         State with G groups: 1, M, N, frames or sequences.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; the message names it. ImportError: nothing compiled.
+        ValueError, TypeError: an argument is wrong; the message names it. ImportError: there is no compiled
+            library.
     """
     _require(u, "u")
-    check_features(u, coeff, form, degree)
-    only_one(mask=mask, causal=causal, frames=frames, cu_seqlens=cu_seqlens)
+    polynomial = Polynomial(form, degree, coeff, rotary)
+    polynomial.check(u)
+    visibility = Visibility.of(u, weight=weight, mask=mask, causal=causal, frames=frames, cu_seqlens=cu_seqlens)
     if state is not None:
-        only_one(state=state, mask=mask, cu_seqlens=cu_seqlens)
-        check_state("state", state, u.shape[0], u.shape[2], u.dtype, u)
-    check_rotary("rotary", rotary, u.shape[1], u.shape[2], form, u)
-    weight, mask, offsets, cumulative = context_of(u, weight, mask, 1 if causal else frames, cu_seqlens)
-    new = torch.ops.pom_ext.state(
-        u, coefficients_of(coeff, u), None, None, weight, mask, offsets, cumulative, *prior_of(state),
-        *angles_of(rotary), FORMS.index(form), degree,
-    )  # fmt: skip
-    return State(*new)
+        check_mutually_exclusive(state=state, mask=mask, cu_seqlens=cu_seqlens)
+    prior = _prior(state, u)
+    return State(*call("state", polynomial.to_kernel(u.dtype), visibility.to_kernel(), prior, u=u))
 
 
-def polynomial_readout(gate, state, *, form, n_sel_heads=1, frames=None, cu_seqlens=None, rotary=None):
+def polynomial_readout(
+    gate: Tensor,
+    state: State,
+    *,
+    form: str,
+    n_sel_heads: int = 1,
+    frames: Frames | None = None,
+    cu_seqlens: Frames | None = None,
+    rotary: Rotary | None = None,
+) -> Tensor:
     """y = γ(gate) ⊙ H: every query token gates the mean features of its group. One pass over the gates.
 
     Args:
@@ -134,47 +117,46 @@ def polynomial_readout(gate, state, *, form, n_sel_heads=1, frames=None, cu_seql
         state: State (B, G, C). Queries are dealt to the groups evenly and in order unless offsets are given.
         form: "product" (γ = sigmoid) or "power" (γ = hardsigmoid).
         frames, cu_seqlens: a length, or offsets 0, ..., M: the queries of every group.
-        rotary: angles by which the gates are turned (power form).
+        rotary: angles by which the gates are rotated (power form).
 
     Returns:
         (B, M, C) in the dtype of the gates; 0 where a group has no tokens.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; the message names it. ImportError: nothing compiled.
+        ValueError, TypeError: an argument is wrong; the message names it. ImportError: there is no compiled
+            library.
     """
     _require(gate, "gate")
     if not isinstance(state, State):
         raise TypeError(f"state: expected a State, got {type(state).__name__}")
     groups, channels = state.total.shape[1:]
-    check_gate(gate, channels, n_sel_heads, form)
-    check_state("state", state, gate.shape[0], channels, gate.dtype, gate, groups)
-    check_rotary("rotary", rotary, gate.shape[1], gate.shape[2], form, gate)
-    only_one(frames=frames, cu_seqlens=cu_seqlens)
+    reading = Gate(gate, n_sel_heads, rotary)
+    check_form(form)
+    reading.check(("B", "M", channels))
+    check_state("state", state, (gate.shape[0], groups, channels), gate.dtype, gate)
+    reading.check_rotary("rotary", form)
     offsets = query_offsets(gate, groups, frames, cu_seqlens)
-    return torch.ops.pom_ext.readout(
-        gate, None, state.total, state.residual, None, None, state.count, offsets, *angles_of(rotary),
-        FORMS.index(form), n_sel_heads,
-    )  # fmt: skip
-
-
-def query_offsets(queries, groups, frames, cu_seqlens):
-    """Offsets of the queries (B, M, ...) of every group; None deals them evenly."""
-    count, offsets = queries.shape[1], None
-    if frames is not None:
-        offsets = frame_offsets(frames, count, queries)
-    elif cu_seqlens is not None:
-        offsets = offsets_tensor("cu_seqlens", cu_seqlens, count, queries)
-    elif (count % groups if groups else count) != 0:
-        raise ValueError(f"gate: {count} queries cannot be dealt evenly to {groups} groups; give frames or cu_seqlens")
-    if offsets is not None and offsets.shape[0] != groups + 1:
-        raise ValueError(f"state: {groups} groups do not match offsets of {offsets.shape[0] - 1} groups")
-    return offsets
+    return call("readout", reading.to_kernel(), state.to_kernel(), form=FORMS.index(form), offsets=offsets)
 
 
 def polynomial_mix(
-    u, gate, coeff=None, *, form, degree, n_sel_heads=1, weight=None, mask=None, causal=False, frames=None,
-    cu_seqlens=None, rotary=None, gate_rotary=None, state=None, return_state=False,
-):  # fmt: skip
+    u: Tensor,
+    gate: Tensor,
+    coeff: Tensor | None = None,
+    *,
+    form: str,
+    degree: int,
+    n_sel_heads: int = 1,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    frames: Frames | None = None,
+    cu_seqlens: Frames | None = None,
+    rotary: Rotary | None = None,
+    gate_rotary: Rotary | None = None,
+    state: State | None = None,
+    return_state: bool = False,
+) -> Tensor | tuple[Tensor, State]:
     """State and readout: every query token gates the mean polynomial features of the context it sees.
 
     Arguments as in `polynomial_state` and `polynomial_readout`. With `causal`, `frames` and `cu_seqlens` the queries
@@ -187,107 +169,98 @@ def polynomial_mix(
         y (B, M, C) in the dtype of the gates; with `return_state` also the State (B, 1, C) after the last token.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; the message names it. ImportError: nothing compiled.
+        ValueError, TypeError: an argument is wrong; the message names it. ImportError: there is no compiled
+            library.
     """
-    _require(u, "u")
-    check_features(u, coeff, form, degree)
-    check_gate(gate, u.shape[2], n_sel_heads, form)
-    u, gate = _of_one_dtype(u, gate)
-    tokens = u.shape[1]
+    polynomial = Polynomial(form, degree, coeff, rotary)
     aligned = causal or frames is not None or cu_seqlens is not None
-    queries = tokens if aligned else mask.shape[1] if isinstance(mask, torch.Tensor) and mask.dim() == 3 else "M"
-    check_tensor("gate", gate, (u.shape[0], queries, gate.shape[2]), (u.dtype,), u)
-    check_rotary("gate_rotary", gate_rotary, gate.shape[1], gate.shape[2], form, gate)
-    if return_state:
-        only_one(return_state=True, mask=mask, cu_seqlens=cu_seqlens)
+    queries = mask.shape[1] if isinstance(mask, torch.Tensor) and mask.dim() == 3 else "M"
+    u, reading = _check_mix(u, Gate(gate, n_sel_heads, gate_rotary), polynomial, None if aligned else queries)
     if causal:
-        only_one(causal=True, mask=mask, frames=frames, cu_seqlens=cu_seqlens)
-        return _causal_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary, state, return_state)
-    if mask is None and not aligned:
-        return _whole_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary, state, return_state)
-    new = polynomial_state(
-        u, coeff, form=form, degree=degree, weight=weight, mask=mask, frames=frames, cu_seqlens=cu_seqlens,
-        rotary=rotary, state=state,
-    )  # fmt: skip
-    y = polynomial_readout(
-        gate, new, form=form, n_sel_heads=n_sel_heads, frames=frames, cu_seqlens=cu_seqlens, rotary=gate_rotary
-    )
+        check_mutually_exclusive(causal=True, mask=mask, frames=frames, cu_seqlens=cu_seqlens)
+    visibility = Visibility.of(u, weight=weight, mask=mask, frames=frames, cu_seqlens=cu_seqlens)
+    if return_state:
+        check_mutually_exclusive(return_state=True, mask=mask, cu_seqlens=cu_seqlens)
+    if state is not None:
+        check_mutually_exclusive(state=state, mask=mask, cu_seqlens=cu_seqlens)
+    tokens = ({"u": u}, polynomial.to_kernel(u.dtype), visibility.to_kernel(), _prior(state, u))
+    if causal or (mask is None and not aligned):
+        if causal and (rotary is None) != (gate_rotary is None):
+            raise ValueError("rotary and gate_rotary: with causal=True give both or neither")
+        y, *parts = call("causal_mix" if causal else "mix", *tokens, reading.to_kernel())
+        return (y, State(*parts)) if return_state else y
+    new = State(*call("state", *tokens))
+    y = call("readout", reading.to_kernel(), new.to_kernel(), form=FORMS.index(form), offsets=visibility.offsets)
     return (y, new.last()) if return_state else y
 
 
-def _mix_arguments(u, coeff, form, weight, rotary, gate_rotary, state):
-    """The arguments of a mix between the gates and the form, checked: coefficients, weights, what came before, angles."""
-    if state is not None:
-        check_state("state", state, u.shape[0], u.shape[2], u.dtype, u)
-    check_rotary("rotary", rotary, u.shape[1], u.shape[2], form, u)
-    weight = context_of(u, weight, None, None, None)[0]
-    return coefficients_of(coeff, u), weight, prior_of(state), angles_of(rotary), angles_of(gate_rotary)
-
-
-def _whole_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary, state, return_state):
-    coeff, weight, prior, angles, gate_angles = _mix_arguments(u, coeff, form, weight, rotary, gate_rotary, state)
-    y, *new = torch.ops.pom_ext.mix(
-        u, gate, coeff, weight, *prior, *angles, *gate_angles, FORMS.index(form), degree, n_sel_heads
-    )
-    return (y, State(*new)) if return_state else y
-
-
-def _causal_mix(u, gate, coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary, state, return_state):
-    coeff, weight, prior, angles, gate_angles = _mix_arguments(u, coeff, form, weight, rotary, gate_rotary, state)
-    if (rotary is None) != (gate_rotary is None):
-        raise ValueError("rotary and gate_rotary: with causal=True give both or neither")
-    cos, sin, axes = angles
-    y, *new = torch.ops.pom_ext.causal_mix(
-        u, gate, coeff, None, None, None, weight, *prior, cos, sin, *gate_angles[:2], axes, FORMS.index(form), degree,
-        n_sel_heads,
-    )  # fmt: skip
-    return (y, State(*new)) if return_state else y
+def _check_mix(u: Tensor, reading: Gate, polynomial: Polynomial, queries: int | str | None) -> tuple[Tensor, Gate]:
+    """The tokens and gates of a mix, checked and of one dtype. queries: how many; None is one for every token."""
+    _require(u, "u")
+    polynomial.check(u)
+    if isinstance(reading.values, torch.Tensor):
+        u, gate = _promote_under_autocast(u, reading.values)
+        reading = Gate(gate, reading.n_heads, reading.rotary)
+    batch, tokens, channels = u.shape
+    reading.check((batch, tokens if queries is None else queries, channels), (u.dtype,), u)
+    reading.check_rotary("gate_rotary", polynomial.form)
+    return u, reading
 
 
 def polynomial_update(
-    u, gate, state, coeff=None, *, form, degree, n_sel_heads=1, weight=None, rotary=None, gate_rotary=None
-):
-    """One step of a stream: adds the tokens of a frame to a running State, in place, and lets the gates read the sum.
+    u: Tensor,
+    gate: Tensor,
+    state: State,
+    coeff: Tensor | None = None,
+    *,
+    form: str,
+    degree: int,
+    n_sel_heads: int = 1,
+    weight: Tensor | None = None,
+    rotary: Rotary | None = None,
+    gate_rotary: Rotary | None = None,
+) -> Tensor:
+    """One step of a stream: adds the tokens of a frame to a running State, in place, and reads the sum.
 
-    What `polynomial_mix` gives with `state=state, return_state=True`, but `state.total`, `state.residual` and
-    `state.count` are overwritten instead of made anew. On a GPU a frame of up to 1,024 tokens is one launch; the count
+    Returns what `polynomial_mix(..., state=state, return_state=True)` does, but overwrites `state.total`,
+    `state.residual` and `state.count`. On a GPU a frame of up to 1,024 tokens is one launch; the count
     stays on the device, nothing waits, and the call can be captured in a CUDA graph. It has no gradient.
 
     Args:
         u: (B, N, C) projected tokens of the frame, as in `polynomial_state`.
         gate: (B, M, C) or (B, M, n_sel_heads), as in `polynomial_readout`.
-        state: State (B, 1, C) of what came before, contiguous; written last, after y.
+        state: State (B, 1, C) of the tokens before, contiguous; written last, after y.
         coeff, form, degree, n_sel_heads, weight, rotary, gate_rotary: as in `polynomial_mix`.
 
     Returns:
         y (B, M, C) in the dtype of the gates.
 
     Raises:
-        ValueError, TypeError: an argument is wrong, or requires a gradient; the message names it. ImportError: nothing
-            compiled.
+        ValueError, TypeError: an argument is wrong, or requires a gradient; the message names it. ImportError: there is
+            no compiled library.
     """
-    _require(u, "u")
-    if not isinstance(state, State):
-        raise TypeError(f"state: expected a State, got {type(state).__name__}")
-    check_features(u, coeff, form, degree)
-    check_gate(gate, u.shape[2], n_sel_heads, form)
-    u, gate = _of_one_dtype(u, gate)
-    check_tensor("gate", gate, (u.shape[0], "M", gate.shape[2]), (u.dtype,), u)
-    check_rotary("gate_rotary", gate_rotary, gate.shape[1], gate.shape[2], form, gate)
-    for name, tensor in {"u": u, "gate": gate, "coeff": coeff, "state.total": state.total}.items():
-        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
-            raise ValueError(
-                f"{name}: an update in place has no gradient, got requires_grad=True; call it under torch.no_grad(), or "
-                "polynomial_mix with state=state and return_state=True"
-            )
-    coeff, weight, prior, angles, gate_angles = _mix_arguments(u, coeff, form, weight, rotary, gate_rotary, state)
-    for name, tensor in zip(("total", "residual", "count"), prior):
+    polynomial = Polynomial(form, degree, coeff, rotary)
+    u, reading = _check_mix(u, Gate(gate, n_sel_heads, gate_rotary), polynomial, "M")
+    check_state("state", state, (u.shape[0], 1, u.shape[2]), u.dtype, u)
+    if torch.is_grad_enabled():
+        _refuse_gradients({"u": u, "gate": reading.values, "coeff": coeff, "state.total": state.total})
+    visibility, prior = Visibility.of(u, weight=weight), state.to_kernel()
+    for name, tensor in prior.items():
         if not tensor.is_contiguous():
             raise ValueError(
                 f"state.{name}: expected a contiguous tensor, since it is written in place; give state.clone()"
             )
-    y = torch.ops.pom_ext.update(
-        u, gate, coeff, weight, *prior, state.ticket, *angles, *gate_angles, FORMS.index(form), degree, n_sel_heads
-    )
-    increment_version(prior)  # a backward pass that needs the old values raises instead of using the new ones
+    tokens = ({"u": u}, polynomial.to_kernel(u.dtype), visibility.to_kernel(), prior)
+    y = call("update", *tokens, reading.to_kernel(), arrival_counter=state.arrival_counter)
+    # A backward pass that needs the old values raises instead of using the new ones.
+    increment_version(list(prior.values()))
     return y
+
+
+def _refuse_gradients(tensors: dict[str, Tensor | None]) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name}: an update in place has no gradient, got requires_grad=True; call it under torch.no_grad(), "
+                "or polynomial_mix with state=state and return_state=True"
+            )

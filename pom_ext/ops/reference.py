@@ -4,11 +4,14 @@ Every context mode is one thing here, a matrix of weights that says how much of 
 group sees. Nothing in the package calls this module in place of a compiled operation.
 """
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def features(u, coeff=None, *, form, degree):
+def features(u: Tensor, coeff: Tensor | None = None, *, form: str, degree: int) -> Tensor:
     """φ(u): polynomial features of each token.
 
     product (arXiv 2411.12663, davidpicard/HoMM `high_order_aggregation_`): u (..., degree * E) -> (..., degree * E)
@@ -23,15 +26,16 @@ def features(u, coeff=None, *, form, degree):
     a = F.leaky_relu(u, 0.01)
     # Held to [-0.1, 6]. At a bound the slope is that inside, as torch.clamp's is up to 2.13; from 2.14 on that is zero.
     a = torch.where((a < -0.1) | (a > 6), a.detach().clamp(-0.1, 6), a)
-    return sum(coeff[:, i] * a ** (i + 1) for i in range(degree))
+    assert coeff is not None
+    return sum((coeff[:, i] * a ** (i + 1) for i in range(degree)), torch.zeros((), dtype=a.dtype))
 
 
-def gate_value(gate, *, form):
+def gate_value(gate: Tensor, *, form: str) -> Tensor:
     """γ(g): sigmoid in product form, hardsigmoid in power form."""
     return torch.sigmoid(gate) if form == "product" else F.hardsigmoid(gate)
 
 
-def rotate(x, cos, sin, axes=1):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, axes: int = 1) -> Tensor:
     """Rotate channel pairs of x (B, N, C) by per-token angles cos, sin (N, axes * half).
 
     Axis i owns channels [2 * half * i, 2 * half * (i + 1)); channel p of its first half pairs with channel p of its

@@ -1,8 +1,11 @@
 """Angle tables for rotary positions, in the convention of davidpicard/pom:pom/pom_rope.py."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 BASE = 10000.0
 AXES = {"1d": 1, "2d": 2, "3d": 3}
@@ -11,16 +14,24 @@ AXES = {"1d": 1, "2d": 2, "3d": 3}
 class Rotary(NamedTuple):
     """Angles of every token: cos and sin (N, axes * half), for channel pairs as in `reference.rotate`."""
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    cos: Tensor
+    sin: Tensor
     axes: int
 
 
-def rotary_table(positions, channels, axes, stride=1, *, table_channels=None, dtype=torch.float32):
+def rotary_table(
+    positions: Tensor,
+    channels: int,
+    axes: int,
+    stride: int = 1,
+    *,
+    table_channels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Rotary:
     """Angles for `channels` channels at `positions` (N,) or (N, axes).
 
     With one gate per head the gate's pairs take every `stride`-th frequency of the features' table
-    (`table_channels` wide), so that the gate of a head turns with the leading frequency of its channels.
+    (`table_channels` wide), so that the gate of a head rotates with the leading frequency of its channels.
     Positions may be fractional and of any size. The angles are computed in float32, as the authors' are:
     their checkpoints were trained with exactly these numbers.
     """

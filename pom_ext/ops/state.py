@@ -1,14 +1,19 @@
-"""State: everything a polynomial mixer remembers of the tokens it has seen."""
+"""State: the sum of features that a polynomial mixer keeps of the tokens it has seen."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 FIELDS = ("total", "residual", "count")
 
 
-def two_sum(a, b):
+def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """a + b rounded, and what rounding lost, exactly (Knuth, TAOCP 4.2.2)."""
     total = a + b
     b_part = total - a
@@ -27,27 +32,38 @@ class State:
     count: (B, G) float64, number of tokens or sum of their weights.
     """
 
-    total: torch.Tensor
-    residual: torch.Tensor
-    count: torch.Tensor
-    _ticket: torch.Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    total: Tensor
+    residual: Tensor
+    count: Tensor
+    _arrival_counter: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
-    def ticket(self):
-        """(B,) int32 zeros, by which the blocks of a GPU kernel that updates this state in place know the last of them.
-        Made when first asked for, shared with no other state, and zero again after every update."""
-        if self._ticket is None:
-            tickets = torch.zeros(self.total.shape[0], dtype=torch.int32, device=self.total.device)
-            object.__setattr__(self, "_ticket", tickets)
-        return self._ticket
+    def arrival_counter(self) -> Tensor:
+        """(B,) int32 zeros, with which a GPU kernel that updates this state in place finds the last of its blocks.
+
+        Made at the first use, shared with no other state, and zero again after every update.
+        """
+        counter = self._arrival_counter
+        if counter is None:
+            counter = torch.zeros(self.total.shape[0], dtype=torch.int32, device=self.total.device)
+            object.__setattr__(self, "_arrival_counter", counter)
+        return counter
 
     @classmethod
-    def empty(cls, batch, width, groups=1, *, dtype=torch.float32, device=None):
+    def empty(
+        cls,
+        batch: int,
+        width: int,
+        groups: int = 1,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> State:
         """The state of no tokens."""
         total = torch.zeros(batch, groups, width, dtype=dtype, device=device)
         return cls(total, torch.zeros_like(total), torch.zeros(batch, groups, dtype=torch.float64, device=device))
 
-    def merge(self, other):
+    def merge(self, other: State) -> State:
         """The state of the tokens of both. One group on either side is added to every group of the other.
 
         Raises:
@@ -59,8 +75,8 @@ class State:
         groups_agree = a.shape[1] == b.shape[1] or 1 in (a.shape[1], b.shape[1])
         if a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2] or not groups_agree:
             raise ValueError(
-                f"other: states of shape {tuple(a.shape)} and {tuple(b.shape)} do not add; batch and width must be equal, "
-                "groups equal or one"
+                f"other: states of shape {tuple(a.shape)} and {tuple(b.shape)} do not add; batch and width must "
+                "be equal, groups equal or one"
             )
         if a.dtype != b.dtype or a.device != b.device:
             raise ValueError(
@@ -72,24 +88,24 @@ class State:
 
     __add__ = merge
 
-    def mean(self):
+    def mean(self) -> Tensor:
         """H = (total + residual) / count, (B, G, C); 0 where the count is 0."""
         count = self.count[..., None]
         mean = (self.total.double() + self.residual.double()) / torch.where(count == 0, 1, count)
         return torch.where(count == 0, 0, mean).to(self.total.dtype)
 
-    def last(self):
+    def last(self) -> State:
         """The last group alone: with frames, everything seen up to the end."""
         return self.map(lambda t: t[:, -1:])
 
-    def clone(self):
+    def clone(self) -> State:
         """A copy that shares no memory: a fork of the stream."""
         return self.map(lambda t: t.clone(memory_format=torch.contiguous_format))
 
-    def detach(self):
+    def detach(self) -> State:
         return self.map(torch.detach)
 
-    def to(self, target):
+    def to(self, target: torch.dtype | torch.device | str) -> State:
         """Moves to a device, or changes total and residual to a dtype (the count stays float64)."""
         if isinstance(target, torch.dtype):
             total = (self.total.double() + self.residual.double()).to(target)
@@ -97,21 +113,24 @@ class State:
             return State(total, rest.to(target), self.count.clone())
         return self.map(lambda t: t.to(target))
 
-    def map(self, function):
+    def map(self, function: Callable[[Tensor], Tensor]) -> State:
         """The State of function(total), function(residual) and function(count), such as a slice of the groups."""
         return State(*(function(getattr(self, name)) for name in FIELDS))
 
     @classmethod
-    def cat(cls, states, dim):
+    def cat(cls, states: Sequence[State], dim: int) -> State:
         """States side by side: dim 0 along the batch, 1 along the groups."""
         return cls(*(torch.cat([getattr(state, name) for state in states], dim) for name in FIELDS))
 
-    def state_dict(self):
-        return {name: getattr(self, name) for name in FIELDS}
+    def to_kernel(self) -> dict[str, Tensor]:
+        """The arguments of an operation that takes this state."""
+        return {"total": self.total, "residual": self.residual, "count": self.count}
+
+    state_dict = to_kernel
 
     @classmethod
-    def from_state_dict(cls, tensors):
-        """The inverse of `state_dict`; ValueError where a tensor is missing or the shapes do not belong together."""
+    def from_state_dict(cls, tensors: Mapping[str, Tensor]) -> State:
+        """The inverse of `state_dict`; ValueError if a tensor is missing or the shapes do not belong together."""
         if set(tensors) != set(FIELDS):
             raise ValueError(f"tensors: expected {', '.join(FIELDS)}, got {', '.join(sorted(tensors)) or 'nothing'}")
         state = cls(**tensors)
@@ -120,7 +139,7 @@ class State:
             raise ValueError(f"tensors: expected total and residual (B, G, C) and count (B, G), got {shapes}")
         return state
 
-    def save(self, path):
+    def save(self, path: str | PathLike) -> None:
         """Writes a safetensors file, whole or not at all."""
         from safetensors.torch import save_file
 
@@ -130,8 +149,8 @@ class State:
             save_file({name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}, aside)
 
     @classmethod
-    def load(cls, path):
-        """Reads a file that `save` wrote; ValueError where it is broken or holds something else."""
+    def load(cls, path: str | PathLike) -> State:
+        """Reads a file that `save` wrote; ValueError if it is broken or holds something else."""
         from safetensors import SafetensorError
         from safetensors.torch import load
 

@@ -1,4 +1,4 @@
-"""Interactive video: a stream of frames that answers to the keys of a player, in a browser page or a window."""
+"""Interactive video: a stream of frames that follows the keys of a player, on a web page or in a window."""
 
 from .browser import Browser
 from .keys import Keys, script

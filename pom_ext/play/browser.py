@@ -1,4 +1,4 @@
-"""The screen of an interactive loop as a page in a browser on the same machine."""
+"""The screen of an interactive loop as a web page on the same machine."""
 
 import asyncio
 import base64
@@ -14,43 +14,43 @@ from ipaddress import ip_address
 from .keys import Keys
 from .loop import Turn
 
-MESSAGE_BYTES = 4096  # the longest that a page sends
-GOODBYE_SECONDS = 2  # for pages to take the last message
+MESSAGE_BYTES = 4096  # longest message from a page
+GOODBYE_SECONDS = 2  # time for pages to receive the last message
 
 
 class Page:
-    """One open page; its fields are shared by the two threads under the lock of the `Browser`."""
+    """One open page. The lock of the `Browser` protects its fields, which two threads use."""
 
     def __init__(self):
         self.loop = asyncio.get_running_loop()
-        self.news = asyncio.Event()  # there may be something to send
-        self.ready = True  # the page has shown the last frame it was sent
+        self.news = asyncio.Event()  # set when there may be something to send
+        self.ready = True  # whether the page has shown the last frame that it received
         self.held = frozenset()
-        self.pressed = frozenset()  # since the last turn, so that no short press is lost
+        self.pressed = frozenset()  # keys pressed since the last turn, so that no short press is lost
 
     def notify(self):
         self.loop.call_soon_threadsafe(self.news.set)
 
 
 class Browser:
-    """A page that shows frames and sends keys, from a web server for this machine alone.
+    """A web page that shows frames and sends keys. Its web server accepts connections from this machine only.
 
-    The server has a thread of its own; `turn` and `show` belong to the thread that draws. Each page is sent the latest
-    frame when it has shown the one before, so that a slow page misses frames instead of falling behind. While no page
-    is open the player pauses.
+    The server runs in its own thread; call `turn` and `show` from the thread that draws. A page receives the latest
+    frame when it has shown the previous one, so a slow page skips frames instead of falling behind. The loop pauses
+    while no page is open.
 
     Args:
         classes: names of the model's labels, for the buttons on the page.
-        title: of the page.
+        title: title of the page.
         host: a loopback address.
-        port: 0 takes a free one.
+        port: port of the server; 0 picks a free port.
 
     Attributes:
-        url: where the page is, once entered.
+        url: address of the page, after entering.
 
     Raises:
-        ValueError: a host that other machines can reach. To play from another one, forward the port with ssh -L.
-        OSError: when entered, if the port is taken.
+        ValueError: other machines can reach the host. To play from another machine, forward the port with ssh -L.
+        OSError: on entering, if the port is taken.
     """
 
     def __init__(self, classes=(), *, title="PoM", host="127.0.0.1", port=0):
@@ -64,11 +64,11 @@ class Browser:
             raise ValueError(f"port: expected 0 (any free one) to 65535, got {port}")
         self.keys, self.title, self.host, self.port = Keys(classes), title, host, port
         self.url = None
-        self._changed = threading.Condition()  # holds the lock for all below
+        self._changed = threading.Condition()  # its lock protects the fields below
         self._pages = set()
         self._picture = None
         self._paused = self._step = self._reset = False
-        self._ended = None  # a message to the pages
+        self._ended = None  # last message to the pages, once the loop has ended
 
     def __enter__(self):
         import uvicorn
@@ -80,13 +80,20 @@ class Browser:
             raise OSError(
                 f"port: cannot listen on {self.host} port {self.port} ({error}); 0 takes a free one"
             ) from error
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a frame can wait 40 ms for an answer
+        listener.setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+        )  # otherwise a frame can wait 40 ms for an acknowledgement
         name = f"[{self.host}]" if family == socket.AF_INET6 else self.host
         self.url = f"http://{name}:{listener.getsockname()[1]}/"
         config = uvicorn.Config(
-            self._app(name), log_level="error", lifespan="off", server_header=False, timeout_graceful_shutdown=1,
-            ws_max_size=MESSAGE_BYTES, ws_per_message_deflate=False,
-        )  # fmt: skip
+            self._app(name),
+            log_level="error",
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=1,
+            ws_max_size=MESSAGE_BYTES,
+            ws_per_message_deflate=False,
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([listener],), name="web server", daemon=True)
         self._thread.start()
@@ -101,7 +108,7 @@ class Browser:
         self._thread.join()
 
     def turn(self):
-        """The `Turn` of the player, None after `stop`. Waits while the player pauses or no page is open."""
+        """The `Turn` of the player, or None after `stop`. Waits while the player pauses or no page is open."""
 
         def wanted():
             return self._ended is not None or (self._pages and (not self._paused or self._step or self._reset))
@@ -117,13 +124,13 @@ class Browser:
             return turn
 
     def show(self, picture):
-        """Show a `Picture` on every page. Returns at once."""
+        """Show a `Picture` on every page. Does not wait."""
         with self._changed:
             self._picture = picture
             self._tell_pages()
 
     def stop(self):
-        """Let the next `turn` be the end; for any thread."""
+        """Make the next `turn` return None. Can be called from any thread."""
         with self._changed:
             self._ended = ""
             self._changed.notify_all()
@@ -150,15 +157,15 @@ class Browser:
         async def page(request):
             return HTMLResponse(text, headers=headers)
 
-        # Another site can give its own name this machine's address; a browser then still says that name as the host.
+        # Against DNS rebinding: another site can point its name to this machine, but the browser sends it as the host.
         hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", name])
         return Starlette(routes=[Route("/", page), WebSocketRoute("/play", self._serve)], middleware=[hosts])
 
     async def _serve(self, connection):
-        """One page from its opening to its closing."""
-        # Pages of other sites may open a websocket to here, too, but the browser says where they are from.
+        """Serve one page until it is closed."""
+        # Pages of other sites can open a websocket to this server too, but the browser sends their origin.
         if connection.headers.get("origin") != f"http://{connection.headers['host']}":
-            await connection.close()  # not accepted yet: the answer is "403 Forbidden"
+            await connection.close()  # before accept, the answer is "403 Forbidden"
             return
         await connection.accept()
         page = Page()
@@ -175,7 +182,7 @@ class Browser:
                 self._changed.notify_all()
 
     async def _send(self, page, connection):
-        """Send the page what it does not know yet, whenever there is news."""
+        """Send the page every change of the title, the pause and the frame."""
         from starlette.websockets import WebSocketDisconnect
 
         paused = picture = None
@@ -202,10 +209,10 @@ class Browser:
                 await page.news.wait()
                 page.news.clear()
         except WebSocketDisconnect:
-            pass  # _receive sees it too
+            pass  # _receive handles it
 
     async def _receive(self, page, connection):
-        """Take the messages of the page until it is closed. One that is not understood closes it."""
+        """Read the messages of the page until it is closed. An invalid message closes it."""
         while True:
             message = await connection.receive()
             if message["type"] == "websocket.disconnect":
@@ -244,7 +251,7 @@ def _is_loopback(host):
 
 
 def _policy(page):
-    """The Content-Security-Policy under which a page runs its own style and script and nothing else."""
+    """A Content-Security-Policy that allows the page's own style and script and nothing else."""
 
     def source(tag):
         content = re.search(f"<{tag}>(.*)</{tag}>", page, re.DOTALL).group(1)

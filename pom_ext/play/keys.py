@@ -1,4 +1,4 @@
-"""From the keys a player holds, or a written script, to the labels a model takes."""
+"""Labels of a model from the keys that a player holds, or from a script."""
 
 import re
 
@@ -9,9 +9,9 @@ MOST_REPETITIONS = 1_000_000
 
 
 def parts_of(name):
-    """What an action of the Arcade Learning Environment presses: "UPFIRE" is {"up", "fire"}, "NOOP" nothing.
+    """The keys of an action of the Arcade Learning Environment: {"up", "fire"} for "UPFIRE", the empty set for "NOOP".
 
-    None if the name is not one of its actions.
+    None if the name is not an action.
     """
     if name == "NOOP":
         return frozenset()
@@ -20,16 +20,16 @@ def parts_of(name):
 
 
 class Keys:
-    """The label that the keys of a player mean, for a model with these classes.
+    """Maps the keys that a player holds to a label of the model.
 
-    If all classes are actions of a game, held keys are put together to the action that presses them all, or most of
-    them; where there are several the first class wins. Opposite directions cancel. A game without UP and DOWN takes
-    RIGHT and LEFT for them, as Pong does. With no key held the label is that of NOOP, or 0.
+    If all classes are actions of a game, the label is the action that presses all held keys, or as many of them as
+    possible; of several such actions, the first. Opposite directions cancel. In a game without UP and DOWN, such as
+    Pong, the keys up and down mean RIGHT and LEFT. With no key held the label is that of NOOP, or 0.
 
-    For other classes a key is the number of a class, which stays chosen until another is; the first is 0.
+    For other classes, the key of a number selects the class of this number until the next key. The first class is 0.
 
     Args:
-        classes: names of the labels 0, 1, ...; none for a model without classes.
+        classes: names of the labels 0, 1, ...; empty for a model without classes.
 
     Attributes:
         names: the keys that have a meaning: of `GAME_KEYS`, or "0", "1", ... for each class.
@@ -61,23 +61,23 @@ class Keys:
         for pair in OPPOSITES:
             if pair <= wanted:
                 wanted -= pair
-        # Labels are in order, and max takes the first of equals.
+        # The parts are in the order of their labels, and max returns the first of equals.
         fitting = [part for part in sorted(self._labels, key=self._labels.get) if part <= wanted]
         return self._labels[max(fitting, key=len)] if fitting else 0
 
 
 def script(text, classes):
-    """The labels of a script such as "NOOP*10,RIGHT*5,2": names or numbers of classes, each so many times.
+    """The labels of a script such as "NOOP*10,RIGHT*5,2": names or numbers of classes, with repetitions.
 
     Raises:
-        ValueError: no classes; or an item that is no class, or is repeated less than once; the message names it.
+        ValueError: there are no classes, or an item is no class or has no valid repetition; the message names it.
     """
     classes, labels = list(classes), []
     if not classes:
         raise ValueError(f"actions: the model has no classes to choose from, got {text!r}")
     for item in text.split(","):
         name, star, times = (part.strip() for part in item.partition("*"))
-        if name in classes:  # names first, since the names of classes can be numbers too
+        if name in classes:  # names before numbers, since a class can be named "7"
             label = classes.index(name)
         elif name.isdecimal() and int(name) < len(classes):
             label = int(name)

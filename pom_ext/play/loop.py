@@ -1,4 +1,4 @@
-"""The loop of interactive video: read the keys, draw a frame, show it, again."""
+"""The loop of interactive video: read the keys, draw a frame, show it, repeat."""
 
 import time
 from collections import deque
@@ -8,11 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..media.frames import to_pixels as frame_to_pixels
 from .keys import Keys
 
 
 class Turn(NamedTuple):
-    """What the player wants of the next frame."""
+    """The player's input for the next frame."""
 
     keys: frozenset = frozenset()
     reset: bool = False
@@ -25,9 +26,9 @@ class Picture:
     pixels: np.ndarray  # (H, W, 3) uint8
     frame: int  # 1 is the first of the stream
     milliseconds: float  # from reading the keys to the pixels
-    fps: float  # frames a second of late, without the time that the player paused; 0 at the first
-    nbytes: int  # that the stream remembers
-    action: str  # name of the class drawn; "" if there are none
+    fps: float  # recent frames per second, pauses excluded; 0 at the first frame
+    nbytes: int  # memory of the stream
+    action: str  # name of the class; "" for a model without classes
 
     def __str__(self):
         action = f"   {self.action}" if self.action else ""
@@ -35,7 +36,7 @@ class Picture:
 
 
 class Terminal:
-    """A screen that only writes a line for each frame; nobody plays. `Browser` and `Window` have the same methods."""
+    """A screen without a player that writes a line for each frame. `Browser` and `Window` have the same methods."""
 
     def __init__(self, write=print):
         self.write = write
@@ -47,35 +48,35 @@ class Terminal:
         pass
 
     def turn(self):
-        """The `Turn` of the player, None to end. Waits as long as the player pauses."""
+        """The `Turn` of the player, or None to end. Waits while the player pauses."""
         return Turn()
 
     def show(self, picture):
-        """Show a `Picture`. Returns at once."""
+        """Show a `Picture`. Does not wait."""
         self.write(str(picture))
 
 
 @dataclass
 class Statistics:
-    """Of all frames that a loop has drawn; of the times the latest 10,000 are kept, so that it can run for ever."""
+    """Statistics of the frames of a loop. Only the latest 10,000 times are stored, so a loop can run forever."""
 
     frames: int = 0
-    seconds: float = 0.0  # with pacing, without the pauses of the player
+    seconds: float = 0.0  # waits for the maximum fps included, pauses of the player excluded
     milliseconds: deque = field(default_factory=lambda: deque(maxlen=10_000), repr=False)
 
     @property
     def median(self):
-        """Milliseconds a frame."""
+        """Median milliseconds per frame."""
         return float(np.median(self.milliseconds))
 
     @property
     def p99(self):
-        """Milliseconds a frame; 99 % of them took no longer."""
+        """99th percentile of the milliseconds per frame."""
         return float(np.percentile(self.milliseconds, 99))
 
     @property
     def fps(self):
-        """Frames a second."""
+        """Frames per second."""
         return self.frames / self.seconds if self.seconds else 0.0
 
     def __str__(self):
@@ -88,10 +89,10 @@ class Statistics:
 
 
 class Pacer:
-    """Keeps the rhythm of at most `fps` frames a second (None: as fast as they come).
+    """Limits a loop to `fps` frames per second (None: no limit).
 
-    Waits until fixed points in time, so that the error of one wait is not carried to the next. A late frame moves the
-    points: those after it do not hurry.
+    It waits until fixed points in time, so that the errors of single waits do not add up. After a late frame all later
+    points shift, so that the next frames do not have to catch up.
     """
 
     def __init__(self, fps=None, clock=time.perf_counter, sleep=time.sleep):
@@ -102,7 +103,7 @@ class Pacer:
         self.due = clock()
 
     def wait(self):
-        """Until the next frame may begin."""
+        """Wait until the next frame may begin."""
         now = self.clock()
         self.due = max(self.due + self.interval, now)
         if self.due > now:
@@ -113,20 +114,20 @@ def play(stream, screen, classes=(), *, script=None, fps=None, frames=None, cloc
     """Draw frame after frame for a player, until the player ends it or presses Ctrl-C.
 
     Args:
-        stream: a `VideoStream` of one video. Reset takes it back to where it is now.
-        screen: a `Browser`, a `Window` or a `Terminal`, entered.
+        stream: a `VideoStream` of one video. A reset returns it to the frame at which the loop began.
+        screen: a `Browser`, a `Window` or a `Terminal`, already entered as a context manager.
         classes: names of the model's labels, such as the actions of a game.
-        script: labels, one for each frame, instead of the keys; after the last the loop ends.
-        fps: at most so many frames a second; None draws as fast as it can. The keys are read after the wait.
-        frames: end after so many frames of the stream.
-        clock, sleep: as of the module time, in seconds.
+        script: labels, one per frame, in place of the keys; the loop ends after the last.
+        fps: maximum frames per second; None: no limit. The keys are read after the wait.
+        frames: number of frames of the stream after which to end.
+        clock, sleep: functions like those of the module time, in seconds.
 
     Returns:
         The `Statistics` of the frames.
 
     Raises:
-        ValueError: an argument out of range.
-        Anything that the stream raises; it is then still at its last good frame.
+        ValueError: an argument is out of range.
+        Exception: whatever the stream raises; the stream is then at its last good frame.
     """
     if frames is not None and frames < 1:
         raise ValueError(f"frames: expected at least 1, or None for no end, got {frames}")
@@ -138,7 +139,7 @@ def play(stream, screen, classes=(), *, script=None, fps=None, frames=None, cloc
             if turn is None:
                 break
             if turn.reset:
-                stream.rewind(start)
+                stream.restore(start)
             begun = clock()
             label = keys.label(turn.keys) if script is None else script[stream.frame - start.frame]
             pictures = to_pixels(stream.next(None if label is None else torch.tensor([label])))
@@ -162,8 +163,7 @@ def play(stream, screen, classes=(), *, script=None, fps=None, frames=None, cloc
 
 
 def to_pixels(video):
-    """The pictures (t, H, W, 3) uint8 of one video (1, C, t, H, W) in [-1, 1] (clamped), C 1 or 3."""
+    """(t, H, W, 3) uint8 pixels of one video (1, C, t, H, W) in [-1, 1] (clamped), C 1 or 3."""
     if video.dim() != 5 or video.shape[0] != 1 or video.shape[1] not in (1, 3):
         raise ValueError(f"stream: expected one video (1, 1 or 3, t, H, W) to show, got {tuple(video.shape)}")
-    pixels = ((video[0].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)
-    return pixels.expand(-1, -1, -1, 3).contiguous().cpu().numpy()
+    return np.stack([frame_to_pixels(frame).numpy() for frame in video[0].unbind(1)])

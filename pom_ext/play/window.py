@@ -1,27 +1,29 @@
-"""The screen of an interactive loop as a window, where there is a display."""
+"""The screen of an interactive loop as a window on the desktop."""
 
 import os
 
 from .loop import Turn
 
-PIXELS = 640  # about so long is the longer side of a new window
-PAUSE_MILLISECONDS = 20  # between looks at the keys while the player pauses
+PIXELS = 640  # approximate longer side of a new window
+PAUSE_MILLISECONDS = 20  # interval between checks of the keys while the player pauses
 KEYS = {
     "up": ("up", "w"),
     "down": ("down", "s"),
     "left": ("left", "a"),
     "right": ("right", "d"),
     "fire": ("space",),
-    **{str(digit): (str(digit), f"[{digit}]") for digit in range(10)},  # [0] is that of the number pad
+    **{str(digit): (str(digit), f"[{digit}]") for digit in range(10)},  # [0] is the key 0 of the number pad
 }
 
 
 class Window:
-    """A window that shows frames, enlarged, and takes keys: arrows or WASD, space, digits; R resets, P pauses, N draws
-    one frame of a pause, escape ends. Same methods as `Browser`; all from one thread.
+    """A window that shows enlarged frames and reads keys.
 
-    Raises, when entered:
-        OSError: there is no display.
+    Arrows or WASD, space and digits are the player's keys. R resets, P pauses, N draws one frame during a pause, escape
+    ends. The methods are those of `Browser`; call all of them from one thread.
+
+    Raises:
+        OSError: on entering, if there is no display.
     """
 
     def __init__(self, title="PoM"):
@@ -46,7 +48,7 @@ class Window:
         pygame.display.quit()
 
     def turn(self):
-        """The `Turn` of the player, None if the window was closed. Waits while the player pauses."""
+        """The `Turn` of the player, or None if the window was closed. Waits while the player pauses."""
         import pygame
 
         pressed, reset, step = set(), False, False
@@ -56,7 +58,7 @@ class Window:
                     return None
                 if event.type == pygame.KEYUP:
                     self._held.discard(self._names.get(event.key))
-                if event.type == pygame.WINDOWFOCUSLOST:  # the window does not see these keys released
+                if event.type == pygame.WINDOWFOCUSLOST:  # the window will not be told that these keys are released
                     self._held.clear()
                 if event.type == pygame.KEYDOWN:
                     if event.key == pygame.K_ESCAPE:
@@ -66,20 +68,20 @@ class Window:
                     self._paused ^= event.key == pygame.K_p
                     if event.key in self._names:
                         self._held.add(self._names[event.key])
-                        pressed.add(self._names[event.key])  # even if it is released before this turn
+                        pressed.add(self._names[event.key])  # counts for this turn even if it is released before
             if not self._paused or reset or step:
                 return Turn(frozenset(self._held | pressed), reset)
             pygame.time.wait(PAUSE_MILLISECONDS)
 
     def show(self, picture):
-        """Show a `Picture`, enlarged to the window, its numbers in the title. Returns at once."""
+        """Show a `Picture`, enlarged to the window, with its numbers in the title. Does not wait."""
         import pygame
 
         height, width = picture.pixels.shape[:2]
         if pygame.display.get_surface() is None:
             scale = max(1, PIXELS // max(height, width))
             pygame.display.set_mode((width * scale, height * scale), pygame.RESIZABLE)
-        surface = pygame.display.get_surface()  # another one once the window was resized
+        surface = pygame.display.get_surface()  # a new surface after the window was resized
         room = surface.get_size()
         scale = min(room[0] / width, room[1] / height)
         size = (max(1, round(width * scale)), max(1, round(height * scale)))

@@ -1,21 +1,28 @@
-"""VideoStream: a video drawn frame after frame, from a memory that does not grow."""
+"""VideoStream: a video drawn frame after frame, from a cache that does not grow."""
+
+from __future__ import annotations
 
 import copy
 import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .._random import seeded_generator
-from ..diffusion import FlowMatching, MeanFlow, build_objective
-from ..diffusion.objectives import OBJECTIVES, TIME_SCALE, check_context
-from ..diffusion.solvers import check_solver, denoise, evaluations
-from ..models.cache import Past
+from ..diffusion import FlowMatching, Objective, build_objective
+from ..diffusion.guidance import append_empty_text, append_unconditional_labels, apply_guidance, num_copies
+from ..diffusion.solvers import check_solver, num_function_evals
+from ..layers.embeddings import MAX_TIME
+from ..models.cache import StreamCache
 from ..models.checkpoint import read_checkpoint, save_checkpoint
 from ..models.video import VideoDiT
+from .config import StreamConfig
 
-SETTINGS = ("context", "context_noise", "steps", "solver", "guidance", "seed", "frame", "batch", "size")
-
-DRAWN, REMEMBERED = 0, 1  # the two kinds of noise of a frame, drawn apart
+DRAWN, REMEMBERED = 0, 1  # the two kinds of noise of a frame: it is drawn from one, and enters the cache with the other
 
 
 class VideoStream:
@@ -23,139 +30,157 @@ class VideoStream:
 
     Args:
         model: a `VideoDiT`; runs on the device and in the dtype of its parameters.
-        labels: (B,) integers, 0 to n_classes, for a model with classes: of all frames for which `next` is given no other.
+        labels: (B,) integers, 0 to n_classes, for a model with classes: of all frames for which `next` gets no others.
         text, text_weight: (B, L, text_dim) and (B, L), for a model with text.
-        batch: videos drawn at once; None takes as many as there are labels or texts, or one.
+        batch: videos drawn together; None takes as many as there are labels or texts, or one.
         size: (H, W); None takes that of the training.
-        context: what a frame sees of those before it. "clean": the finished frames, in one `Past`. "shared": their noise
-            at the same evaluation of the model, in a `Past` for each; drawing frame after frame is then the same as
-            drawing all at once, to rounding. It must be what the model was trained with.
-        context_noise: for clean context, the time at which a finished frame is remembered, as a share of 1000, with the
-            noise of that time. Above 0 its details count less, and the model corrects them by what it knows of the data:
-            a long stream drifts less. Not more than the model was trained with (`video_loss`).
+        window, decay: how the stream forgets older frames, see `VideoDiT.start`.
         objective: what the model was trained for, `FlowMatching()` by default.
-        steps, solver: of the solver; "heun" asks the model twice a step, "euler" once, and for noise prediction is DDIM.
-        guidance: classifier-free guidance as in `guided_prediction`; 1 is none, others draw each video twice, with the
-            conditions and without, and remember both.
-        seed: the noise of frame f of video i depends on the seed, i and f alone.
-        window, decay: what the stream forgets, see `VideoDiT.start`.
+        options: `context`, `context_noise`, `steps`, `solver`, `guidance` and `seed`, see `StreamConfig`.
 
     Attributes:
         frame: number of frames so far.
-        pasts: tuple of one `Past`, or one for each evaluation. Never written to, only replaced, all at once when a frame
-            is finished: after an error the stream stands at its last good frame, and a fork costs nothing.
+        config: the `StreamConfig`.
+        caches: tuple of one `StreamCache`, or one for each evaluation of a frame. Never written to, only replaced, all together
+            when a frame is finished: after an error the stream is at its last good frame, and a fork costs nothing.
+
+    Raises:
+        TypeError, ValueError: an argument of another type or out of range.
     """
 
-    def __init__(self, model, labels=None, *, text=None, text_weight=None, batch=None, size=None, context="clean",
-                 context_noise=0.0, objective=None, steps=8, solver="euler", guidance=1.0, seed=0, window=0, decay=1.0):  # fmt: skip
+    def __init__(
+        self,
+        model: VideoDiT,
+        labels: Tensor | Sequence[int] | None = None,
+        *,
+        text: Tensor | None = None,
+        text_weight: Tensor | None = None,
+        batch: int | None = None,
+        size: Sequence[int] | None = None,
+        window: int = 0,
+        decay: float = 1.0,
+        objective: Objective | None = None,
+        **options: Any,
+    ) -> None:
         if not isinstance(model, VideoDiT):
             raise TypeError(f"model: expected a VideoDiT, got {type(model).__name__}")
         self.objective = FlowMatching() if objective is None else objective
-        check_context(context)
-        if isinstance(self.objective, MeanFlow):
-            raise TypeError("objective: expected FlowMatching or NoisePrediction, got MeanFlow, which is for images")
-        check_solver(self.objective, steps, guidance, solver)
-        if not 0 <= context_noise < 1 or (context_noise and context != "clean"):
+        self.config = config = StreamConfig(**options)
+        for reason in self.objective.supports(video=True):
+            raise TypeError(reason)
+        check_solver(self.objective, config.steps, config.guidance, config.solver)
+        if config.guidance != 1 and not (model.n_classes or model.text_dim):
             raise ValueError(
-                f"context_noise: expected at least 0 and less than 1, with context='clean', got {context_noise}"
+                f"guidance: a model without classes and text draws with guidance=1 only, got {config.guidance}"
             )
-        if guidance != 1 and not (model.n_classes or model.text_dim):
-            raise ValueError(f"guidance: a model without classes and text draws with guidance=1 only, got {guidance}")
-        self.model, self.context, self.context_noise = model, context, context_noise
-        self.steps, self.solver, self.guidance = steps, solver, guidance
-        self.seed, self.frame, self.size = seed, 0, tuple(model.size if size is None else size)
+        self.model, self.frame, self.size = model, 0, tuple(model.size if size is None else size)
         conditions = [given for given in (labels, text) if given is not None]
         self.batch = (len(conditions[0]) if conditions else 1) if batch is None else batch
-        self.labels = None if labels is None else self._labels(labels)
+        self.labels = None if labels is None else self._to_labels(labels)
         self.text, self.text_weight = text, text_weight
-        start = model.start(self.batch * self._copies, self.size, window=window, decay=decay)
-        self.pasts = (start,) * (evaluations(steps, solver) if context == "shared" else 1)
+        start = model.start(self.batch * num_copies(config.guidance), self.size, window=window, decay=decay)
+        evaluations = num_function_evals(config.steps, config.solver) if config.context == "shared" else 1
+        self.caches = (start,) * evaluations
 
     @property
-    def nbytes(self):
-        """Bytes of all that the stream remembers."""
-        return sum(past.nbytes for past in {id(past): past for past in self.pasts}.values())
+    def nbytes(self) -> int:
+        """Bytes of all caches."""
+        return sum(cache.nbytes for cache in {id(cache): cache for cache in self.caches}.values())
 
     @torch.no_grad()
-    def next(self, labels=None, frames=1):
-        """Draw the next frame, finished.
+    def next(self, labels: Tensor | Sequence[int] | None = None, frames: int = 1) -> Tensor:
+        """Draw the next frame.
 
         Args:
-            labels: (B,) for this frame, such as the action now; None takes those of the stream.
-            frames: draw so many at once, for context="shared".
+            labels: (B,) for this frame, such as the current action; None takes those of the stream.
+            frames: draw so many frames together, for context="shared".
 
         Returns:
             (B, C, frames * patch[0], H, W), trained range [-1, 1] but not clamped to it.
 
         Raises:
-            ValueError, TypeError: a label out of range or missing, or positions that end here. The stream stays as it is.
+            ValueError, TypeError: a label out of range or missing, or positions that end here. The stream does not change.
         """
-        if frames < 1 or (frames > 1 and self.context != "shared"):
+        config, shared, after = self.config, self.config.context == "shared", []
+        if frames < 1 or (frames > 1 and not shared):
             raise ValueError(f"frames: expected 1, or more with context='shared', got {frames}")
-        arguments = self._arguments(labels)
-        shared, after = self.context == "shared", []
+        conditions = self._conditions(labels)
 
         def predict(x, time):
-            past = self.pasts[len(after)] if shared else self.pasts[0]
-            out, past = self._evaluate(x, time, past, arguments, return_past=shared)
-            after.append(past)
-            conditional, *unconditional = out.chunk(self._copies)
-            if not unconditional:
-                return conditional
-            return unconditional[0] + self.guidance * (conditional - unconditional[0])
+            if shared:
+                prediction, cache = self._evaluate(x, time, self.caches[len(after)], conditions, return_past=True)
+                after.append(cache)
+            else:
+                prediction = self._evaluate(x, time, self.caches[0], conditions)
+            return apply_guidance(prediction, config.guidance)
 
-        drawn = denoise(predict, self._noise(frames, DRAWN), self.objective, self.steps, self.solver)
+        drawn = self.objective.denoise(predict, self._noise(frames, DRAWN), config.steps, config.solver)
         if not shared:
-            after = [self._remember(drawn, self.pasts[0], arguments)]
-        self.pasts, self.frame = tuple(after), self.frame + frames
+            after = [self._append(drawn, self.caches[0], conditions)]
+        self.caches, self.frame = tuple(after), self.frame + frames
         return drawn
 
     @torch.no_grad()
-    def watch(self, video, labels=None):
-        """Go on from frames that are there already, as if the stream had drawn them.
+    def prefill(self, video: Tensor, labels: Tensor | None = None) -> None:
+        """Fill the cache with existing frames, as if the stream had drawn them; `next` continues them.
 
-        video: (B, C, T, H, W) in [-1, 1]; labels: (B,) or (B, T / patch[0]).
+        Args:
+            video: (B, C, T, H, W) in [-1, 1].
+            labels: (B,) or (B, T / patch[0]); None takes those of the stream.
+
+        Raises:
+            ValueError, TypeError: a video of another shape, or a label out of range or missing. The stream does not change.
         """
-        weight = self.model.like
-        if not isinstance(video, torch.Tensor) or video.dim() != 5 or video.shape[0] != self.batch:
-            got = tuple(video.shape) if isinstance(video, torch.Tensor) else type(video).__name__
+        weight = self.model.reference_parameter
+        if not isinstance(video, Tensor) or video.dim() != 5 or video.shape[0] != self.batch:
+            got = tuple(video.shape) if isinstance(video, Tensor) else type(video).__name__
             raise ValueError(f"video: expected {self.batch} videos (B, C, T, H, W), got {got}")
         if tuple(video.shape[3:]) != self.size:
             raise ValueError(
                 f"video: the stream's frames are {self.size[0]} x {self.size[1]}, got {video.shape[3]} x {video.shape[4]}"
             )
-        arguments, video = self._arguments(labels), video.to(weight)
-        distinct = {id(past): past for past in self.pasts}  # of shared noise all are one at the start
-        after = {i: self._remember(video, past, arguments) for i, past in distinct.items()}
-        self.pasts = tuple(after[id(past)] for past in self.pasts)
+        conditions, video = self._conditions(labels), video.to(weight)
+        distinct = {id(cache): cache for cache in self.caches}  # with shared noise all are one at the start
+        after = {i: self._append(video, cache, conditions) for i, cache in distinct.items()}
+        self.caches = tuple(after[id(cache)] for cache in self.caches)
         self.frame += video.shape[2] // self.model.patch[0]
 
-    def fork(self, seed=None):
-        """Another stream with the same past, to continue otherwise: with other labels, or the noise of another seed."""
+    def fork(self, seed: int | None = None) -> VideoStream:
+        """A copy of the stream, to continue with other labels, or with the noise of another seed. It costs nothing."""
         fork = copy.copy(self)
-        fork.seed = self.seed if seed is None else seed
+        if seed is not None:
+            fork.config = replace(self.config, seed=seed)
         return fork
 
-    def rewind(self, kept):
-        """Go back to where `kept`, a fork of this stream, stands."""
-        if not isinstance(kept, VideoStream) or kept.model is not self.model:
-            raise TypeError("kept: expected a stream of the same model, as fork() makes them")
-        self.__dict__.update(vars(kept))
+    def restore(self, snapshot: VideoStream) -> None:
+        """Go back to the frame of `snapshot`, an earlier fork of this stream.
 
-    def save(self, path):
-        """Write the stream to a safetensors file, whole or not at all; `load` goes on from it, bit for bit."""
-        names = {kind: name for name, kind in OBJECTIVES.items()}
-        settings = {name: getattr(self, name) for name in SETTINGS}
-        settings |= {"objective": names[type(self.objective)], "shift": self.objective.shift}
-        given = {"labels": self.labels, "text": self.text, "text_weight": self.text_weight}
-        parts = {"conditions": {name: tensor for name, tensor in given.items() if tensor is not None}}
+        Raises:
+            TypeError: `snapshot` is no stream of the same model.
+        """
+        if not isinstance(snapshot, VideoStream) or snapshot.model is not self.model:
+            raise TypeError("snapshot: expected a stream of the same model, as fork() makes them")
+        self.__dict__.update(vars(snapshot))
+
+    watch, rewind = prefill, restore  # the names of 0.1, for one more release
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the stream to a safetensors file, whole or not at all; `load` continues it, bit for bit.
+
+        Raises:
+            ValueError: the objective is not registered, so that no file could name it.
+        """
+        settings = asdict(self.config) | {"frame": self.frame, "batch": self.batch, "size": self.size}
+        settings |= self.objective.describe()
+        conditions = {"labels": self.labels, "text": self.text, "text_weight": self.text_weight}
+        parts = {"conditions": {name: tensor for name, tensor in conditions.items() if tensor is not None}}
         # Cloned, since at the start they share tensors, which safetensors refuses.
-        parts |= {f"past{i}": past.clone().state_dict() for i, past in enumerate(self.pasts)}
+        parts |= {f"past{i}": cache.clone().state_dict() for i, cache in enumerate(self.caches)}
         identity = {"model": self.model.config, "weights": fingerprint(self.model)}
         save_checkpoint(path, parts, {"stream": settings, **identity})
 
     @classmethod
-    def load(cls, path, model):
+    def load(cls, path: str | os.PathLike[str], model: VideoDiT) -> VideoStream:
         """The stream of a file that `save` wrote, with the model that drew it.
 
         Raises:
@@ -174,74 +199,73 @@ class VideoStream:
             raise ValueError(
                 f"path: {path} is a stream of a model like this one, but with other weights or of another dtype"
             )
-        device = model.like.device
+        device = model.reference_parameter.device
         options = dict(settings["stream"])
         frame, objective = options.pop("frame"), build_objective(options.pop("objective"), options.pop("shift"))
         conditions = {name: tensor.to(device) for name, tensor in parts.pop("conditions", {}).items()}
         stream = cls(model, **conditions, **options, objective=objective)
-        pasts = tuple(Past.from_state_dict(parts[f"past{i}"]).to(device) for i in range(len(parts)))
-        if len(pasts) != len(stream.pasts):
-            raise ValueError(f"path: {path} holds {len(pasts)} pasts, its settings ask for {len(stream.pasts)}")
-        stream.pasts, stream.frame = pasts, frame
+        caches = tuple(StreamCache.from_state_dict(parts[f"past{i}"]).to(device) for i in range(len(parts)))
+        if len(caches) != len(stream.caches):
+            raise ValueError(f"path: {path} holds {len(caches)} pasts, its settings ask for {len(stream.caches)}")
+        stream.caches, stream.frame = caches, frame
         return stream
 
-    @property
-    def _copies(self):
-        return 1 if self.guidance == 1 else 2
-
-    def _labels(self, labels):
-        labels = torch.as_tensor(labels).to(self.model.like.device)
+    def _to_labels(self, labels: Tensor | Sequence[int]) -> Tensor:
+        labels = torch.as_tensor(labels).to(self.model.reference_parameter.device)
         if labels.is_floating_point() or labels.dim() not in (1, 2) or len(labels) != self.batch:
             raise ValueError(
                 f"labels: expected one integer for each of {self.batch} videos, got {labels.dtype} {tuple(labels.shape)}"
             )
         return labels
 
-    def _arguments(self, labels):
-        """Keyword arguments of the model for its conditions; with guidance the batch twice, then without conditions."""
-        labels = self.labels if labels is None else self._labels(labels)
-        arguments = {"labels": labels, "text": self.text, "text_weight": self.text_weight}
-        if self._copies == 1:
-            return arguments
+    def _conditions(self, labels: Tensor | Sequence[int] | None) -> dict[str, Tensor | None]:
+        """Arguments of the model for its conditions; with guidance those of 2 B videos, the second half without."""
+        labels = self.labels if labels is None else self._to_labels(labels)
+        conditions = {"labels": labels, "text": self.text, "text_weight": self.text_weight}
+        if num_copies(self.config.guidance) == 1:
+            return conditions
         if labels is not None:
-            arguments["labels"] = torch.cat([labels, torch.full_like(labels, self.model.n_classes)])
+            conditions["labels"] = append_unconditional_labels(labels, self.model.n_classes)
         if self.text is not None:
-            weight = self.text.new_ones(self.text.shape[:2]) if self.text_weight is None else self.text_weight
-            arguments |= {
-                "text": self.text.repeat(2, 1, 1),
-                "text_weight": torch.cat([weight, torch.zeros_like(weight)]),
-            }
-        return arguments
+            conditions |= append_empty_text(self.text, self.text_weight)
+        return conditions
 
-    def _evaluate(self, x, time, past, arguments, return_past):
-        x = x.repeat(self._copies, 1, 1, 1, 1)
-        time = torch.full((len(x),), float(time), dtype=x.dtype, device=x.device)
-        out = self.model(x, time, **arguments, frame_causal=True, past=past, return_past=return_past)
-        return out if return_past else (out, None)
+    def _evaluate(
+        self,
+        x: Tensor,
+        time: float,
+        cache: StreamCache,
+        conditions: dict[str, Tensor | None],
+        return_past: bool = False,
+    ) -> Any:
+        """The prediction for frames x (B, C, T, H, W) of one time, or with return_past (prediction, cache after them)."""
+        x = x.repeat(num_copies(self.config.guidance), 1, 1, 1, 1)
+        times = torch.full((len(x),), float(time), dtype=x.dtype, device=x.device)
+        return self.model(x, times, **conditions, frame_causal=True, past=cache, return_past=return_past)
 
-    def _remember(self, video, past, arguments):
-        """The past after finished frames."""
-        time = TIME_SCALE * self.context_noise
+    def _append(self, video: Tensor, cache: StreamCache, conditions: dict[str, Tensor | None]) -> StreamCache:
+        """The cache after finished frames (B, C, T, H, W)."""
+        time = MAX_TIME * self.config.context_noise
         if time:
             noise = self._noise(video.shape[2] // self.model.patch[0], REMEMBERED)
-            video = self.objective.add_noise(
-                video, noise, torch.full((self.batch,), time, dtype=video.dtype, device=video.device)
-            )
-        return self._evaluate(video, time, past, arguments, return_past=True)[1]
+            level = torch.full((self.batch,), time, dtype=video.dtype, device=video.device)
+            video = self.objective.add_noise(video, noise, level)
+        return self._evaluate(video, time, cache, conditions, return_past=True)[1]
 
-    def _noise(self, frames, purpose):
-        weight, unit = self.model.like, self.model.patch[0]
+    def _noise(self, frames: int, purpose: int) -> Tensor:
+        """(B, C, frames * patch[0], H, W), the noise of the next frames for DRAWN or REMEMBERED."""
+        weight, unit = self.model.reference_parameter, self.model.patch[0]
         shape = (self.model.in_channels, unit, *self.size)
 
-        def of_frame(video, frame):
-            return torch.randn(shape, generator=seeded_generator(self.seed, video, frame, purpose))
+        def draw(video, frame):
+            return torch.randn(shape, generator=seeded_generator(self.config.seed, video, frame, purpose))
 
         numbers = range(self.frame, self.frame + frames)
-        videos = [torch.cat([of_frame(i, frame) for frame in numbers], dim=1) for i in range(self.batch)]
+        videos = [torch.cat([draw(i, frame) for frame in numbers], dim=1) for i in range(self.batch)]
         return torch.stack(videos).to(weight)
 
 
-def fingerprint(model):
+def fingerprint(model: nn.Module) -> str:
     """A hash of all weights, as text."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():

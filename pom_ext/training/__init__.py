@@ -1,5 +1,6 @@
 """The training loop."""
 
-from .trainer import TrainConfig, TrainResult, train
+from .config import TrainConfig
+from .trainer import TrainResult, train
 
 __all__ = ["TrainConfig", "TrainResult", "train"]

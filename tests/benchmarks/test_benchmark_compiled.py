@@ -10,8 +10,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks import compiled
-from benchmarks.timing import Settings
+from benchmarks.harness.timing import Settings
+from benchmarks.suites import compiled
 
 BRIEF = Settings(0.1, 5, 50)
 

@@ -10,8 +10,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks import forward_mode
-from benchmarks.timing import Settings
+from benchmarks.harness.timing import Settings
+from benchmarks.suites import forward_mode
 
 
 def test_a_case(tmp_path, capsys):

@@ -8,24 +8,23 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
 
-from test_benchmarks import registry, stand_in  # noqa: F401 -- fixtures
-
-from benchmarks import ops, run
-from benchmarks.fatal import is_fatal
+from benchmarks import run
+from benchmarks.harness import checked, op_case, report
+from benchmarks.harness.fatal import LOST, is_fatal
 
 
 def test_a_lost_gpu_ends_the_run_and_another_goes_on(stand_in, monkeypatch, tmp_path, capsys):
     lost, other = stand_in
     path = tmp_path / "results.json"
     command = ["--device", "cuda", "--json", str(path), "--resume", "--limit", "60"]
-    monkeypatch.setattr(run.faulthandler, "dump_traceback_later", lambda *arguments, **options: None)
+    monkeypatch.setattr(checked.faulthandler, "dump_traceback_later", lambda *arguments, **options: None)
 
     def broken(*arguments, **options):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with monkeypatch.context() as gpu_is_lost:
-        gpu_is_lost.setattr(ops, "polynomial_mix", broken)
-        assert run.main(command) == run.LOST
+        gpu_is_lost.setattr(op_case, "polynomial_mix", broken)
+        assert run.main(command) == LOST
     content = json.loads(path.read_text())
     told = [f"{lost.name}: RuntimeError: CUDA error: an illegal memory access was encountered"]
     assert content["wrong"] == told and content["cases"] == []
@@ -52,7 +51,7 @@ def test_the_case_that_runs_is_in_the_file(registry, monkeypatch, tmp_path):
     def stopped(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ops, "polynomial_mix", stopped)
+    monkeypatch.setattr(op_case, "polynomial_mix", stopped)
     with pytest.raises(KeyboardInterrupt):
         run.main(["--json", str(path)])
     content = json.loads(path.read_text())
@@ -63,7 +62,7 @@ def test_a_file_that_cannot_be_written_does_not_end_the_run(registry, monkeypatc
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run, "atomic_write", full)
+    monkeypatch.setattr(report, "atomic_write", full)
     assert run.main(["--json", str(tmp_path / "results.json")]) == 0
     printed = capsys.readouterr().out
     assert "could not be written: [Errno 28] No space left on device" in printed and "1 targets reached" in printed
@@ -80,8 +79,8 @@ def test_a_file_of_something_else_is_begun_anew(tmp_path):
     path = tmp_path / "results.json"
     for text in ("", "[1]", "{}", '{"cases": []}'):
         path.write_text(text)
-        assert run.left_by(path) == {"cases": [], "wrong": []}
-    assert run.left_by(tmp_path / "none") == {"cases": [], "wrong": []}
+        assert checked.left_by(path) == {"cases": [], "wrong": []}
+    assert checked.left_by(tmp_path / "none") == {"cases": [], "wrong": []}
 
 
 def test_fatal_errors():

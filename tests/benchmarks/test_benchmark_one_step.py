@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks import one_step
+from benchmarks.suites import one_step
 from pom_ext.demo.classifier import build_classifier
 
 

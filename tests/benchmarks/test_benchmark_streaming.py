@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from pom_ext.models.video_blocks import FrameAttention
+from pom_ext.layers.attention import FrameAttention
 from pom_ext.streaming import VideoStream
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
 
-from benchmarks import streaming
+from benchmarks.suites import streaming
 
 TINY = {"in_channels": 1, "size": (8, 8), "patch": (1, 4, 4), "dim": 16, "n_layers": 2, "n_heads": 2}
 
 
 def test_the_cache_that_grows_in_place_is_attention():
-    fast = streaming.stream_of(TINY, streaming.ATTENTION, steps=2)
-    slow = VideoStream(streaming.stream_of(TINY, streaming.ATTENTION, steps=2).model, [0], steps=2)
+    fast = streaming.make_stream(TINY, streaming.ATTENTION, steps=2)
+    slow = VideoStream(streaming.make_stream(TINY, streaming.ATTENTION, steps=2).model, [0], steps=2)
     for block in slow.model.blocks:
         block.mixer.__class__ = FrameAttention
     for stream in (fast, slow):
@@ -28,9 +28,9 @@ def test_the_cache_that_grows_in_place_is_attention():
     for _ in range(3):
         kept = fast.fork()
         first = fast.next()
-        fast.rewind(kept)  # what was written behind the cache is written over
+        fast.restore(kept)  # what was written behind the cache is written over
         assert torch.equal(fast.next(), first) and torch.equal(first, slow.next())
-    held = fast.pasts[0].memories[0].keys
+    held = fast.caches[0].mixer_caches[0].keys
     assert held._base is not None and held._base.shape[1] > held.shape[1] == 8 * 4
     assert fast.nbytes == slow.nbytes
 

@@ -15,10 +15,11 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks import device_cases, run
 from benchmarks.gpu_report import command, machine, plan, profiled, read
 from benchmarks.gpu_report.families import FAMILIES
 from benchmarks.gpu_report.plan import World
+from benchmarks.harness import checked
+from benchmarks.suites import core
 
 
 @pytest.fixture
@@ -85,7 +86,8 @@ def test_the_build_is_for_this_gpu_alone(world):
 
 
 def test_a_library_without_cuda_kernels_fails_the_build_step():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pom_ext import _library; _library.DEVICES = ('cpu',); "
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
+    code += "from pom_ext.ops import _library; _library.DEVICES = ('cpu',); "
     done = subprocess.run([sys.executable, "-c", code + plan.HAS_KERNELS], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "built without CUDA kernels" in done.stderr
 
@@ -108,9 +110,11 @@ def test_the_benchmark_writes_into_the_folder_and_can_go_on(world):
 def test_what_the_benchmark_is_told(world):
     def selected(step):
         command = words(step.groups[0][0])
-        options = run.parsed(command[command.index("benchmarks.run") + 1 :])
+        suite, *arguments = command[command.index("benchmarks.run") + 1 :]
+        assert suite == "core"
+        options = checked.parsed(suite, tuple(core.CASES), arguments)
         more = {"without": options.without, "also": options.also, "against": options.against}
-        return run.selected(run.CASES["cuda"], options.case, options.quick, **more)
+        return checked.selected(core.CASES["cuda"], options.case, options.quick, **more)
 
     names = [case.name for case in selected(plan.quick_benchmark(world))]
     assert plan.SIDE_BY_SIDE not in names and "causal_mix_backward-power3-N16384-E2048-bfloat16" in names
@@ -124,10 +128,10 @@ def test_what_the_benchmark_is_told(world):
 
 
 def test_the_cases_that_are_named_exist():
-    layer = device_cases.CASES[plan.SIDE_BY_SIDE]
+    layer = core.CASES["cuda"][plan.SIDE_BY_SIDE]
     assert {"by blocks", "at once", "context projection"} <= set(layer.against)
     for pattern in sorted({pattern for family in FAMILIES.values() for pattern in family.cases}):
-        assert any(run.matches(name, [pattern]) for name in device_cases.CASES), pattern
+        assert any(checked.matches(name, [pattern]) for name in core.CASES["cuda"]), pattern
 
 
 def test_what_needs_a_failed_family_is_left_out(world):

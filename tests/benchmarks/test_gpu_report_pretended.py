@@ -161,10 +161,8 @@ def listen_to_hangups():
 def started(out, faults, scale="0.1"):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "benchmarks.gpu_report", str(out), "--pretend", faults, "--scale", scale]
-    return subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        preexec_fn=listen_to_hangups,
-    )  # fmt: skip
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(words, cwd=ROOT, env=environment, **streams, preexec_fn=listen_to_hangups)
 
 
 def wait_for(condition):

@@ -224,9 +224,9 @@ def test_streams_of_two_threads(built, tmp_path):
 
 def test_the_benchmark_of_the_engine(built, tmp_path, monkeypatch, capsys):
     program, result = tmp_path / "engine_benchmark", tmp_path / "engine.json"
-    call(CXX, "-std=c++17", *INCLUDE, ROOT / "benchmarks/engine.cpp", built[1] / "lib/libpom.a", "-o", program)
+    call(CXX, "-std=c++17", *INCLUDE, ROOT / "benchmarks/suites/engine.cpp", built[1] / "lib/libpom.a", "-o", program)
     monkeypatch.syspath_prepend(ROOT)
-    from benchmarks import engine
+    from benchmarks.suites import engine
 
     monkeypatch.setattr(engine, "build", lambda folder: program)
     threads = torch.get_num_threads()
@@ -244,7 +244,7 @@ def test_the_benchmark_of_the_engine(built, tmp_path, monkeypatch, capsys):
 
 
 def test_figures_of_a_latency():
-    from benchmarks.engine import figures
+    from benchmarks.suites.engine import figures
 
     row = figures(np.arange(1.0, 1001))
     assert row["median_us"] == 500.5 and row["worst_us"] == 1000 and row["frames"] == 1000

@@ -14,7 +14,7 @@ import pytest
 import torch
 from cpp_programs import CPP, ROOT, call, compile_all, link_and_run
 
-from benchmarks import launches
+from benchmarks.suites import launches
 from tools import stand_in
 
 
@@ -100,7 +100,7 @@ def test_operators_of_torch_that_run_on_a_device():
 
 
 def test_the_command(tmp_path):
-    command = (sys.executable, "-m", "benchmarks.resources", "--launches", "--json", tmp_path / "counts.json")
+    command = (sys.executable, "-m", "benchmarks.run", "launches", "--json", tmp_path / "counts.json")
     call(*command, "--case", "mix-product2-N256-*-bfloat16", "project_state-*[23]-N256-*", cwd=ROOT)
     found = json.loads((tmp_path / "counts.json").read_text())
     assert "sectors of 32 bytes" in found["model"]

@@ -121,7 +121,7 @@ def test_operations(name, runs):
 def test_the_library_given_is_the_one_in_use(library):
     """Or the tests of the operations would have tested another one."""
     environment = os.environ | {stand_in.VARIABLE: str(library)}
-    ask = "import conftest, pom_ext, sys; print(sys.modules['pom_ext._C'].__file__, pom_ext._library.ERROR)"
+    ask = "import devices, sys; from pom_ext.ops import _library; print(sys.modules['pom_ext._C'].__file__, _library.ERROR)"
     answer = subprocess.run(
         (sys.executable, "-c", ask), cwd=ROOT / "tests", env=environment | {"PYTHONPATH": str(ROOT)},
         check=True, capture_output=True, text=True,

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from cpp_programs import ROOT, call, setup_constant
+from setuptools.config.pyprojecttoml import read_configuration
 
 from pom_ext import __version__
 from pom_ext.cli.doctor import _describe_build, _describe_changes, _describe_cuda
@@ -81,6 +82,18 @@ def test_the_wheel_holds_the_package_and_nothing_else(installed):
     assert {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()} == expected
 
 
+def test_the_build_packs_every_folder_of_the_package():
+    settings = read_configuration(ROOT / "pyproject.toml")["tool"]["setuptools"]
+    files = [path.relative_to(ROOT) for path in (ROOT / "pom_ext").rglob("*") if path.is_file()]
+    folders = {".".join(path.parent.parts) for path in files if path.suffix == ".py"}
+    assert set(settings["packages"]) == folders
+    assert all((ROOT / folder.replace(".", "/") / "__init__.py").is_file() for folder in folders)
+    others = [path for path in files if path.suffix not in (".py", ".pyc", ".so", ".json")]
+    assert others == [
+        Path(*package.split("."), name) for package, names in settings["package-data"].items() for name in names
+    ]
+
+
 def undefined(library):
     told = subprocess.run(["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True).stdout
     return [line.split()[-1] for line in told.splitlines()]
@@ -101,7 +114,7 @@ def test_other_symbols_are_noticed(name):
 
 def test_the_wheel_works_without_its_source(installed, tmp_path):
     code = (
-        "import torch, pom_ext, pom_ext.engine; from pom_ext.doctor import diagnose; print(pom_ext.__file__);"
+        "import torch, pom_ext, pom_ext.engine; from pom_ext.cli.doctor import diagnose; print(pom_ext.__file__);"
         "print(pom_ext.PoM(8)(torch.ones(1, 3, 8)).shape); print(*diagnose(), sep='\\n')"
     )
     done = run_python(code, installed, tmp_path)
@@ -132,8 +145,8 @@ def test_the_source_distribution_builds(tmp_path):
     files = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
     wanted = {"setup.py", "pyproject.toml", "README.md"}
     for folder in ("csrc", "pom_ext", "cmake", "examples", "tools/build"):
-        wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*")
-                   if path.is_file() and path.suffix not in (".so", ".pyc", ".json")}  # fmt: skip
+        paths = [path for path in (ROOT / folder).rglob("*") if path.is_file()]
+        wanted |= {str(path.relative_to(ROOT)) for path in paths if path.suffix not in (".so", ".pyc", ".json")}
     assert wanted <= files
     assert not [
         name for name in files if name.endswith((".so", ".o", ".pyc", "_build.json")) or name.startswith("tests")
@@ -157,11 +170,11 @@ def test_a_torch_that_is_too_old_is_named(version, refused, tmp_path):
 
 
 def test_an_engine_for_another_python_is_named(tmp_path):
-    (tmp_path / "pom_ext").mkdir()
-    for name in ("__init__.py", "doctor.py", "engine.py", "files.py"):
+    shutil.copytree(ROOT / "pom_ext" / "cli", tmp_path / "pom_ext" / "cli")
+    for name in ("__init__.py", "engine.py", "_io.py"):
         shutil.copy(ROOT / "pom_ext" / name, tmp_path / "pom_ext" / name)
     use = "from pom_ext.engine import Layer, Stream; Stream([Layer(8)])"
-    ask = "from pom_ext.doctor import _describe_engine; print(_describe_engine())"
+    ask = "from pom_ext.cli.doctor import _describe_engine; print(_describe_engine())"
     none = run_python(use, tmp_path, tmp_path).stderr
     assert "ImportError: pom_ext.engine: there is no compiled engine for this Python" in none
     (tmp_path / "pom_ext/_engine.cpython-39-x86_64-linux-gnu.so").touch()
@@ -174,9 +187,18 @@ def test_an_engine_for_another_python_is_named(tmp_path):
 
 
 def test_doctor_tells_of_a_build_that_does_not_fit():
-    note = {"version": "1", "torch": "2.13.0", "minimum_torch": "2.10", "python": "3.11.7", "platform": "linux-x86_64",
-            "libc": "glibc 2.36", "compiler": "g++ 12", "cuda": "13.0", "architectures": ["8.0", "9.0+PTX"],
-            "chosen": "no GPU is visible, so for all"}  # fmt: skip
+    note = {
+        "version": "1",
+        "torch": "2.13.0",
+        "minimum_torch": "2.10",
+        "python": "3.11.7",
+        "platform": "linux-x86_64",
+        "libc": "glibc 2.36",
+        "compiler": "g++ 12",
+        "cuda": "13.0",
+        "architectures": ["8.0", "9.0+PTX"],
+        "chosen": "no GPU is visible, so for all",
+    }
     fits = list(_describe_build(note, "1", "linux-x86_64", "build again"))
     assert fits == [
         "built      1 for linux-x86_64, glibc 2.36, by g++ 12; CUDA 13.0 for 8.0, 9.0+PTX "
@@ -194,7 +216,7 @@ def test_doctor_tells_of_a_build_that_does_not_fit():
 
 
 def test_a_library_that_lacks_an_operation_is_named(tmp_path):
-    older = "import torch; from pom_ext import _registration as r; r.register = lambda: torch.ops.pom_ext.newer; "
+    older = "import torch; torch.library.register_fake = lambda *args: torch.ops.pom_ext.newer; "
     done = run_python(older + "import pom_ext; pom_ext.PoM(8)(torch.ones(1, 3, 8))", ROOT, tmp_path)
     said = done.stderr.splitlines()[-1]
     assert re.search("ImportError: .* built before this source .*'newer'.* Build it again: pip install", said), said

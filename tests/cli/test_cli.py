@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from command import assert_fails, call
 from PIL import Image
+from setuptools.config.pyprojecttoml import read_configuration
 
 from pom_ext.models.checkpoint import read_checkpoint
 
@@ -199,6 +201,17 @@ def test_doctor_tells_what_is_here():
         assert text in result.output
 
 
+def test_doctor_asks_for_what_the_extras_install():
+    from pom_ext.cli.doctor import PLAYING, TRAINING
+
+    root = Path(__file__).parents[2]
+    extras = read_configuration(root / "pyproject.toml", expand=False)["project"]["optional-dependencies"]
+    modules = {
+        extra: {{"pillow": "PIL", "ale-py": "ale_py"}.get(name, name) for name in extras[extra]} for extra in extras
+    }
+    assert modules["train"] == set(TRAINING) and modules["play"] == {*PLAYING, "PIL"}
+
+
 def test_doctor_fails_if_something_does_not_fit(monkeypatch, tmp_path):
     from pom_ext.cli import doctor
     from pom_ext.ops import _library
@@ -226,10 +239,8 @@ def test_doctor_prints_why_the_library_does_not_load(monkeypatch):
 
 def test_help_and_import_are_light():
     """Neither importing the package nor asking for help loads what only training needs."""
-    code = (
-        "import sys, pom_ext, pom_ext.cli; heavy = {'diffusers', 'accelerate', 'matplotlib', 'mlxtend', 'PIL', 'sklearn', 'av', 'ale_py', 'pygame', 'starlette'};"
-        "print(heavy & set(sys.modules) or 'light')"
-    )
+    heavy = {"torch", "diffusers", "accelerate", "matplotlib", "mlxtend", "PIL", "sklearn", "av", "ale_py", "pygame"}
+    code = f"import sys, pom_ext, pom_ext.cli; print({heavy | {'starlette'}} & set(sys.modules) or 'light')"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed == "light\n"
     result = call("--help")

@@ -101,10 +101,10 @@ def test_stream_goes_to_standard_output_raw(digits):
     done = subprocess.run([*command, "--frames", "2"], capture_output=True, check=True)
     assert len(done.stdout) == 2 * 28 * 28 * 3
     model, settings = load_model(digits)
-    from pom_ext.cli.video import objective_of
-    from pom_ext.media.video import to_pixels
+    from pom_ext.cli.common import trained_objective
+    from pom_ext.media.frames import to_pixels
 
-    stream = VideoStream(model, [3], steps=1, objective=objective_of(settings))
+    stream = VideoStream(model, [3], steps=1, objective=trained_objective(settings))
     expected = b"".join(to_pixels(stream.next()[0, :, 0]).numpy().tobytes() for _ in range(2))
     assert done.stdout == expected
     assert b"remembers" in done.stderr

@@ -111,7 +111,7 @@ void test_masks() {
 // Every block adds; the last one sees what all have added.
 void test_atomics() {
   constexpr unsigned kBlocks = 100;
-  unsigned ticket = 0, turns = 0, count = 0;
+  unsigned arrival_counter = 0, turns = 0, count = 0;
   int sum = 0, seen = 0;
   float real = 0;
   launch(kBlocks, 128, 0, [&] {
@@ -121,12 +121,12 @@ void test_atomics() {
     atomicInc(&turns, 6);
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0 && atomicInc(&ticket, kBlocks - 1) == kBlocks - 1) seen = __ldg(&sum);
+    if (threadIdx.x == 0 && atomicInc(&arrival_counter, kBlocks - 1) == kBlocks - 1) seen = __ldg(&sum);
   });
   const int wanted = -int(kBlocks) * 127 * 64;
   expect(count == kBlocks * 128 && real == kBlocks * 64, "atomicAdd counted %u and %g", count, double(real));
   expect(sum == wanted && seen == wanted, "the last block saw %d of %d", seen, sum);
-  expect(ticket == 0 && turns == kBlocks * 128 % 7, "atomicInc counted %u and %u", ticket, turns);
+  expect(arrival_counter == 0 && turns == kBlocks * 128 % 7, "atomicInc counted %u and %u", arrival_counter, turns);
 }
 
 void test_geometry() {

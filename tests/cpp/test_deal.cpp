@@ -42,29 +42,29 @@ void test_deal(const WorkPartition& d) {
   }
 }
 
-// Blocks of a grid share tickets, `sharing` blocks each; `lasts` counts the blocks of each ticket that were the last.
-void count_lasts(Ticket* tickets, unsigned sharing, int* lasts, int* done) {
-  const unsigned ticket = blockIdx.x % 5;
+// Blocks of a grid share arrival_counters, `sharing` blocks each; `lasts` counts the blocks of each arrival_counter that were the last.
+void count_lasts(ArrivalCounter* arrival_counters, unsigned sharing, int* lasts, int* done) {
+  const unsigned arrival_counter = blockIdx.x % 5;
   if (threadIdx.x == 0) {
-    atomicAdd(done + ticket, 1);
+    atomicAdd(done + arrival_counter, 1);
     __threadfence();
-    if (is_last(tickets + ticket, sharing)) {
-      atomicAdd(lasts + ticket, 1);
-      expect(done[ticket] == int(sharing), "the last block of ticket %u came before %d others", ticket,
-             int(sharing) - done[ticket]);
+    if (is_last(arrival_counters + arrival_counter, sharing)) {
+      atomicAdd(lasts + arrival_counter, 1);
+      expect(done[arrival_counter] == int(sharing), "the last block of arrival_counter %u came before %d others", arrival_counter,
+             int(sharing) - done[arrival_counter]);
     }
   }
 }
 
-void test_tickets(Ticket before) {
+void test_arrival_counters(ArrivalCounter before) {
   constexpr unsigned kSharing = 41;
-  std::vector<Ticket> tickets(5, before);
-  for (int round = 0; round < 3; ++round) {  // reuses the tickets as the last block left them
+  std::vector<ArrivalCounter> arrival_counters(5, before);
+  for (int round = 0; round < 3; ++round) {  // reuses the arrival_counters as the last block left them
     int lasts[5] = {}, done[5] = {};
-    cuda_on_cpu::launch(5 * kSharing, 64, 0, [&] { count_lasts(tickets.data(), kSharing, lasts, done); });
-    for (int i = 0; i < 5; ++i) expect(lasts[i] == 1, "%d blocks were the last of ticket %d", lasts[i], i);
+    cuda_on_cpu::launch(5 * kSharing, 64, 0, [&] { count_lasts(arrival_counters.data(), kSharing, lasts, done); });
+    for (int i = 0; i < 5; ++i) expect(lasts[i] == 1, "%d blocks were the last of arrival_counter %d", lasts[i], i);
   }
-  for (Ticket left : tickets) expect(left >> kTicketBits != kInUse >> kTicketBits, "a ticket was left in use");
+  for (ArrivalCounter left : arrival_counters) expect(left >> kCounterBits != kInUse >> kCounterBits, "an arrival counter was left in use");
 }
 
 // Sums every thread's numbers over the rows, each column once, in the order of sum_rows().
@@ -124,11 +124,11 @@ int main() {
       expect(all <= 4 * room || d.blocks == 1, "%u blocks for each of %d channel tiles", d.blocks, channel_tiles);
     }
   section("the last block");
-  const Ticket next = kInUse + (Ticket(1) << kTicketBits);
-  for (Ticket before : {Ticket(0), ~Ticket(0), Ticket(40), Ticket(1) << 63, kInUse >> 1, next})
+  const ArrivalCounter next = kInUse + (ArrivalCounter(1) << kCounterBits);
+  for (ArrivalCounter before : {ArrivalCounter(0), ~ArrivalCounter(0), ArrivalCounter(40), ArrivalCounter(1) << 63, kInUse >> 1, next})
     for (uint64_t seed : {0, 1, 2}) {
       cuda_on_cpu::set_seed(seed);
-      test_tickets(before);
+      test_arrival_counters(before);
     }
   section("sums over the rows of a block");
   test_channel_tile_sum<8, 1, float>(2048);

@@ -20,7 +20,7 @@ void test_mix(const Case& c) {
   expect_state(c, c.name("mix"), out, state);
 }
 
-// Consecutive frames, each with the tickets that the previous one left, from an empty state or a prior one.
+// Consecutive frames, each with the counters that the previous one left, from an empty state or a prior one.
 void test_update(const Case& c) {
   const Inputs frames[] = {Inputs(c), Inputs(c), Inputs(c)};
   const Dtype acc = frames[0].acc;
@@ -32,7 +32,7 @@ void test_update(const Case& c) {
     start.values = {Array(batch * channels), Array(batch)};
   }
   Array zeros(batch);
-  Buffer ticket(Dtype::f32, zeros);
+  Buffer arrivals(Dtype::f32, zeros);
   StateBuffers state(acc, batch, channels);
   std::vector<std::string> first;
   for (const bool ascending : {true, false}) {
@@ -43,12 +43,12 @@ void test_update(const Case& c) {
       const std::string name = c.name(("update " + std::to_string(i)).c_str());
       Buffer y(c.dtype, batch * c.queries() * channels);
       run_once(name,
-               UpdateArgs{frame.features, frame.gates, state.view(), static_cast<uint32_t*>(ticket.data()), y.data()},
+               UpdateArgs{frame.features, frame.gates, state.view(), static_cast<uint32_t*>(arrivals.data()), y.data()},
                ascending);
       wanted = added(wanted, frame.p);
       expect_channels(c, name + "y", y, naive::readout(frame.p, wanted));
       expect_state(c, name, state, wanted);
-      expect(bits(ticket) == std::string(ticket.bytes(), 0), "%s: a ticket is left", name.c_str());
+      expect(bits(arrivals) == std::string(arrivals.bytes(), 0), "%s: an arrival counter is left", name.c_str());
       const std::string all = bits(y) + bits(state.total) + bits(state.residual) + bits(state.count);
       if (ascending)
         first.push_back(all);
@@ -93,14 +93,14 @@ void test_residual() {
   constexpr int kFrames = 100;
   Array ones(kTokens * kWidth, 1), coeff_values(kWidth, 0x1p-10), totals(kWidth, 0x1p20), zeros(kWidth), none(1);
   const Buffer u(Dtype::f32, ones), coeff(Dtype::f32, coeff_values);
-  Buffer total(Dtype::f32, totals), residual(Dtype::f32, zeros), count(Dtype::f64, none), ticket(Dtype::f32, none);
+  Buffer total(Dtype::f32, totals), residual(Dtype::f32, zeros), count(Dtype::f64, none), arrivals(Dtype::f32, none);
   Buffer y(Dtype::f32, u.size());
   const Features features = {Form::power, 1,      Dtype::f32,   1,       kTokens, kWidth, u.data(),
                              u.size(),    kWidth, coeff.data(), nullptr, {}};
   const Gates gates = {Form::power, Dtype::f32, 1, kTokens, kWidth, 1, u.data(), u.size(), kWidth, {}};
   const StateOut state = {total.data(), residual.data(), count.doubles()};
-  for (int frame = 0; frame < kFrames; ++frame)
-    run_once("update", UpdateArgs{features, gates, state, static_cast<uint32_t*>(ticket.data()), y.data()}, frame % 2);
+  const UpdateArgs args = {features, gates, state, static_cast<uint32_t*>(arrivals.data()), y.data()};
+  for (int frame = 0; frame < kFrames; ++frame) run_once("update", args, frame % 2);
   for (int c = 0; c < kWidth; ++c) {
     const double sum = total.get(c) + residual.get(c), wanted = 0x1p20 + kFrames * kTokens * 0x1p-10;
     expect(sum == wanted, "a sum of %a + %a is not %a", total.get(c), residual.get(c), wanted);

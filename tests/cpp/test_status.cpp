@@ -249,14 +249,14 @@ void test_refused_updates() {
   StateBuffers state(in.acc, shape.batch, in.p.channels());
   Buffer y(in.acc, int64_t(in.p.u.size()));
   Array zeros(shape.batch);
-  const Buffer ticket(Dtype::f32, zeros);
-  const UpdateArgs valid = {in.features, in.gates, state.view(), static_cast<uint32_t*>(ticket.data()), y.data()};
+  const Buffer arrivals(Dtype::f32, zeros);
+  const UpdateArgs valid = {in.features, in.gates, state.view(), static_cast<uint32_t*>(arrivals.data()), y.data()};
   const Refusals update("update", valid, {&y, &state.total, &state.residual, &state.count});
   refuse_mix(update);
   update.when("total", Status::null_pointer, [](auto& args) { args.state.total = nullptr; });
   update.when("residual", Status::null_pointer, [](auto& args) { args.state.residual = nullptr; });
   update.when("count", Status::null_pointer, [](auto& args) { args.state.count = nullptr; });
-  if (kCuda) update.when("ticket", Status::null_pointer, [](auto& args) { args.ticket = nullptr; });
+  if (kCuda) update.when("arrival_counter", Status::null_pointer, [](auto& args) { args.arrival_counter = nullptr; });
 }
 
 #ifdef POM_TEST_CUDA

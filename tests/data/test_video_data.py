@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pom_ext.data import GamePlay, MovingDigits, VideoFolder, open_video_dataset
-from pom_ext.data.videos import Film, _insert, is_video
+from pom_ext.data import GamePlay, MovingDigits, VideoFolder, is_video, open_video_dataset
+from pom_ext.data.games import _load_game
+from pom_ext.data.video_file import VideoFile
 from pom_ext.media import write_video
 
 
@@ -96,7 +97,7 @@ def test_playing_the_labels_again_gives_the_same_frames():
         clip, labels = games[index]
         recorded |= {start + f: (clip[:, f], labels[f].item()) for f in range(2)}
     assert len(recorded) == 800
-    machine, lives, fires = _insert("breakout"), 0, 0
+    machine, lives, fires = _load_game("breakout"), 0, 0
     choices = machine.getMinimalActionSet()
     for number in range(800):
         if machine.game_over():
@@ -165,7 +166,8 @@ def test_folders_give_clips_frame_by_frame(films):
     assert data.fps == pytest.approx(10 / 3)
 
 
-FILMS = {  # encoders that show frames in another order than they are stored, in containers that differ in what they say of it
+# Encoders that store frames in another order than they show them, in containers with and without presentation times.
+FILMS = {
     "closed.mkv": ("libx264", {"x264-params": "keyint=12:bframes=3:b-adapt=0:scenecut=0"}, {}),
     "open.mp4": ("libx264", {"x264-params": "open-gop=1:keyint=12:bframes=3:b-adapt=0:scenecut=0"}, {}),
     "fragments.mov": ("libx264", {"x264-params": "keyint=12:bframes=3"}, {"movflags": "frag_keyframe+empty_moov"}),
@@ -192,7 +194,7 @@ def test_frames_are_the_same_from_the_middle_as_from_the_start(name, tmp_path):
     encode(tmp_path / name, *FILMS[name])
     with av.open(str(tmp_path / name)) as file:
         shown = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
-    film = Film(tmp_path / name)
+    film = VideoFile(tmp_path / name)
     assert len(film.times) == len(shown) == 70
     for first in (66, *range(8, 32)):  # of every place between two key frames
         read = film.read(range(first, first + 4, 3))
@@ -218,7 +220,7 @@ def test_what_was_trimmed_from_the_start_is_not_counted(tmp_path):
                 part.mux(packet)
     with av.open(str(tmp_path / "part.mp4")) as file:
         shown = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
-    film = Film(tmp_path / "part.mp4")
+    film = VideoFile(tmp_path / "part.mp4")
     assert len(film.times) == len(shown) < 58
     for first in (0, 1, 30):
         assert np.array_equal(film.read(range(first, first + 1))[0].to_ndarray(format="rgb24"), shown[first])
@@ -226,7 +228,7 @@ def test_what_was_trimmed_from_the_start_is_not_counted(tmp_path):
 
 def test_a_film_that_ends_early_is_named(tmp_path):
     encode(tmp_path / "film.mp4", *FILMS["open.mp4"])
-    film = Film(tmp_path / "film.mp4")
+    film = VideoFile(tmp_path / "film.mp4")
     film.times.append(film.times[-1] + 512)
     with pytest.raises(ValueError, match="data: .*film.mp4 gave 3 of 4 frames asked for; it is damaged"):
         film.read(range(67, 71))

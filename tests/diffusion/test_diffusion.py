@@ -1,22 +1,25 @@
 """Objectives, noise shift, guidance and samplers, against formulas with known solutions."""
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 
 from pom_ext._random import seeded_generator
-from pom_ext.diffusion import FlowMatching, NoisePrediction, build_objective
-from pom_ext.diffusion.objectives import (
+from pom_ext.diffusion import (
     OBJECTIVES,
-    diffusion_loss,
-    drop_labels,
-    guided_prediction,
-    noise_shift,
-    shift_time,
+    FlowMatching,
+    MeanFlow,
+    NoisePrediction,
+    build_objective,
+    register_objective,
 )
-from pom_ext.diffusion.solvers import flow_times, integrate
+from pom_ext.diffusion.guidance import drop_labels, guided_prediction
+from pom_ext.diffusion.losses import diffusion_loss
+from pom_ext.diffusion.solvers import integrate
+from pom_ext.diffusion.timesteps import flow_times, resolution_shift, shift_time
 from pom_ext.sampling import sample
 
 
@@ -39,9 +42,9 @@ def by_label(images, time, labels):
 
 
 def test_noise_shift_is_the_square_root_of_the_pixel_ratio():
-    assert noise_shift(32 * 32) == 1
-    assert noise_shift(128 * 128) == 4
-    assert noise_shift(64 * 64, base_pixels=128 * 128) == 0.5
+    assert resolution_shift(32 * 32) == 1
+    assert resolution_shift(128 * 128) == 4
+    assert resolution_shift(64 * 64, base_pixels=128 * 128) == 0.5
 
 
 @pytest.mark.parametrize("shift", [0.25, 1.0, 3.0])
@@ -224,3 +227,48 @@ def test_bad_objectives_are_named():
     for name in OBJECTIVES:
         with pytest.raises(ValueError, match="shift"):
             build_objective(name, 0.0)
+
+
+class Opposite(FlowMatching):
+    """A network that predicts the way back, x - noise."""
+
+    def target(self, clean, noise):
+        return clean - noise
+
+    def denoise(self, predict, noise, steps, solver="euler"):
+        return super().denoise(lambda x, time: -predict(x, time), noise, steps, solver)
+
+
+def test_a_registered_objective_is_known_by_its_name():
+    with pytest.raises(ValueError, match="objective: Opposite has no name to save"):
+        Opposite().describe()
+    with patch.dict(OBJECTIVES):
+        assert register_objective("opposite", "the opposite of flow matching")(Opposite) is Opposite
+        objective = build_objective("opposite", 2.0)
+        assert type(objective) is Opposite and objective.describe() == {"objective": "opposite", "shift": 2.0}
+        image = torch.linspace(-0.9, 0.9, 16).view(1, 1, 4, 4)
+        oracle = Recorder(lambda noisy, time, labels: (image - noisy) / (time / 1000).view(-1, 1, 1, 1))
+        assert objective.loss(oracle, image.expand(8, -1, -1, -1), torch.zeros(8).long(), seeded_generator(0)) < 1e-6
+        drawn = sample(oracle, torch.tensor([0]), shape=(1, 4, 4), objective=objective, steps=3, guidance=1)
+        torch.testing.assert_close(drawn, image, atol=1e-4, rtol=0)
+        with pytest.raises(ValueError, match="'heun' is for flow matching and the opposite of flow matching; use"):
+            sample(oracle, torch.tensor([0]), shape=(1, 4, 4), objective=NoisePrediction(), solver="heun")
+        with pytest.raises(ValueError, match="objective: the name 'opposite' is taken by Opposite"):
+            register_objective("opposite")(Opposite)
+    with pytest.raises(TypeError, match="objective: expected a subclass of Objective, got .*Linear"):
+        register_objective("other")(nn.Linear)
+
+
+def test_what_objectives_do_not_support_is_said():
+    assert FlowMatching().supports(solver="heun", guidance=3.0, video=True) == []
+    assert NoisePrediction().supports(solver="heun") == [
+        "solver: 'heun' is for flow matching; use 'euler' with noise prediction and MeanFlow"
+    ]
+    assert len(MeanFlow().supports(Recorder(by_label), solver="heun", guidance=3.0, video=True)) == 4
+
+
+def test_shifts_follow_the_resolution_but_for_noise_prediction():
+    assert FlowMatching(2.0).for_resolution(64, 16).shift == 4.0
+    assert MeanFlow(2.0, 3.0).for_resolution(64, 16).guidance == 3.0
+    noise = NoisePrediction(2.0)
+    assert noise.for_resolution(64, 16) is noise

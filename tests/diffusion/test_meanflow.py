@@ -9,7 +9,7 @@ from pom_ext._random import seeded_generator
 from pom_ext.convert import inflate
 from pom_ext.diffusion import FlowMatching, MeanFlow
 from pom_ext.diffusion.meanflow import WEIGHT_FLOOR, meanflow_loss
-from pom_ext.diffusion.objectives import TIME_SCALE
+from pom_ext.layers.embeddings import MAX_TIME
 from pom_ext.models import ImageDiT, VideoDiT
 from pom_ext.models.checkpoint import load_model
 from pom_ext.sampling import sample
@@ -29,7 +29,7 @@ class Spans(Recorder):
 
 
 def unit(time):
-    return (time / TIME_SCALE).view(-1, 1, 1, 1)
+    return (time / MAX_TIME).view(-1, 1, 1, 1)
 
 
 def random_model(**options):
@@ -49,7 +49,7 @@ def draw(batch=6):
 def test_times_and_spans():
     objective = MeanFlow(2.0)
     time, span = objective.draw_times(4000, seeded_generator(0))
-    assert (span >= 0).all() and (span <= time).all() and (time < TIME_SCALE).all()
+    assert (span >= 0).all() and (span <= time).all() and (time < MAX_TIME).all()
     assert (span == 0).double().mean().sub(MeanFlow.INSTANT).abs() < 0.03
     of_flow = FlowMatching(2.0).draw_time(4000, seeded_generator(1))
     torch.testing.assert_close(time[span == 0].mean(), of_flow.mean(), rtol=0.03, atol=0)
@@ -80,7 +80,7 @@ def test_the_loss_by_finite_differences(guidance):
         velocity = torch.where((labels == 3).view(-1, 1, 1, 1), velocity, guided)
         step = 1e-5
         ahead, behind = (
-            model(x + s * velocity, time + s * TIME_SCALE, labels, span + s * TIME_SCALE) for s in (step, -step)
+            model(x + s * velocity, time + s * MAX_TIME, labels, span + s * MAX_TIME) for s in (step, -step)
         )
         target = velocity - unit(span) * (ahead - behind) / (2 * step)
     error = (model(x, time, labels, span) - target).square().mean((1, 2, 3))

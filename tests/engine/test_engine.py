@@ -1,4 +1,4 @@
-"""The C++ engine from Python: streams of frames against the reference, on numpy arrays and torch tensors; files; errors."""
+"""The C++ engine from Python against the reference, on numpy arrays and torch tensors; files; errors."""
 
 import os
 import subprocess
@@ -15,11 +15,19 @@ from pom_ext.ops import reference
 
 CASES = [
     Case(form, degree, dtype=dtype, tokens=tokens, width=16, queries=queries, heads=heads, axes=axes)
-    for form, degree, heads, axes in (("product", 2, 1, 0), ("product", 3, 4, 0), ("power", 3, 4, 0), ("power", 2, 1, 2))
-    for dtype, tokens, queries in (
-        (torch.float32, 40, None), (torch.float64, 7, 3), (torch.bfloat16, 70, None), (torch.float16, 1, 5),
+    for form, degree, heads, axes in (
+        ("product", 2, 1, 0),
+        ("product", 3, 4, 0),
+        ("power", 3, 4, 0),
+        ("power", 2, 1, 2),
     )
-]  # fmt: skip
+    for dtype, tokens, queries in (
+        (torch.float32, 40, None),
+        (torch.float64, 7, 3),
+        (torch.bfloat16, 70, None),
+        (torch.float16, 1, 5),
+    )
+]
 
 
 def layer_of(case, **more):

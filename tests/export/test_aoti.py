@@ -1,4 +1,4 @@
-"""The frame step as a package: equal to the model, with the compiled operations in it, and drawn from without Python."""
+"""The frame step as a package: equal to the model, with the compiled operations in it, and usable without Python."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from video_cases import HYBRID, small
 from pom_ext import _C
 from pom_ext.diffusion import FlowMatching, NoisePrediction
 from pom_ext.export import export_frame_step, trace_frame_step
-from pom_ext.media.video import to_pixels
+from pom_ext.media.frames import to_pixels
 from pom_ext.streaming import VideoStream
 from pom_ext.streaming.stream import DRAWN
 
@@ -66,8 +66,8 @@ def packages(tmp_path_factory):
 def program(tmp_path_factory):
     """The C++ program, built as a stranger would."""
     build = tmp_path_factory.mktemp("build")
-    call("cmake", "-S", ROOT / "examples/aoti", "-B", build, f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
-         "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror")  # fmt: skip
+    flags = [f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}", "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror"]
+    call("cmake", "-S", ROOT / "examples/aoti", "-B", build, *flags)
     call("cmake", "--build", build)
     return build / "frames"
 

@@ -15,7 +15,7 @@ from video_cases import TEXT_DIM, small
 
 from pom_ext.diffusion import FlowMatching
 from pom_ext.export import export_model
-from pom_ext.media.video import to_pixels
+from pom_ext.media.frames import to_pixels
 from pom_ext.models import ImageDiT
 from pom_ext.models.checkpoint import save_checkpoint
 from pom_ext.streaming import VideoStream
@@ -38,8 +38,8 @@ def program(cmake_library, tmp_path_factory):
     """The program as a stranger builds it: with the library installed somewhere, found by CMake."""
     _, prefix, flags = cmake_library
     build = tmp_path_factory.mktemp("stream")
-    call("cmake", "-S", ROOT / "examples", "-B", build, "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}",
-         "-DCMAKE_CXX_FLAGS=-Werror", *flags[1:])  # fmt: skip
+    flags = [f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_CXX_FLAGS=-Werror", *flags[1:]]
+    call("cmake", "-S", ROOT / "examples", "-B", build, "-G", "Ninja", *flags)
     call("cmake", "--build", build)
     return build / "stream"
 
@@ -106,8 +106,9 @@ def test_frames_are_those_of_the_python_stream(name, device, program, tmp_path):
     labels, guidance = case.pop("labels", None), case.pop("guidance", 1.0)
     context, context_noise = case.pop("context", "clean"), case.pop("context_noise", 0.0)
     model, path = exported(tmp_path, context=context, **case)
-    stream = VideoStream(model, None if labels is None else labels[:1], context=context, context_noise=context_noise,
-                         objective=FlowMatching(SHIFT), steps=STEPS, guidance=guidance)  # fmt: skip
+    options = {"context": context, "context_noise": context_noise, "steps": STEPS, "guidance": guidance}
+    labels_of_one = None if labels is None else labels[:1]
+    stream = VideoStream(model, labels_of_one, objective=FlowMatching(SHIFT), **options)
     noise, draw = [], stream._noise
 
     def noted(*arguments):  # in the order in which it is needed, and as the program reads it

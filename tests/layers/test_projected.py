@@ -10,9 +10,10 @@ from cases import FLOOR, norm_error, twice_differentiable_gate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pom_ext import PoM, polynomial_state
-from pom_ext.layers import pom as module
-from pom_ext.ops import _projections, reference
-from pom_ext.ops.projected import folded_readout, folding_pays
+from pom_ext.ops import dispatch, reference
+from pom_ext.ops.arguments import Gate, call
+from pom_ext.ops.dispatch import folding_pays
+from pom_ext.ops.projected import fold, folded_readout
 
 LAYERS = {
     "power-heads": {"form": "power", "degree": 3, "n_sel_heads": 4},
@@ -89,7 +90,7 @@ def folding(request, monkeypatch):
     """Which way a readout with heads takes."""
     if request.param is not None:
         monkeypatch.setattr(
-            module, "folding_pays", lambda x, groups, channels, heads, even: request.param and heads > 1
+            dispatch, "folding_pays", lambda x, groups, channels, heads, even: request.param and heads > 1
         )
 
 
@@ -231,7 +232,8 @@ def check_along(layer, x, context, dtype):
     direction = (torch.randn(x.shape) / 8).to(dtype)
     with torch.no_grad(), Largest() as called:
         results = torch.func.jvp(lambda x: layer(x, **context, **positions_of(layer, x.shape[1])), (x,), (direction,))
-    assert sum("_along" in name for name in called.names) == 2 and "pom_ext.readout" not in str(called.names)
+    assert sum(name.startswith(("project_", "folded_")) for name in called.names) == 2
+    assert not {"state.default", "readout.default", "linear.default"}.intersection(called.names)
 
     def by_definition(dtype):
         with pytest.MonkeyPatch.context() as patch:
@@ -324,7 +326,7 @@ def test_transforms_of_a_direction(name, folding):
 
 
 @pytest.mark.parametrize("groups", (1, 2))
-@pytest.mark.parametrize("name", ("project_readout_along", "folded_readout_along"))
+@pytest.mark.parametrize("name", ("project_readout", "folded_readout"))
 def test_operations_along_directions(name, groups):
     """By themselves: differentiable once more backward in everything, the directions too; and in batches."""
     heads = 2
@@ -332,12 +334,11 @@ def test_operations_along_directions(name, groups):
     x, total, weights = (2, 4, 3), (2, groups, 4), [(heads, 3), (heads,), (3, 4), (3,)]
     leaves = [double(*shape) for shape in (x, total, total, x, total, total, *weights)]
     count = 1 + torch.rand(2, groups, dtype=torch.float64)
-    rest = None, None, None, 0, 1, *([heads] if name.startswith("project") else [])
-    operation = getattr(torch.ops.pom_ext, name)
+    names = ("x_tangent", "total_tangent", "residual_tangent", "x", "total", "residual")
+    names += ("gate_weight", "gate_bias", "out_weight", "out_bias")
 
-    def function(x_tangent, total_tangent, residual_tangent, x, total, residual, gate_weight, gate_bias, *out):
-        given = x_tangent, total_tangent, residual_tangent, x, gate_weight, gate_bias, total, residual
-        return operation(*given, count, *out, *rest)
+    def function(*values):
+        return call(name, dict(zip(names, values, strict=True)), count=count, form=1, heads=heads)[:2]
 
     torch.autograd.gradcheck(function, leaves, fast_mode=True)
     with pytest.raises(NotImplementedError, match="third derivatives"):
@@ -419,8 +420,8 @@ def test_a_group_of_no_weight_reads_the_bias_alone(recorded, dtype, device):
     gates, out = torch.nn.Linear(32, 4).to(device, dtype), torch.nn.Linear(64, 24).to(device, dtype)
     x = torch.randn(2, 60, 32, dtype=dtype, device=device, requires_grad=True)
     with torch.set_grad_enabled(recorded):
-        y = folded_readout(x, gates, out, state, form="product", n_sel_heads=4, frames=20)
-        folded = _projections.fold(state.total, state.residual, state.count, out.weight, 4)
+        y = folded_readout(x, (gates, out), state, Gate(None, 4), "product", None)
+        folded = fold(state, out.weight, 4)
     assert torch.equal(y[1, 40:], out.bias.expand(20, -1)) and y.isfinite().all()
     assert not folded[1, 2].any() and folded.isfinite().all()
     if recorded:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageSequence
 
 from pom_ext.media import contact_sheet, open_writer, write_video
-from pom_ext.media.video import ffplay_command, tile, to_pixels
+from pom_ext.media.frames import tile, to_pixels
+from pom_ext.media.video import ffplay_command
 
 
 def clip(channels=1, frames=5, height=12, width=20):
@@ -94,7 +95,7 @@ def test_tiles_lie_row_by_row():
 
 def test_raw_frames_go_to_standard_output_as_they_come():
     code = (
-        "import torch; from pom_ext.video_files import open_writer\n"
+        "import torch; from pom_ext.media import open_writer\n"
         "with open_writer('-') as writer:\n"
         "    for value in (-1, 1):\n"
         "        writer.add(torch.full((3, 2, 5), float(value)))\n"
@@ -118,7 +119,7 @@ def test_raw_frames_are_what_the_player_is_told(tmp_path):
 
 def test_a_closed_pipe_is_a_broken_pipe_error():
     code = (
-        "import os, sys, torch; from pom_ext.video_files import open_writer\n"
+        "import os, sys, torch; from pom_ext.media import open_writer\n"
         "with open_writer('-') as writer:\n"
         "    writer.add(torch.zeros(3, 2, 5))\n"
         "    sys.stdin.readline()\n"  # the reader has gone

@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 
+from pom_ext.layers.attention import LocalAttention
+from pom_ext.layers.blocks import MIXERS, AdaLN, LocalConv, ResidualGate, make_mixer
+from pom_ext.layers.embeddings import patchify, unpatchify
+from pom_ext.layers.layout import Grid
 from pom_ext.models import ImageDiT, image_dit
-from pom_ext.models.blocks import MIXERS, AdaLN, Gate, Grid, LocalAttention, LocalConv, make_mixer, patchify, unpatchify
 from pom_ext.models.image import IMAGE_DITS
 
 SMALL = {"in_channels": 3, "n_classes": 5, "image_size": 16, "patch": 2, "dim": 16, "n_layers": 2, "n_heads": 4}
@@ -196,7 +199,7 @@ def test_unpatchify_inverts_patchify(patch):
 
 def test_a_new_model_starts_closed():
     model = ImageDiT(**SMALL).double()
-    assert all((m(torch.randn(1, 1, 16).double()) == 0).all() for m in model.modules() if isinstance(m, Gate))
+    assert all((m(torch.randn(1, 1, 16).double()) == 0).all() for m in model.modules() if isinstance(m, ResidualGate))
     assert all((m.modulation.weight == 0).all() for m in model.modules() if isinstance(m, AdaLN))
     x, cond = torch.randn(1, 64, 16).double(), torch.randn(1, 1, 16).double()
     assert torch.equal(model.blocks[0](x, cond, Grid(8, 8)), x)

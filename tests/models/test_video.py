@@ -1,4 +1,4 @@
-"""VideoDiT: conditions, positions, parts, configuration, errors. Its way from frame to frame is in test_past.py."""
+"""VideoDiT: conditions, positions, parts, configuration, errors. Streams are in test_frame_by_frame.py."""
 
 import json
 
@@ -18,19 +18,12 @@ from video_cases import (
     stream,
 )
 
+from pom_ext.layers.attention import CrossAttention, FrameAttention
+from pom_ext.layers.blocks import FrameConv, ResidualGate
+from pom_ext.layers.embeddings import coordinates_3d, patchify_video, sincos_positions_3d, unpatchify_video
+from pom_ext.layers.layout import FrameLayout, Grid
 from pom_ext.models import VideoDiT, video_dit
-from pom_ext.models.blocks import Gate, Grid
 from pom_ext.models.video import VIDEO_DITS
-from pom_ext.models.video_blocks import (
-    CrossAttention,
-    FrameAttention,
-    FrameConv,
-    Layout,
-    coordinates_3d,
-    patchify_video,
-    sincos_positions_3d,
-    unpatchify_video,
-)
 
 # Conditions
 
@@ -135,7 +128,7 @@ def test_frame_attention_is_attention_under_a_block_mask():
     q, k, v = mixer.qkv(x.flatten(1, 2)).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
     scores = (q @ k.transpose(-1, -2) / 2).masked_fill(~mask, -torch.inf).softmax(-1)
     expected = mixer.out_proj((scores @ v).transpose(1, 2).flatten(2)).view_as(x)
-    torch.testing.assert_close(mixer(x, Layout(Grid(2, 2), causal=True))[0], expected)
+    torch.testing.assert_close(mixer(x, FrameLayout(Grid(2, 2), causal=True))[0], expected)
 
 
 def test_cross_attention_weights_are_repetitions():
@@ -161,22 +154,22 @@ def test_frame_convolution_is_a_causal_3x3x3_sum():
                         for j in range(max(column - 1, 0), min(column + 2, 3)):
                             total = total + video[:, f, i, j] * kernel[:, f - frame + 2, i - row + 1, j - column + 1]
                 expected[:, frame, row, column] += total
-    out, tail = conv(x, Layout(Grid(2, 3)))
+    out, cache = conv(x, FrameLayout(Grid(2, 3)))
     torch.testing.assert_close(out, expected.view_as(x))
-    assert torch.equal(tail, x[:, 2:])
+    assert torch.equal(cache, x[:, 2:])
 
 
 @CONDITION
 def test_a_new_model_starts_closed(condition):
     torch.manual_seed(0)
     model = VideoDiT(**SMALL | CONDITIONS[condition]).double()
-    gates = [m for m in model.modules() if isinstance(m, Gate)]
+    gates = [m for m in model.modules() if isinstance(m, ResidualGate)]
     assert len(gates) == 2 * (3 if condition == "text" else 2)
     assert all((gate(torch.randn(1, 16).double()) == 0).all() for gate in gates)
     assert (model(**inputs(model)) == 0).all()
     x, cond = torch.randn(2, 3, 6, 16).double(), torch.randn(2, 1, 1, 16).double()
     text = torch.randn(2, 7, 16).double() if condition == "text" else None
-    assert torch.equal(model.blocks[0](x, cond, Layout(Grid(2, 3), causal=True), text)[0], x)
+    assert torch.equal(model.blocks[0](x, cond, FrameLayout(Grid(2, 3), causal=True), text)[0], x)
 
 
 @MIXER

@@ -6,12 +6,14 @@ import torch
 from cases import HALF, norm_error
 from fused_cases import arguments, draw_readout_call, draw_state_call, read, state_of
 
-from pom_ext.ops import _blocks, _projections
+from pom_ext.ops import dispatch, projected
+from pom_ext.ops.arguments import OPERATIONS
+from pom_ext.ops.arguments import call as call_operation
 from pom_ext.ops.checks import FORMS
+from pom_ext.ops.projected_cuda import IMPLEMENTATIONS
 
-OPS = torch.ops.pom_ext
 # With a test's library the CUDA kernels run on the CPU; the library itself has none for the CPU.
-IN_STAND_IN = torch._C._dispatch_has_kernel_for_dispatch_key("pom_ext::project_state_at_once", "CPU")
+IN_STAND_IN = torch._C._dispatch_has_kernel_for_dispatch_key("pom_ext::fused_project_state", "CPU")
 CONTEXTS = ("whole", "weight", "offsets", "cumulative", "cumulative+weight")
 
 
@@ -38,8 +40,8 @@ def tensor_cores(device):
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_state(context, dtype, bias, prior, hopper):
     call = draw_state_call(context, dtype, bias, prior=prior)
-    assert OPS.projects_at_once(*arguments(call, hopper))
-    total, residual, count = OPS.project_state_at_once(*arguments(call, hopper))
+    assert call_operation("supports_fused_project_state", arguments(call, hopper))
+    total, residual, count = call_operation("fused_project_state", arguments(call, hopper))
     (exact, exact_count), (plain, _) = state_of(call, torch.float64), state_of(call, dtype)
     error, allowed = norm_error(total.cpu(), exact), 2 * norm_error(plain, exact)
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
@@ -54,16 +56,17 @@ def test_state(context, dtype, bias, prior, hopper):
 def test_other_states_take_the_old_way(context, change, hopper, monkeypatch):
     """What the layer calls: by this kernel where it can be, and the same to rounding."""
     call = draw_state_call(context, **{"dtype": torch.bfloat16, "bias": True} | change)
-    x, weight, bias, coeff, token_weight, offsets, cumulative, *prior, degree = arguments(call, hopper)
-    rest = token_weight, offsets, cumulative, *prior, None, None, 0, FORMS.index("power"), degree
-    taken_at_once = change in ({}, {"prior": True})
-    assert OPS.projects_at_once(*arguments(call, hopper)) == taken_at_once
+    args = OPERATIONS["project_state"].defaults | arguments(call, hopper) | {"form": FORMS.index("power")}
+    fused = change in ({}, {"prior": True})
+    assert call_operation("supports_fused_project_state", args) == fused
     states = []
-    for taken in (False, True):
-        monkeypatch.setattr(_blocks, "AT_ONCE", taken)
-        states.append(_blocks.project_state(x, weight, bias, coeff, *rest))
-    (total, _, count, _), (same_total, _, same_count, _) = states
-    torch.testing.assert_close(same_total, total, rtol=0, atol=0.02 * total.abs().max().item() if taken_at_once else 0)
+    for unmeasured in (dispatch.UNMEASURED, set()):
+        monkeypatch.setattr(dispatch, "UNMEASURED", unmeasured)
+        with dispatch.explained() as decisions:
+            states.append(IMPLEMENTATIONS["project_state"](args))
+        assert (decisions[0].taken == "fused kernel") == (fused and not unmeasured)
+    (total, _, count, *_), (same_total, _, same_count, *_) = states
+    torch.testing.assert_close(same_total, total, rtol=0, atol=0.02 * total.abs().max().item() if fused else 0)
     assert torch.equal(same_count, count)
 
 
@@ -74,8 +77,8 @@ def test_other_states_take_the_old_way(context, change, hopper, monkeypatch):
 @pytest.mark.parametrize("context", ["whole", "even", "offsets"])
 def test_folded_readout(context, dtype, form, heads, bias, tensor_cores):
     call = draw_readout_call(context, dtype, bias, form, heads)
-    assert OPS.folds_at_once(*arguments(call, tensor_cores))
-    y = OPS.folded_readout_at_once(*arguments(call, tensor_cores))
+    assert call_operation("supports_fused_folded_readout", arguments(call, tensor_cores))
+    y = call_operation("fused_folded_readout", arguments(call, tensor_cores))
     exact, plain = read(call, torch.float64), read(call, dtype)
     error, allowed = norm_error(y.cpu(), exact), 2 * norm_error(plain, exact)
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
@@ -85,8 +88,8 @@ def test_folded_readout(context, dtype, form, heads, bias, tensor_cores):
 @pytest.mark.parametrize("context", ["whole", "even", "offsets"])
 def test_other_readouts_take_the_old_way(context, change, tensor_cores):
     call = draw_readout_call(context, **{"dtype": torch.bfloat16, "bias": True} | change)
-    *rest, form = arguments(call, tensor_cores)
-    assert OPS.folds_at_once(*rest, form) == (not change)
-    y = _blocks.folded_readout(*rest, None, None, 0, form)
-    other = _projections.folded_readout(*rest, None, None, 0, form)
+    args = OPERATIONS["folded_readout"].defaults | arguments(call, tensor_cores)
+    assert call_operation("supports_fused_folded_readout", args) == (not change)
+    y, _ = IMPLEMENTATIONS["folded_readout"](args)
+    other, _ = projected.folded_readout_decomposition(args)
     torch.testing.assert_close(y, other, rtol=0, atol=0 if change else 0.05 * other.abs().max().item())

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import FORMS, MODES, Case, draw_inputs, move, run_op
-from conftest import DEVICES
+from devices import DEVICES
 from image_cases import image_model, images
 from layer_cases import CONTEXTS, DIM, TOKENS, build
 from test_determinism import assert_bit_identical

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pom_ext import PoM, State, polynomial_mix, polynomial_readout, polynomial_state, polynomial_update
 from pom_ext.ops import rotary_table
+from pom_ext.ops.arguments import call as call_operation
 
 U, GATE = torch.zeros(2, 6, 8), torch.zeros(2, 6, 8)  # 8 channels: product form of degree 2, power form of width 8
 COEFF = torch.zeros(8, 3)
@@ -277,17 +278,22 @@ def test_the_calls_are_right_but_for_what_the_table_changes(call):
 def registered_update(device, **changes):
     """The registered operation itself, as a caller without this package's Python would use it."""
     arguments = {
-        "u": U, "gate": GATE, "coeff": None, "weight": None, "total": shape(2, 1, 8), "residual": shape(2, 1, 8),
-        "count": shape(2, 1).double(), "ticket": shape(2).int(), "cos": None, "sin": None, "axes": 0, "gate_cos": None,
-        "gate_sin": None, "gate_axes": 0, "form": 0, "degree": 2, "heads": 1,
-    } | changes  # fmt: skip
-    given = [value.to(device) if isinstance(value, torch.Tensor) else value for value in arguments.values()]
-    return torch.ops.pom_ext.update(*given), given[4:8]
+        "u": U,
+        "gate": GATE,
+        "total": shape(2, 1, 8),
+        "residual": shape(2, 1, 8),
+        "count": shape(2, 1).double(),
+        "arrival_counter": shape(2).int(),
+        "degree": 2,
+        "heads": 1,
+    } | changes
+    given = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    return call_operation("update", given), [given[name] for name in ("total", "residual", "count", "arrival_counter")]
 
 
 def test_the_registered_update(device):
-    y, (_, _, count, ticket) = registered_update(device)
-    assert y.shape == U.shape and count.tolist() == [[6], [6]] and not ticket.any()
+    y, (_, _, count, counter) = registered_update(device)
+    assert y.shape == U.shape and count.tolist() == [[6], [6]] and not counter.any()
 
 
 @pytest.mark.parametrize(
@@ -296,8 +302,8 @@ def test_the_registered_update(device):
         ({"total": shape(2, 1, 7)}, "total: unexpected shape"),
         ({"residual": shape(2, 1, 8).double()}, "residual: unexpected dtype"),
         ({"count": shape(2, 1)}, "count: unexpected dtype"),
-        ({"ticket": shape(2)}, "ticket: unexpected dtype"),
-        ({"ticket": shape(1).int()}, "ticket: unexpected shape"),
+        ({"arrival_counter": shape(2)}, "arrival_counter: unexpected dtype"),
+        ({"arrival_counter": shape(1).int()}, "arrival_counter: unexpected shape"),
         ({"total": shape(8, 1, 2).permute(2, 1, 0)}, "total: expected a contiguous tensor"),
         ({"gate": shape(2, 6, 7)}, "gate: unexpected shape"),
         ({"gate": GATE.double()}, "dtypes of the arguments"),

@@ -156,12 +156,12 @@ def test_to(device):
 def test_a_ticket_is_no_part_of_a_state(device):
     """What a GPU's update needs beside the state: made once, zero, neither copied nor saved with it."""
     state = draw_state(device=device)
-    ticket = state.ticket
-    assert ticket.dtype == torch.int32 and ticket.tolist() == [0, 0] and ticket.device == state.total.device
-    assert state.ticket is ticket
+    counter = state.arrival_counter
+    assert counter.dtype == torch.int32 and counter.tolist() == [0, 0] and counter.device == state.total.device
+    assert state.arrival_counter is counter
     made = (state.clone(), state.detach(), state.to("cpu"), state.to(torch.float64), state.last(), state + state)
-    assert all(each.ticket is not ticket for each in made)
-    assert set(state.state_dict()) == set(FIELDS) and "ticket" not in repr(state)
+    assert all(each.arrival_counter is not counter for each in made)
+    assert set(state.state_dict()) == set(FIELDS) and "arrival_counter" not in repr(state)
 
 
 def test_clone_is_contiguous(device):

@@ -12,15 +12,13 @@ from recorded_calls import RecordCalls
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pom_ext import PoM, State, polynomial_mix, polynomial_readout, polynomial_state, polynomial_update
-from pom_ext.ops import _blocks
+from pom_ext.ops.arguments import OPERATIONS, call
+from pom_ext.ops.projected_cuda import FUSED, IMPLEMENTATIONS
 
 GRADIENTS = {f"{name}_backward" for name in ("state", "readout", "causal_mix", "project_state", "project_readout")}
-ALONG = {f"{name}_along" for name in ("project_state", "project_readout", "folded_readout")}
-PROJECTED = {"linear", "project_state", "project_readout", "folded_readout", *ALONG}  # on the CPU alone
+PROJECTED = {"linear", "project_state", "project_readout", "folded_readout"}  # on the CPU alone
 IN_PLACE = {"update", "add_to_state"}
 OPS = {"state", "readout", "causal_mix", "mix", *IN_PLACE, *PROJECTED, *GRADIENTS}
-# What some of these are on a GPU, below all rules of torch; with questions whether they can be.
-AT_ONCE = {"project_state_at_once", "projects_at_once", "folded_readout_at_once", "folds_at_once"}
 
 
 def recorded_calls(form, mode, device="cpu"):
@@ -48,11 +46,18 @@ def recorded_projections(form, context):
             x = torch.randn(2, 70, 6)
             layer(x, causal=True)
             matrix, coeff = layer.context_proj.weight, layer.coeff
-            state = polynomial_state(layer.context_proj(x), coeff, form=form, degree=3).state_dict().values()
-            for before in (state, (None, None, None)):
-                given = x, matrix, None, coeff, None, None, False, *before, None, None, 0, FORMS.index(form), 3
-                torch.ops.pom_ext.project_state(*given, False)
-                _blocks.project_state(*given)
+            state = polynomial_state(layer.context_proj(x), coeff, form=form, degree=3)
+            for before in (state.to_kernel(), {}):
+                given = {
+                    "x": x,
+                    "context_weight": matrix,
+                    "coeff": coeff,
+                    "form": FORMS.index(form),
+                    "degree": 3,
+                    **before,
+                }
+                call("project_state", given)
+                IMPLEMENTATIONS["project_state"](OPERATIONS["project_state"].defaults | given)
             for heads in (1, 2):
                 layer = PoM(6, 3, form=form, n_sel_heads=heads)
                 layer(x)
@@ -66,7 +71,7 @@ def test_every_operation_is_recorded():
     called = {op.__name__.removesuffix(".default") for op, _ in calls + recorded_projections("power", {})}
     schemas = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("pom_ext::")]
     of_tensors = {schema.name.removeprefix("pom_ext::") for schema in schemas if "Tensor" in str(schema)}
-    assert called == of_tensors - AT_ONCE == OPS
+    assert called == of_tensors - set(FUSED) == OPS
 
 
 @pytest.mark.parametrize("mode", ("whole", "weight", "causal+weight", "frames_unequal+weight", "mask"))

@@ -67,7 +67,7 @@ def test_a_stream_is_the_mix_of_all_tokens_so_far(case, dtype, weighted, device)
         allowed = max(ALLOWED[wide], case.degree * 2.0**-20 if wide != dtype else 0)
         assert norm_error(state.total, total) < allowed
         assert torch.equal(state.count.cpu(), count) or norm_error(state.count, count) < 1e-7
-        assert not state.ticket.any()
+        assert not state.arrival_counter.any()
 
 
 def on(device, arguments):
@@ -93,7 +93,7 @@ def test_update_writes_where_the_state_is(form, tokens, device):
     assert [tensor.data_ptr() for tensor in before.state_dict().values()] == addresses
     for name, tensor in after.state_dict().items():
         assert torch.equal(tensor, getattr(before, name)), name
-    assert kept.ticket.data_ptr() != before.ticket.data_ptr()  # forks are independent
+    assert kept.arrival_counter.data_ptr() != before.arrival_counter.data_ptr()  # forks are independent
     assert torch.equal(polynomial_update(state=kept, **frame, **options(case)), y)
 
 

@@ -18,7 +18,7 @@ PATIENCE = 20  # seconds before a test gives up on what must come
 
 
 class Scene:
-    """A stream whose frame f for label l is filled with the colour (f, 20 * l, 99), modulo 256. Remembers its labels."""
+    """A stream whose frame f for label l has the colour (f, 20 * l, 99), modulo 256. Records its labels."""
 
     nbytes = 12345
 
@@ -40,9 +40,9 @@ class Scene:
     def fork(self, seed=None):
         return copy.copy(self)
 
-    def rewind(self, kept):
+    def restore(self, snapshot):
         labels = self.labels
-        self.__dict__.update(vars(kept))
+        self.__dict__.update(vars(snapshot))
         self.labels = labels
 
 

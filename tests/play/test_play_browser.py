@@ -30,8 +30,8 @@ def chromium():
             browser = playwright.chromium.launch(executable_path=installed, args=ARGUMENTS)
         except Error as error:
             pytest.fail(
-                f"these tests drive Chromium, and {installed or 'none'} was found to start ({error}); install the package "
-                "chromium of the system, or run: playwright install chromium"
+                f"these tests drive Chromium, and {installed or 'none'} was found to start ({error}); install the "
+                "package chromium of the system, or run: playwright install chromium"
             )
         yield browser
         browser.close()

@@ -11,8 +11,7 @@ from video_cases import CONDITION, CONDITIONS, HYBRID, MIXER, small
 
 from pom_ext import State, polynomial_state, polynomial_update
 from pom_ext.diffusion import FlowMatching, NoisePrediction
-from pom_ext.diffusion.objectives import video_loss
-from pom_ext.diffusion.solvers import denoise
+from pom_ext.diffusion.losses import video_loss
 from pom_ext.sampling import sample_frames
 from pom_ext.streaming import VideoStream
 from pom_ext.streaming.stream import DRAWN, REMEMBERED
@@ -40,7 +39,7 @@ def draw(stream, frames):
 
 def same(stream, other):
     """Both remember the same, bit for bit."""
-    pairs = zip(stream.pasts, other.pasts, strict=True)
+    pairs = zip(stream.caches, other.caches, strict=True)
     return stream.frame == other.frame and all(
         torch.equal(a, b)
         for p, q in pairs
@@ -78,7 +77,7 @@ def test_all_at_once_is_plain_denoising_of_the_clip():
         wanted, free = (model(x, time, labels=y, frame_causal=True) for y in (labels, torch.tensor([4, 4])))
         return free + guidance * (wanted - free)
 
-    expected = denoise(predict, noise, FlowMatching(3.0), 4)
+    expected = FlowMatching(3.0).denoise(predict, noise, 4)
     torch.testing.assert_close(stream.next(frames=5), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -110,7 +109,7 @@ def test_clean_context_draws_each_frame_among_the_finished_ones(mixer, condition
             )
             return empty + guidance * (wanted - empty)
 
-        expected = denoise(predict, noise[:, :, part], FlowMatching(), 3, "heun")
+        expected = FlowMatching().denoise(predict, noise[:, :, part], 3, "heun")
         torch.testing.assert_close(drawn[:, :, part], expected, rtol=1e-9, atol=1e-9)
 
 
@@ -135,14 +134,14 @@ def test_context_noise_remembers_frames_as_the_training_showed_them():
     shown = 0.6 * drawn + 0.4 * noise
     time = torch.full((2,), 400.0, dtype=torch.float64)
     _, past = model(shown, time, labels=torch.tensor([1, 2]), frame_causal=True, return_past=True)
-    for held, expected in zip(stream.pasts[0].state_dict().values(), past.state_dict().values(), strict=True):
+    for held, expected in zip(stream.caches[0].state_dict().values(), past.state_dict().values(), strict=True):
         torch.testing.assert_close(held, expected, rtol=1e-9, atol=1e-9)
     again = VideoStream(model, [1, 2], steps=2, context_noise=0.4, seed=7)
     assert torch.equal(draw(again, 3), drawn)
     plain = draw(VideoStream(model, [1, 2], steps=2, seed=7), 3)
     assert torch.equal(plain[:, :, :2], drawn[:, :, :2]) and not torch.isclose(plain[:, :, 2:], drawn[:, :, 2:]).all()
     watching = VideoStream(model, [1, 2], steps=2, context_noise=0.4, seed=7)
-    watching.watch(drawn)
+    watching.prefill(drawn)
     torch.testing.assert_close(watching.next(), stream.next(), rtol=1e-9, atol=1e-9)
 
 
@@ -187,7 +186,7 @@ def test_a_stream_can_be_saved_before_its_first_frame(context, watched, tmp_path
     model = small(n_classes=4)
     stream = VideoStream(model, [0, 1], context=context, steps=2)
     if watched:
-        stream.watch(torch.zeros(2, 3, 4, 4, 6))
+        stream.prefill(torch.zeros(2, 3, 4, 4, 6))
     stream.save(tmp_path / "stream")
     restored = VideoStream.load(tmp_path / "stream", model)
     assert same(stream, restored) and torch.equal(stream.next(), restored.next())
@@ -204,10 +203,20 @@ def test_forks_part_and_rewinding_goes_back(context):
     assert not torch.isclose(draw(reseeded, 2), going_on).any()
     turned = kept.fork().next(labels=[3, 3])
     assert not torch.equal(turned, going_on[:, :, :2])
-    stream.rewind(kept)
+    stream.restore(kept)
     assert stream.frame == 2 and same(stream, kept)
     assert torch.equal(draw(stream, 2), going_on)
     assert torch.equal(draw(VideoStream(model, [0, 1], context=context, steps=2), 2), first)
+
+
+def test_the_old_names_of_prefill_and_restore_still_work():
+    stream, other = (VideoStream(small(positions="space"), steps=1) for _ in range(2))
+    snapshot, video = stream.fork(), torch.randn(1, 3, 4, 4, 6, dtype=torch.float64)
+    stream.watch(video)
+    other.prefill(video)
+    assert same(stream, other)
+    stream.rewind(snapshot)
+    assert stream.frame == 0 and same(stream, snapshot)
 
 
 @CONTEXT
@@ -232,17 +241,17 @@ def test_watched_frames_are_continued(mixer, context):
     video = torch.randn(2, 3, 6, 4, 6, dtype=torch.float64)
     labels = torch.tensor([[0, 1, 2], [3, 4, 0]])
     stream = VideoStream(model, [1, 2], context=context, steps=2)
-    stream.watch(video, labels)
+    stream.prefill(video, labels)
     pieces = VideoStream(model, [1, 2], context=context, steps=2)
     for frame in range(3):
-        pieces.watch(video[:, :, 2 * frame : 2 * frame + 2], labels[:, frame])
+        pieces.prefill(video[:, :, 2 * frame : 2 * frame + 2], labels[:, frame])
     assert stream.frame == pieces.frame == 3
     torch.testing.assert_close(stream.next(), pieces.next(), rtol=1e-10, atol=1e-10)
     assert not torch.allclose(stream.next(), VideoStream(model, [1, 2], context=context, steps=2).next())
     _, past = model(video, torch.zeros(2), labels=labels, frame_causal=True, return_past=True)
     again = VideoStream(model, [1, 2], context=context, steps=2)
-    again.watch(video, labels)
-    for held in again.pasts:
+    again.prefill(video, labels)
+    for held in again.caches:
         torch.testing.assert_close(list(held.state_dict().values()), list(past.state_dict().values()))
 
 
@@ -256,7 +265,7 @@ def test_sample_frames_yields_the_frames_of_a_stream():
     actions = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
     given = expected[:, :, :2]
     stream = VideoStream(model, batch=2, steps=2)
-    stream.watch(given, actions[:, :1])
+    stream.prefill(given, actions[:, :1])
     turned = torch.cat([stream.next(actions[:, f]) for f in (1, 2, 3)], dim=2)
     frames = list(sample_frames(model, labels=actions, given=given, steps=2))
     assert torch.equal(torch.cat(frames, dim=2), turned)
@@ -269,7 +278,7 @@ def test_forgetting_and_resolution_reach_the_model():
     plain, other = VideoStream(model, steps=2), VideoStream(model, steps=2, window=2)
     assert torch.equal(draw(plain, 2), draw(other, 2))
     assert not torch.isclose(plain.next(), other.next()).all()
-    assert VideoStream(model, steps=1, decay=0.5).pasts[0].forgetting == (0, 0.5)
+    assert VideoStream(model, steps=1, decay=0.5).caches[0].context_window == (0, 0.5)
     assert VideoStream(model, steps=1, size=(8, 4)).next().shape == (1, 3, 2, 8, 4)
 
 
@@ -359,14 +368,18 @@ def test_after_an_error_the_stream_stands_at_its_last_good_frame(context):
         ),
         (lambda: stream.next(frames=0), ValueError, "frames: expected 1, or more with context='shared', got 0"),
         (
-            lambda: stream.watch(frame[:1]),
+            lambda: stream.prefill(frame[:1]),
             ValueError,
             r"video: expected 2 videos \(B, C, T, H, W\), got \(1, 3, 2, 4, 6\)",
         ),
-        (lambda: stream.watch([1]), ValueError, "video: expected 2 videos .* got list"),
-        (lambda: stream.watch(frame[..., :4]), ValueError, "the stream's frames are 4 x 6, got 4 x 4"),
-        (lambda: stream.watch(frame[:, :, :1]), ValueError, "video: expected frames, height and width to be multiples"),
-        (lambda: stream.rewind(VideoStream(small())), TypeError, "kept: expected a stream of the same model"),
+        (lambda: stream.prefill([1]), ValueError, "video: expected 2 videos .* got list"),
+        (lambda: stream.prefill(frame[..., :4]), ValueError, "the stream's frames are 4 x 6, got 4 x 4"),
+        (
+            lambda: stream.prefill(frame[:, :, :1]),
+            ValueError,
+            "video: expected frames, height and width to be multiples",
+        ),
+        (lambda: stream.restore(VideoStream(small())), TypeError, "snapshot: expected a stream of the same model"),
     ]:
         with pytest.raises(error, match=message):
             wrong()

@@ -16,9 +16,9 @@ from pom_ext.models import checkpoint as checkpoint_module
 from pom_ext.models.checkpoint import load_model, read_checkpoint, save_checkpoint
 from pom_ext.models.image import ImageDiT
 from pom_ext.training import TrainConfig, train
-from pom_ext.training.trainer import ShuffledBatches, average_of, learning_rate
-
-
+from pom_ext.training.batches import ShuffledBatches
+from pom_ext.training.ema import make_ema
+from pom_ext.training.trainer import learning_rate
 
 
 class Interrupted(Exception):
@@ -116,7 +116,7 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 def test_average_follows_its_rule():
     model = torch.nn.Linear(1, 1)
-    average, expected = average_of(model, 0.5), None
+    average, expected = make_ema(model, 0.5), None
     for step in range(12):
         with torch.no_grad():
             model.weight.fill_(float(step) ** 2)

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import Dataset
 
 from pom_ext._random import seeded_generator
-from pom_ext.diffusion.objectives import drop_labels
+from pom_ext.diffusion.guidance import drop_labels
 from pom_ext.models import ImageDiT, VideoDiT
 from pom_ext.models.checkpoint import load_model, read_checkpoint
 from pom_ext.streaming import VideoStream

@@ -192,8 +192,8 @@ struct MixArgs {
 struct UpdateArgs {
   Features features;
   Gates gates;
-  StateOut state;              // (batch, 1, C), read, and written last
-  uint32_t* ticket = nullptr;  // (batch), on a GPU: zero before the first update of a state, and left zero
+  StateOut state;                       // (batch, 1, C), read, and written last
+  uint32_t* arrival_counter = nullptr;  // (batch), on a GPU: zero before the first update of a state, and left zero
   void* y = nullptr;
 };
 

@@ -1,0 +1,1 @@
+"""What the suites share: cases, clocks, comparison by turns, checks against the definition, and the result files."""

@@ -1,0 +1,89 @@
+"""Where the tokens of a sequence lie in space and time, and which earlier frames a frame sees."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import State
+
+
+class Grid(NamedTuple):
+    """The tokens of one picture: first `registers` extra tokens, then height x width patches, row by row."""
+
+    height: int
+    width: int
+    registers: int = 0
+
+
+class ContextWindow(NamedTuple):
+    """Which earlier frames a frame sees, and how much each of them counts. By default it sees all of them alike.
+
+    Attributes:
+        window: a frame sees itself and the `window` - 1 frames before it; 0: itself and all frames before it.
+        decay: factor above 0 and at most 1 by which earlier frames count less with every new frame.
+    """
+
+    window: int = 0
+    decay: float = 1.0
+
+    def sum_earlier(self, cache: State, own: State) -> tuple[State, State]:
+        """Sums over the earlier frames that each of T frames sees.
+
+        Args:
+            cache: State (B, G, C) of the frames before these, as the next frame counts them. G is 1, for the sum of
+                all, or with a window `window` - 1, for the last frames one by one.
+            own: State (B, T, C), the sums of every frame alone.
+
+        Returns:
+            State (B, T, C) of what each frame sees of earlier frames, and the cache (B, G, C) after the T frames.
+        """
+        frames, cached = own.count.shape[1], cache.count.shape[1]
+        parts = State.cat([cache, own], dim=1)  # (B, G + T, C)
+
+        def before(parts: Tensor) -> Tensor:  # (B, G + T, ...) -> (B, T + 1, ...)
+            if self.window:
+                return parts.unfold(1, cached, 1).sum(-1)
+            if self.decay == 1:
+                return parts.cumsum(dim=1)
+            sums = [parts[:, 0]]
+            for part in parts[:, 1:].unbind(1):
+                sums.append(self.decay * (sums[-1] + part))
+            return torch.stack(sums, dim=1)
+
+        # In float64, total + residual is a single number. The sum of a window is computed anew for every frame, not
+        # updated by subtraction, so frames that left the window leave no rounding error behind.
+        exact = parts.to(torch.float64)
+        total = before(exact.total)
+        sums = State(total, torch.zeros_like(total), before(exact.count)).to(own.total.dtype)
+        earlier = sums.map(lambda t: t[:, :frames])
+        # Cloned: a view would keep the sums of all frames in memory.
+        return earlier, (parts if self.window else sums).map(lambda t: t[:, frames:].clone())
+
+
+FULL_CONTEXT = ContextWindow()
+
+
+class FrameLayout(NamedTuple):
+    """How the frames of a forward pass lie, and which frames a token sees.
+
+    Attributes:
+        grid: the patches of a frame.
+        causal: a token sees its own frame and earlier ones, instead of all frames.
+        teacher_forced: the first half of the batch holds the clean frames of a video, the second half the same frames
+            with noise. Both see the earlier clean frames, and their own frame as it is in their half. Needs `causal`.
+        context_window: which earlier frames are seen, and how much they count.
+        coordinates: (T * S, 3) frame, row and column of every token, for rotary positions.
+    """
+
+    grid: Grid
+    causal: bool = False
+    teacher_forced: bool = False
+    context_window: ContextWindow = FULL_CONTEXT
+    coordinates: Tensor | None = None
+
+    def clean_frames(self, x: Tensor) -> Tensor:
+        """The clean half of the batch of `x`; all of it without teacher forcing."""
+        return x.chunk(2)[0] if self.teacher_forced else x

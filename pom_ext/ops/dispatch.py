@@ -1,0 +1,238 @@
+"""Which implementation a call takes: the first one registered that has no reason against it.
+
+`explained` collects the decisions of calls, and with POM_EXT_EXPLAIN=1 in the environment each new decision is logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import call as call_operation
+from .linear import all_unmodified, is_unmodified_linear
+
+LOGGER = logging.getLogger("pom_ext.dispatch")
+
+# Implementations that no measurement has shown to be faster on any GPU yet: `benchmarks.run layers` on one will tell.
+UNMEASURED = {("project_state on a GPU", "fused kernel")}
+
+# When a GPU gains by folding, by arithmetic for an H100 and not measured.
+# Without gradients it is two kernels in the place of three. The fold of a group reads W_o, 2 D C bytes, from L2, at
+# some 5.5 TB/s: as long as the output projection of 127 queries takes, 2 D C operations each at 700 TFLOP/s.
+LEAST_OF_GROUP_ON_GPU = 128
+# With gradients it is a dozen small kernels and a dozen for them, 2 to 3 µs each, some 60 µs of a call: as long as the
+# three products of the output projection that it saves take for 3,300 queries (6 D C each; D = 1024, C = 2048).
+LEAST_ON_GPU = 4096
+
+
+class LayerCall(NamedTuple):
+    """A call of a layer, as far as its implementation depends on it.
+
+    x: (B, N, D) tokens. projections: those of the tokens, (context,) or (gate, out). memory: "store" or "recompute".
+    mode: "causal", "mask", "groups" or None. width: C. groups: of the state that is read. even: whether the queries are
+    dealt evenly to the groups, without offsets.
+    """
+
+    x: Tensor
+    projections: tuple[nn.Module, ...]
+    memory: str = "store"
+    mode: str | None = None
+    width: int = 0
+    n_heads: int = 1
+    groups: int = 1
+    even: bool = True
+
+
+class Decision(NamedTuple):
+    """operation: what was called. taken: the implementation. refused: the others tried before, and why not they."""
+
+    operation: str
+    taken: str
+    refused: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def __str__(self) -> str:
+        why = "".join(f"; not {name}: {', '.join(reasons)}" for name, reasons in self.refused)
+        return f"{self.operation}: {self.taken}{why}"
+
+
+Supports = Callable[[Any], list[str]]
+IMPLEMENTATIONS: dict[str, list[tuple[str, Supports]]] = {}
+_listeners: list[Callable[[Decision], None]] = []
+
+
+def implementation(operation: str, name: str) -> Callable[[Supports], Supports]:
+    """Register supports(call) -> reasons why not, of an implementation; earlier ones are preferred."""
+
+    def register(supports: Supports) -> Supports:
+        IMPLEMENTATIONS.setdefault(operation, []).append((name, supports))
+        return supports
+
+    return register
+
+
+def choose(operation: str, call: Any) -> str:
+    """The name of the implementation that a call takes."""
+    refused = []
+    for name, supports in IMPLEMENTATIONS[operation]:
+        reasons = supports(call)
+        if not reasons:
+            if _listeners and not torch.compiler.is_compiling():
+                decision = Decision(operation, name, tuple(refused))
+                for listener in _listeners:
+                    listener(decision)
+            return name
+        refused.append((name, tuple(reasons)))
+    raise NotImplementedError(f"{operation}: no implementation takes this call: {refused}")
+
+
+@contextmanager
+def explained() -> Iterator[list[Decision]]:
+    """A list that fills with the decisions of the calls inside."""
+    decisions: list[Decision] = []
+    _listeners.append(decisions.append)
+    try:
+        yield decisions
+    finally:
+        _listeners.remove(decisions.append)
+
+
+def _log_new(seen: set[Decision]) -> Callable[[Decision], None]:
+    def log(decision: Decision) -> None:
+        if decision not in seen:
+            seen.add(decision)
+            LOGGER.info("%s", decision)
+
+    return log
+
+
+if os.environ.get("POM_EXT_EXPLAIN", "0") not in ("", "0"):
+    LOGGER.addHandler(logging.StreamHandler())
+    LOGGER.setLevel(logging.INFO)
+    _listeners.append(_log_new(set()))
+
+
+def folding_pays(x: Tensor, groups: int, channels: int, n_sel_heads: int, *, even: bool = True) -> bool:
+    """Whether a folded readout of queries (B, M, D) takes less arithmetic than an output projection of all of them."""
+    if n_sel_heads == 1:
+        return False
+    if x.device.type == "cuda":
+        gradients = torch.is_grad_enabled()
+        if x.shape[0] * x.shape[1] < LEAST_ON_GPU if gradients else x.shape[1] < LEAST_OF_GROUP_ON_GPU * groups:
+            return False
+    gates = n_sel_heads if even else n_sel_heads * groups  # that a token is multiplied with
+    return groups * n_sel_heads * channels + x.shape[1] * gates < x.shape[1] * channels
+
+
+@implementation("layer", "one operation")
+def _one_operation(call: LayerCall) -> list[str]:
+    if call.mode in ("causal", "mask"):
+        return []
+    if not call.x.is_cuda:
+        return ["on a CPU state and readout are faster together with their projections"]
+    reasons = []
+    if call.mode == "groups":
+        reasons.append("frames and cu_seqlens have several groups")
+    if call.memory == "recompute":
+        reasons.append("memory='recompute' stores no projection")
+    if not _folded(call):
+        reasons.append("the readout can be folded into the output projection")
+    return reasons
+
+
+@implementation("layer", "state, then readout")
+def _state_then_readout(call: LayerCall) -> list[str]:
+    return []
+
+
+@implementation("layer state", "streamed projection")
+def _streamed(call: LayerCall) -> list[str]:
+    reasons = []
+    if call.x.device.type != "cpu" and call.memory != "recompute":
+        reasons.append("on a GPU blocks are slower than one product; memory='recompute' takes them to save memory")
+    if not all_unmodified(call.x, *call.projections):
+        reasons.append("a projection is no plain nn.Linear: it has hooks, an adapter or quantised weights")
+    return reasons
+
+
+@implementation("layer state", "stored projection")
+def _stored(call: LayerCall) -> list[str]:
+    return []
+
+
+@implementation("layer readout", "folded into the output projection")
+def _folded(call: LayerCall) -> list[str]:
+    if call.n_heads == 1:
+        return ["a gate per channel cannot be folded"]
+    reasons = []
+    if not is_unmodified_linear(call.projections[1]):
+        reasons.append("the output projection is no plain nn.Linear: it has hooks, an adapter or quantised weights")
+    if not folding_pays(call.x, call.groups, call.width, call.n_heads, even=call.even):
+        reasons.append("folding takes longer than the projection of so few queries")
+    return reasons
+
+
+implementation("layer readout", "streamed projection")(_streamed)
+implementation("layer readout", "stored projection")(_stored)
+
+
+@implementation("project_state on a GPU", "fused kernel")
+def _fused_projection(args: dict[str, Any]) -> list[str]:
+    if ("project_state on a GPU", "fused kernel") in UNMEASURED:
+        return ["not measured on this GPU yet"]
+    if args["cos"] is not None or args["coeff"] is None:
+        return ["the kernel is for the power form without rotary positions"]
+    if not call_operation("supports_fused_project_state", args):
+        return ["this GPU, dtype or size has no kernel"]
+    return []
+
+
+@implementation("project_state on a GPU", "blocks of tokens")
+def _blocks_of_state(args: dict[str, Any]) -> list[str]:
+    reasons = []
+    if args["offsets"] is not None:
+        reasons.append("offsets of groups lie on the GPU: reading them would wait for it")
+    if len(args["x"]) == 0:
+        reasons.append("the batch is empty")
+    if args.get("x_tangent") is not None:
+        reasons.append("tangents")
+    return reasons
+
+
+implementation("project_state on a GPU", "stored projection")(_stored)
+implementation("project_state_backward on a GPU", "blocks of tokens")(_blocks_of_state)
+implementation("project_state_backward on a GPU", "stored projection")(_stored)
+
+
+@implementation("project_readout on a GPU", "blocks of tokens")
+def _blocks_of_readout(args: dict[str, Any]) -> list[str]:
+    reasons = []
+    if args["total"].shape[1] != 1:
+        reasons.append("offsets of groups lie on the GPU: reading them would wait for it")
+    if len(args["x"]) == 0:
+        reasons.append("the batch is empty")
+    if args.get("x_tangent") is not None:
+        reasons.append("tangents")
+    return reasons
+
+
+implementation("project_readout on a GPU", "stored projection")(_stored)
+
+
+@implementation("folded_readout on a GPU", "fused kernel")
+def _fused_folding(args: dict[str, Any]) -> list[str]:
+    if args["gate_cos"] is not None:
+        return ["the kernel has no rotary positions"]
+    if args["x_tangent"] is not None:
+        return ["tangents"]
+    if not call_operation("supports_fused_folded_readout", args):
+        return ["this GPU, dtype or size has no kernel"]
+    return []
+
+
+implementation("folded_readout on a GPU", "products of matrices")(_stored)
