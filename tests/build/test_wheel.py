@@ -76,7 +76,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(installed):
     source = ROOT / "pom_ext"
     expected = {path.relative_to(ROOT) for path in source.rglob("*.py")}
     engine = f"_engine.{sysconfig.get_config_var('SOABI')}.so"
-    expected |= {Path("pom_ext") / name for name in ("_C.abi3.so", engine, "_build.json", "play/page.html")}
+    expected |= {Path("pom_ext") / name for name in ("_C.abi3.so", engine, "_build.json", "py.typed", "play/page.html")}
     info = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt"}
     expected |= {Path(f"pom_ext-{__version__}.dist-info") / name for name in info}
     assert {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()} == expected
