@@ -125,7 +125,7 @@ def _one_pass(operation, args, constants):
     tangents = [t if t is not None or p is None else torch.zeros_like(p) for p, t in pairs]
     replaced: dict[str, Tensor | None] = dict(zip(("x", *STATE, *TANGENTS), (*primals, *tangents), strict=True))
     with below_autograd():
-        return call(operation, args, replaced)
+        return call(operation, args, replaced, save_projection=False)
 
 
 def project_state(args):
