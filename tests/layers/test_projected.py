@@ -1,95 +1,27 @@
 """The layer's own ways with its projections: in blocks, folded, stored or made again. All are the same function."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import FLOOR, norm_error, twice_differentiable_gate
+from projected_cases import (
+    CONTEXTS,
+    DIM,
+    LAYERS,
+    MEMORY,
+    TOKENS,
+    build,
+    check,
+    definition,
+    positions_of,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pom_ext import PoM, polynomial_state
+from pom_ext import polynomial_state
 from pom_ext.ops import dispatch, reference
 from pom_ext.ops.arguments import Gate, call
-from pom_ext.ops.dispatch import folding_pays
 from pom_ext.ops.projected import fold, folded_readout
-
-LAYERS = {
-    "power-heads": {"form": "power", "degree": 3, "n_sel_heads": 4},
-    "power-heads-bias-2d": {"form": "power", "n_sel_heads": 8, "bias": True, "rope": "2d"},
-    "power": {"form": "power", "degree": 3, "rope": "1d"},
-    "product": {"degree": 3},
-    "product-heads": {"degree": 2, "n_sel_heads": 4, "bias": False},
-}
-TOKENS, DIM = 70, 16
-CONTEXTS = {
-    "whole": {},
-    "weight": {"weight": torch.rand(2, TOKENS, generator=torch.Generator().manual_seed(0))},
-    "frames": {"frames": 10},
-    "frames_unequal": {"frames": [0, 3, 3, 40, TOKENS]},
-    "cu_seqlens": {"cu_seqlens": torch.tensor([0, 0, 5, 64, TOKENS])},
-    "many sequences": {"cu_seqlens": torch.arange(TOKENS + 1)},  # so many that folding does not pay
-    "frames+weight": {"frames": 14, "weight": torch.rand(2, TOKENS, generator=torch.Generator().manual_seed(1))},
-}
-MEMORY = ("store", "recompute")
-
-
-def build(name, dim=DIM, dtype=torch.float32, **options):
-    return PoM(dim, **LAYERS[name], **options).to(dtype)
-
-
-def positions_of(layer, tokens):
-    if layer.rope != "2d":
-        return {}
-    return {"positions": torch.stack([torch.arange(tokens) // 8, torch.arange(tokens) % 8], -1)}
-
-
-def definition(layer, x, context, dtype):
-    """The layer in plain torch in one dtype, as a function of x and its parameters."""
-    weights = {name: p.detach().to(dtype).requires_grad_() for name, p in layer.named_parameters()}
-    x = x.detach().to(dtype).requires_grad_()
-    project = lambda name, t: F.linear(t, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-    positions = positions_of(layer, x.shape[1]).get("positions")
-    tables = [
-        t and t._replace(cos=t.cos.to(dtype), sin=t.sin.to(dtype)) for t in layer._rotaries(x, x, positions, None)
-    ]
-    modes = {name: value.to(dtype) if name == "weight" else value for name, value in context.items()}
-    if isinstance(modes.get("frames"), int):
-        modes["frames"] = range(0, x.shape[1] + 1, modes["frames"])
-    mixed = reference.mix(
-        project("context_proj", x),
-        project("gate_proj", x),
-        weights.get("coeff"),
-        form=layer.form,
-        degree=layer.degree,
-        n_sel_heads=layer.n_sel_heads,
-        rotary=tables[0],
-        gate_rotary=tables[1],
-        **modes,
-    )
-    return project("out_proj", mixed), x, weights
-
-
-def with_gradients(y, x, weights, grad):
-    grads = torch.autograd.grad(y, [x, *weights.values()], grad.to(y.dtype))
-    return {"y": y.detach(), "grad x": grads[0], **{f"grad {name}": g for name, g in zip(weights, grads[1:])}}
-
-
-def check(layer, x, context, dtype):
-    """Outputs and gradients at most twice as far from the float64 definition as plain torch, plus a rounding floor."""
-    layer, x = layer.to(dtype), x.to(dtype).requires_grad_()
-    grad = (1 + torch.randn(x.shape)) / x.shape[1]
-    y = layer(x, **context, **positions_of(layer, x.shape[1]))
-    with torch.no_grad():
-        unrecorded = layer(x, **context, **positions_of(layer, x.shape[1]))
-    results = with_gradients(y, x, dict(layer.named_parameters()), grad) | {"y without gradients": unrecorded}
-    exact, plain = (with_gradients(*definition(layer, x, context, d), grad) for d in (torch.float64, dtype))
-    for name, result in results.items():
-        of = name.removesuffix(" without gradients")
-        assert result.dtype == dtype and result.shape == exact[of].shape, name
-        error, bound = norm_error(result, exact[of]), 2 * norm_error(plain[of], exact[of]) + FLOOR[dtype]
-        assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
 
 
 @pytest.fixture(params=(None, True, False), ids=("as it pays", "folded", "direct"))
@@ -396,24 +328,6 @@ def test_runs_and_threads_change_no_bit(name, memory):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
-
-
-def test_when_folding_pays():
-    x = torch.empty(1, 64, 512)
-    assert folding_pays(x, 1, 1024, 8) and folding_pays(x, 4, 1024, 8) and folding_pays(x, 4, 1024, 8, even=False)
-    assert not folding_pays(x, 1, 1024, 1)
-    assert not folding_pays(x, 64, 1024, 8, even=False)
-    assert not folding_pays(x[:, :1], 1, 1024, 8)
-
-
-def test_when_folding_pays_on_a_gpu():
-    """With gradients from as many queries of all samples on as its small kernels take; without, of a group."""
-    pays = lambda batch, tokens, groups=1: folding_pays(
-        SimpleNamespace(device=torch.device("cuda"), shape=(batch, tokens, 512)), groups, 1024, 8
-    )
-    assert pays(2, 2048) and pays(1, 4096, 64) and not pays(1, 4095) and not pays(2, 2047)
-    with torch.no_grad():
-        assert pays(1, 128) and pays(1, 1280, 10) and not pays(8, 127) and not pays(1, 1279, 10)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)

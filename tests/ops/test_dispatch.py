@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pom_ext import PoM
 from pom_ext.ops import dispatch
+from pom_ext.ops.dispatch import folding_pays
 
 
 def taken(layer, x, **context):
@@ -74,3 +76,21 @@ def test_decisions_are_logged_once_if_the_environment_asks(asked):
     )
     logged = [line for line in done.stderr.splitlines() if line.startswith("layer")]
     assert len(logged) == (3 if asked == "1" else 0) and len(set(logged)) == len(logged)
+
+
+def test_when_folding_pays():
+    x = torch.empty(1, 64, 512)
+    assert folding_pays(x, 1, 1024, 8) and folding_pays(x, 4, 1024, 8) and folding_pays(x, 4, 1024, 8, even=False)
+    assert not folding_pays(x, 1, 1024, 1)
+    assert not folding_pays(x, 64, 1024, 8, even=False)
+    assert not folding_pays(x[:, :1], 1, 1024, 8)
+
+
+def test_when_folding_pays_on_a_gpu():
+    """With gradients from as many queries of all samples on as its small kernels take; without, of a group."""
+    pays = lambda batch, tokens, groups=1: folding_pays(
+        SimpleNamespace(device=torch.device("cuda"), shape=(batch, tokens, 512)), groups, 1024, 8
+    )
+    assert pays(2, 2048) and pays(1, 4096, 64) and not pays(1, 4095) and not pays(2, 2047)
+    with torch.no_grad():
+        assert pays(1, 128) and pays(1, 1280, 10) and not pays(8, 127) and not pays(1, 1279, 10)
