@@ -113,10 +113,8 @@ def _prior_tangent(t) -> dict[str, Any]:
 
 def _rounded_prior_tangent(t):
     """The tangent of a prior state alone, split into total and residual as the kernels split it."""
-    tangent = _prior_tangent(t)
-    return (
-        two_sum(tangent["total"], tangent["residual"]) if "residual" in t else (tangent["total"], tangent["residual"])
-    )
+    total, residual, _ = _prior_tangent(t).values()
+    return two_sum(total, residual) if "residual" in t else (total, residual)
 
 
 def merge_prior(operation):
@@ -291,14 +289,10 @@ def causal_mix_jvp(x, t):
         y, total, residual, _ = call("causal_mix", arguments)
         parts.append((y, torch.zeros_like(total), torch.zeros_like(residual)))
     if _any(t, "u", "coeff", *STATE):
-        if x["u_tangent"] is not None and not _any(t, "u", "coeff"):
-            # The features are a tangent already, and the prior state beside them is one too.
-            zero = {"u_tangent": _zeros(x["u"])}
-            zero |= {} if x["coeff"] is None else {"coeff_tangent": torch.zeros_like(x["coeff"])}
-            arguments = _with_state(x | zero, t.get("total"), t.get("residual"))
-        else:
-            arguments = _causal_tangent(x, t)
-        parts.append(call("causal_mix", arguments)[:3])
+        # If the features are a tangent already, so is the prior state beside them: without tangents of u and coeff
+        # theirs is zero.
+        linear = x if _any(t, "u", "coeff") else x | NO_FEATURE_TANGENT
+        parts.append(call("causal_mix", _causal_tangent(linear, t))[:3])
     if _any(t, "u_tangent", "coeff_tangent"):
         linear = {"u": t.get("u_tangent"), "coeff": t.get("coeff_tangent")}
         parts.append(call("causal_mix", _causal_tangent(x | NO_FEATURE_TANGENT, linear))[:3])

@@ -98,15 +98,8 @@ def _batched(name, repeated=()):
                 t.unflatten(0, (info.batch_size, -1)) if t.shape[0] else t.new_empty(info.batch_size, *t.shape)
             )
             results = tuple(map(split, results)) if isinstance(results, tuple) else split(results)
-        else:
-            each = [
-                operation(*(args[name][i] if name in batched else args[name] for name in names))
-                for i in range(info.batch_size)
-            ]
-            results = (
-                tuple(map(torch.stack, zip(*each, strict=True))) if isinstance(each[0], tuple) else torch.stack(each)
-            )
-        return results, (0,) * len(results) if isinstance(results, tuple) else 0
+            return results, (0,) * len(results) if isinstance(results, tuple) else 0
+        return linear.batched_one_by_one(name)(info, dims, *values)
 
     return rule
 
@@ -125,16 +118,11 @@ def register():
             refuse_derivatives(_LIBRARY, name, f"pom_ext: {IN_PLACE[name]}")
             continue
         prior = derivatives.NO_PRIOR if name == "state" else ()
+        with_count = derivatives.merge_prior(name) if name == "state" else None
+        vjp, jvp = (getattr(derivatives, f"{name}_{kind}") for kind in ("vjp", "jvp"))
         torch.library.register_vmap(f"pom_ext::{name}", _batched(name, prior))
-        differentiable(
-            _LIBRARY,
-            name,
-            getattr(derivatives, f"{name}_vjp"),
-            getattr(derivatives, f"{name}_jvp"),
-            saved_results=3 if name == "mix" else 0,
-            unread=prior,
-            with_count=derivatives.merge_prior(name) if name == "state" else None,
-        )
+        saved = 3 if name == "mix" else 0
+        differentiable(_LIBRARY, name, vjp, jvp, saved_results=saved, unread=prior, with_count=with_count)
     linear.register(_LIBRARY)
     projected.register(_LIBRARY, by_name)
     projected_cuda.register(_LIBRARY, by_name)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -102,19 +103,10 @@ def explained() -> Iterator[list[Decision]]:
         _listeners.remove(decisions.append)
 
 
-def _log_new(seen: set[Decision]) -> Callable[[Decision], None]:
-    def log(decision: Decision) -> None:
-        if decision not in seen:
-            seen.add(decision)
-            LOGGER.info("%s", decision)
-
-    return log
-
-
 if os.environ.get("POM_EXT_EXPLAIN", "0") not in ("", "0"):
     LOGGER.addHandler(logging.StreamHandler())
     LOGGER.setLevel(logging.INFO)
-    _listeners.append(_log_new(set()))
+    _listeners.append(functools.cache(lambda decision: LOGGER.info("%s", decision)))  # cached: each only once
 
 
 def folding_pays(x: Tensor, groups: int, channels: int, n_sel_heads: int, *, even: bool = True) -> bool:
@@ -145,26 +137,6 @@ def _one_operation(call: LayerCall) -> list[str]:
     return reasons
 
 
-@implementation("layer", "state, then readout")
-def _state_then_readout(call: LayerCall) -> list[str]:
-    return []
-
-
-@implementation("layer state", "streamed projection")
-def _streamed(call: LayerCall) -> list[str]:
-    reasons = []
-    if call.x.device.type != "cpu" and call.memory != "recompute":
-        reasons.append("on a GPU blocks are slower than one product; memory='recompute' takes them to save memory")
-    if not all_unmodified(call.x, *call.projections):
-        reasons.append("a projection is no plain nn.Linear: it has hooks, an adapter or quantised weights")
-    return reasons
-
-
-@implementation("layer state", "stored projection")
-def _stored(call: LayerCall) -> list[str]:
-    return []
-
-
 @implementation("layer readout", "folded into the output projection")
 def _folded(call: LayerCall) -> list[str]:
     if call.n_heads == 1:
@@ -177,8 +149,15 @@ def _folded(call: LayerCall) -> list[str]:
     return reasons
 
 
-implementation("layer readout", "streamed projection")(_streamed)
-implementation("layer readout", "stored projection")(_stored)
+@implementation("layer state", "streamed projection")
+@implementation("layer readout", "streamed projection")
+def _streamed(call: LayerCall) -> list[str]:
+    reasons = []
+    if call.x.device.type != "cpu" and call.memory != "recompute":
+        reasons.append("on a GPU blocks are slower than one product; memory='recompute' takes them to save memory")
+    if not all_unmodified(call.x, *call.projections):
+        reasons.append("a projection is no plain nn.Linear: it has hooks, an adapter or quantised weights")
+    return reasons
 
 
 @implementation("project_state on a GPU", "fused kernel")
@@ -193,35 +172,18 @@ def _fused_projection(args: dict[str, Any]) -> list[str]:
 
 
 @implementation("project_state on a GPU", "blocks of tokens")
-def _blocks_of_state(args: dict[str, Any]) -> list[str]:
-    reasons = []
-    if args["offsets"] is not None:
-        reasons.append("offsets of groups lie on the GPU: reading them would wait for it")
-    if len(args["x"]) == 0:
-        reasons.append("the batch is empty")
-    if args.get("x_tangent") is not None:
-        reasons.append("tangents")
-    return reasons
-
-
-implementation("project_state on a GPU", "stored projection")(_stored)
-implementation("project_state_backward on a GPU", "blocks of tokens")(_blocks_of_state)
-implementation("project_state_backward on a GPU", "stored projection")(_stored)
-
-
+@implementation("project_state_backward on a GPU", "blocks of tokens")
 @implementation("project_readout on a GPU", "blocks of tokens")
-def _blocks_of_readout(args: dict[str, Any]) -> list[str]:
+def _blocks_of_tokens(args: dict[str, Any]) -> list[str]:
     reasons = []
-    if args["total"].shape[1] != 1:
+    several_groups = args["total"].shape[1] != 1 if "out_weight" in args else args["offsets"] is not None
+    if several_groups:
         reasons.append("offsets of groups lie on the GPU: reading them would wait for it")
     if len(args["x"]) == 0:
         reasons.append("the batch is empty")
     if args.get("x_tangent") is not None:
         reasons.append("tangents")
     return reasons
-
-
-implementation("project_readout on a GPU", "stored projection")(_stored)
 
 
 @implementation("folded_readout on a GPU", "fused kernel")
@@ -235,4 +197,12 @@ def _fused_folding(args: dict[str, Any]) -> list[str]:
     return []
 
 
-implementation("folded_readout on a GPU", "products of matrices")(_stored)
+@implementation("layer", "state, then readout")
+@implementation("layer state", "stored projection")
+@implementation("layer readout", "stored projection")
+@implementation("project_state on a GPU", "stored projection")
+@implementation("project_state_backward on a GPU", "stored projection")
+@implementation("project_readout on a GPU", "stored projection")
+@implementation("folded_readout on a GPU", "products of matrices")
+def _every_call(call: Any) -> list[str]:
+    return []

@@ -14,15 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._autograd import (
-    below_autograd,
-    differentiable,
-    has_tangent,
-    make_dual,
-    needs_gradient,
-    primal_and_tangent,
-    register_decomposition,
-)
+from . import _autograd as autograd
 from ._derivatives import NO_PRIOR, NO_STATE_TANGENT, STATE, merge_prior, prior_grads
 from .arguments import Gate, Polynomial, Projection, Visibility, call
 from .checks import FORMS, accumulator
@@ -107,6 +99,10 @@ def context_projection(args):
     return Projection(args["context_weight"], args["context_bias"])
 
 
+def readout_projections(args):
+    return Projection(args["gate_weight"], args["gate_bias"]), Projection(args["out_weight"], args["out_bias"])
+
+
 def _one_pass(operation, args, constants):
     """The results of a call with tangents of x and the state, as dual tensors, or None.
 
@@ -116,15 +112,15 @@ def _one_pass(operation, args, constants):
     if args["x_tangent"] is not None or args["x"].device.type != "cpu":
         return None
     fixed = [args[name] for name in constants]
-    if has_tangent(fixed):
+    if autograd.has_tangent(fixed):
         return None
-    pairs = [primal_and_tangent(args[name]) for name in ("x", *STATE)]
+    pairs = [autograd.primal_and_tangent(args[name]) for name in ("x", *STATE)]
     primals, tangents = zip(*pairs, strict=True)
-    if tangents[0] is None or needs_gradient((*primals, *tangents, *fixed)):
+    if tangents[0] is None or autograd.needs_gradient((*primals, *tangents, *fixed)):
         return None
     tangents = [t if t is not None or p is None else torch.zeros_like(p) for p, t in pairs]
     replaced: dict[str, Tensor | None] = dict(zip(("x", *STATE, *TANGENTS), (*primals, *tangents), strict=True))
-    with below_autograd():
+    with autograd.below_autograd():
         return call(operation, args, replaced, save_projection=False)
 
 
@@ -133,8 +129,8 @@ def project_state(args):
     x, nothing = args["x"], args["x"].new_empty(0, 0, 0)
     constants = ("context_weight", "context_bias", "coeff")
     if (results := _one_pass("project_state", args, constants)) is not None:
-        total, residual, count, total_tangent, residual_tangent, _ = results
-        return make_dual(total, total_tangent), make_dual(residual, residual_tangent), count, nothing, nothing, nothing
+        total, residual, count, *tangents, _ = results
+        return *map(autograd.make_dual, (total, residual), tangents), count, nothing, nothing, nothing
     weight, bias = context_projection(args)
     u = linear(x, weight, bias)
     state = call("state", args, u=u)
@@ -186,7 +182,7 @@ def project_readout(args):
     x, nothing = args["x"], args["x"].new_empty(0, 0, 0)
     constants = ("gate_weight", "gate_bias", "out_weight", "out_bias")
     if (results := _one_pass("project_readout", args, constants)) is not None:
-        return make_dual(*results[:2]), nothing, nothing
+        return autograd.make_dual(*results[:2]), nothing, nothing
     gate = linear(x, args["gate_weight"], args["gate_bias"])
     y = linear(read(args, gate), args["out_weight"], args["out_bias"])
     if args["x_tangent"] is None:
@@ -198,8 +194,7 @@ def project_readout(args):
 
 def project_readout_backward(args):
     """The decomposition of project_readout_backward."""
-    gate_projection = Projection(args["gate_weight"], args["gate_bias"])
-    out_projection = Projection(args["out_weight"], args["out_bias"])
+    gate_projection, out_projection = readout_projections(args)
     gate = linear(args["x"], *gate_projection)
     needed = {"x", "weight", "bias"}
     out = linear_grads(read(args, gate), out_projection, args["grad_y"], needed)
@@ -264,7 +259,7 @@ def folded_readout_decomposition(args):
     nothing = x.new_empty(0, 0, 0)
     constants = ("gate_weight", "gate_bias", "out_weight", "out_bias")
     if (results := _one_pass("folded_readout", args, constants)) is not None:
-        return make_dual(*results), nothing
+        return autograd.make_dual(*results), nothing
     heads = len(args["gate_weight"])
     folded = fold(State(args["total"], args["residual"], args["count"]), args["out_weight"], heads)
     gate = linear(x, args["gate_weight"], args["gate_bias"])
@@ -333,14 +328,7 @@ def register(library: torch.library.Library, by_name) -> None:
         torch.library.register_fake(f"pom_ext::{name}", by_name(name, fake))
         torch.library.register_vmap(f"pom_ext::{name}", batched_one_by_one(name))
         if name not in ("project_state", "project_readout"):
-            register_decomposition(library, name, decomposition)
-    differentiable(
-        library,
-        "project_state",
-        project_state_vjp,
-        decomposition=project_state,
-        saved_results=1,
-        unread=NO_PRIOR,
-        with_count=merge_prior("project_state"),
-    )
-    differentiable(library, "project_readout", project_readout_vjp, decomposition=project_readout, saved_results=1)
+            autograd.register_decomposition(library, name, decomposition)
+    prior: dict[str, Any] = {"unread": NO_PRIOR, "with_count": merge_prior("project_state")}
+    for name, vjp, more in (("project_state", project_state_vjp, prior), ("project_readout", project_readout_vjp, {})):
+        autograd.differentiable(library, name, vjp, decomposition=DECOMPOSITIONS[name][0], saved_results=1, **more)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import projected
-from .arguments import Projection, call
+from .arguments import call
 from .checks import accumulator
 from .dispatch import choose
 from .linear import linear
@@ -86,12 +86,9 @@ class _Gradients:
         self.block += 1
 
     def _add_product(self, a, b):
-        wider: dict[str, Any] = {}
-        if a.dtype != self.dtype:
-            if a.is_cuda:
-                wider = {"out_dtype": self.dtype}
-            else:  # only on GPUs may a product be of another dtype than its factors
-                a, b = a.to(self.dtype), b.to(self.dtype)
+        wider: dict[str, Any] = {"out_dtype": self.dtype} if a.is_cuda and a.dtype != self.dtype else {}
+        if not a.is_cuda:  # only on GPUs may a product be of another dtype than its factors
+            a, b = a.to(self.dtype), b.to(self.dtype)
         if self.weight is None:
             self.weight = torch.mm(a, b, **wider)
         else:
@@ -115,11 +112,8 @@ def project_state(args):
         return projected.project_state(args)
     projection = projected.context_projection(args)
     total = x.new_empty(len(x), 1, len(projection.weight), dtype=accumulator(x.dtype))
-    state = {
-        "total": total,
-        "residual": torch.empty_like(total),
-        "count": x.new_empty(len(x), 1, dtype=torch.float64),
-    }
+    count = x.new_empty(len(x), 1, dtype=torch.float64)
+    state = {"total": total, "residual": torch.empty_like(total), "count": count}
     for samples, parts in blocks(x, len(projection.weight)):
         prior = {f"prior_{name}": value for name, value in _samples(args, samples).items()}
         for n in parts:
@@ -148,14 +142,10 @@ def project_state_backward(args):
     return grad_x, *grads.sums(), grad_coeff
 
 
-def _projections(args):
-    return Projection(args["gate_weight"], args["gate_bias"]), Projection(args["out_weight"], args["out_bias"])
-
-
 def project_readout(args):
     if choose("project_readout on a GPU", args) != "blocks of tokens":
         return projected.project_readout(args)
-    x, (gate_projection, out_projection) = args["x"], _projections(args)
+    x, (gate_projection, out_projection) = args["x"], projected.readout_projections(args)
     y, nothing = x.new_empty(x.shape[0], x.shape[1], len(out_projection.weight)), x.new_empty(0, 0, 0)
     for samples, parts in blocks(x, args["total"].shape[2]):
         state = _samples(args, samples)
@@ -169,8 +159,9 @@ def project_readout(args):
 def project_readout_backward(args):
     if choose("project_readout on a GPU", args) != "blocks of tokens":
         return projected.project_readout_backward(args)
-    x, grad_y, (gate_projection, out_projection) = args["x"], args["grad_y"], _projections(args)
-    cut, grad_x, grad_total = list(blocks(x, args["total"].shape[2])), x.new_empty(x.shape), _empty_like(args["total"])
+    x, grad_y, (gate_projection, out_projection) = args["x"], args["grad_y"], projected.readout_projections(args)
+    cut, total = list(blocks(x, args["total"].shape[2])), args["total"]
+    grad_x, grad_total = x.new_empty(x.shape), total.new_empty(total.shape)
     of_gate, of_out = _Gradients(x, gate_projection.bias, cut), _Gradients(x, out_projection.bias, cut)
     for samples, parts in cut:
         state = _samples(args, samples)
@@ -188,23 +179,14 @@ def project_readout_backward(args):
     return grad_x, *of_gate.sums(), grad_total, *of_out.sums()
 
 
-def _empty_like(t: Tensor) -> Tensor:
-    return t.new_empty(t.shape)
-
-
 def folded_readout(args):
     if choose("folded_readout on a GPU", args) == "fused kernel":
         return call("fused_folded_readout", args), args["x"].new_empty(0, 0, 0)
     return projected.folded_readout_decomposition(args)
 
 
-IMPLEMENTATIONS = {
-    "project_state": project_state,
-    "project_state_backward": project_state_backward,
-    "project_readout": project_readout,
-    "project_readout_backward": project_readout_backward,
-    "folded_readout": folded_readout,
-}
+_FUNCTIONS = (project_state, project_state_backward, project_readout, project_readout_backward, folded_readout)
+IMPLEMENTATIONS = {function.__name__: function for function in _FUNCTIONS}
 
 
 def register(library: torch.library.Library, by_name) -> None:
