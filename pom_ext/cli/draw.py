@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .common import choose_device, class_numbers
+from .common import choose_device, class_numbers, trained_objective
 from .options import Checkpoint, Device, Labels, Seed, Solver
 
 
@@ -26,7 +26,6 @@ def sample(
     """Draw images from a checkpoint as a grid, one row per class."""
     import torch
 
-    from ..diffusion import build_objective
     from ..media.figures import save_grid
     from ..models.checkpoint import load_model
     from ..sampling import sample as draw
@@ -40,8 +39,7 @@ def sample(
     chosen = list(range(min(10, len(classes)))) if labels is None else class_numbers(labels, classes)
     channels, trained, _ = settings["data"]["shape"]
     size = trained if size is None else size
-    objective = build_objective(settings["train"]["objective"], settings["train"]["shift"])
-    objective = objective.for_resolution(size * size, trained * trained)
+    objective = trained_objective(settings).for_resolution(size * size, trained * trained)
     options = {"steps": steps, "guidance": guidance, "solver": solver, "seed": seed, "progress": True}
     labels, shape = torch.tensor(chosen).repeat_interleave(per_label), (channels, size, size)
     images = draw(network, labels, shape=shape, objective=objective, **options)

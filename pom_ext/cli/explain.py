@@ -66,12 +66,8 @@ def explain(words: list[str]) -> Iterator[str]:
     train = _one_of(settings, "train", ("yes", "no")) == "yes"
     layer = PoM(dim, degree, form=settings["form"], n_sel_heads=heads, memory=settings["memory"]).to(device, dtype)
     x = torch.randn(batch, tokens, dim, device=device, dtype=dtype, requires_grad=train)
-    context = {
-        "none": {},
-        "causal": {"causal": True},
-        "frames": {"frames": tokens},
-        "weight": {"weight": torch.ones(batch, tokens, device=device)},
-    }[mode]
+    contexts = {"causal": True, "frames": tokens, "weight": torch.ones(batch, tokens, device=device)}
+    context = {} if mode == "none" else {mode: contexts[mode]}
     with dispatch.explained() as decisions, torch.set_grad_enabled(train):
         y = layer(x, **context)
         if train:

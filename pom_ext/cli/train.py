@@ -71,27 +71,23 @@ class ModelOptions:
         sizes["degree"] = self.degree
         options = {name: value for name, value in sizes.items() if value is not None} | extra
         options |= {"local_conv": self.local_conv, "mixer": self.mixer.split(",") if "," in self.mixer else self.mixer}
-        if not video:
-            return self._image_network(dataset, options)
-        return self._video_network(dataset, options) if self.start is None else self._inflated_network(dataset)
+        if video and self.start is not None:
+            return self._inflated_network(dataset)
+        return self._new_network(dataset, video, options)
 
-    def _image_network(self, dataset, options):
+    def _new_network(self, dataset, video, options):
         from ..demo.images import MODEL
-        from ..models import ImageDiT, image_dit
+        from ..models import ImageDiT, VideoDiT, image_dit, video_dit
 
-        channels, side, _ = dataset.shape
-        options |= {"in_channels": channels, "n_classes": len(dataset.classes), "image_size": side}
-        return ImageDiT(**{**MODEL, **options}) if self.model is None else image_dit(self.model, **options)
-
-    def _video_network(self, dataset, options):
-        from ..demo.images import MODEL
-        from ..models import VideoDiT, video_dit
-
-        channels, frames, *size = dataset.shape
-        options |= {"in_channels": channels, "n_classes": len(dataset.classes), "size": size, "length": frames}
-        options["positions"] = "space"  # a stream has no end
+        channels, *lengths, side = dataset.shape
+        options |= {"in_channels": channels, "n_classes": len(dataset.classes)}
         if self.model is None:
             options = {**MODEL, **options}
+        if not video:
+            options["image_size"] = side
+            return ImageDiT(**options) if self.model is None else image_dit(self.model, **options)
+        frames, height = lengths
+        options |= {"size": (height, side), "length": frames, "positions": "space"}  # a stream has no end
         if "patch" in options:
             options["patch"] = (1, options["patch"], options["patch"])
         return VideoDiT(**options) if self.model is None else video_dit(self.model, **options)
@@ -138,12 +134,10 @@ class LearningOptions:
         from ..diffusion.timesteps import resolution_shift
         from ..training import TrainConfig
 
-        computed = {
-            "shift": resolution_shift(dataset.shape[-1] * dataset.shape[-2]),
-            "guidance": objective_class(self.objective).trained_guidance or 1.0,
-            "batch_size": 8 if video else 32,
-            "lr": 0.4 / network.config["dim"],
-        }
+        shift = resolution_shift(dataset.shape[-1] * dataset.shape[-2])
+        guidance = objective_class(self.objective).trained_guidance or 1.0
+        batch_size, lr = 8 if video else 32, 0.4 / network.config["dim"]
+        computed = {"shift": shift, "guidance": guidance, "batch_size": batch_size, "lr": lr}
         options = computed | {name: value for name, value in vars(self).items() if value is not None}
         return TrainConfig(**options | ({} if video else {"context_noise": 0.0}))
 

@@ -109,9 +109,7 @@ def video_loss(
         if context_noise:
             level = context_noise * MAX_TIME * torch.rand(batch, generator=generator, device=video.device)
             own_noise = torch.randn(video.shape, generator=generator, device=video.device, dtype=video.dtype)
-            finished = {
-                "finished": objective.add_noise(video, own_noise, level),
-                "finished_time": level.to(video.dtype),
-            }
+            remembered = objective.add_noise(video, own_noise, level)
+            finished = {"finished": remembered, "finished_time": level.to(video.dtype)}
     prediction = model(noisy, time, labels=labels, frame_causal=True, **finished, **text).to(video.dtype)
     return F.mse_loss(prediction[:, :, given * unit :], objective.target(video, noise)[:, :, given * unit :])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any, cast
@@ -15,7 +16,6 @@ from ..layers.embeddings import MAX_TIME
 from .flow_matching import FlowMatching
 from .network import Network
 from .objectives import check_positive, register_objective
-from .solvers import integrate_intervals
 from .timesteps import flow_times
 
 WEIGHT_FLOOR = 1e-3
@@ -72,8 +72,15 @@ class MeanFlow(FlowMatching):
         return meanflow_loss(model, self, clean, cast(Tensor, labels), generator)  # every `ImageDiT` has classes
 
     def denoise(self, predict: Callable[..., Tensor], noise: Tensor, steps: int, solver: str = "euler") -> Tensor:
-        """See `Objective.denoise`; predict(x, time, span) is the mean velocity over the span before time."""
-        return integrate_intervals(predict, noise, flow_times(steps, self.shift))
+        """See `Objective.denoise`; predict(x, time, span) is the mean velocity over the span before time.
+
+        Exact except for the network's error, even in a single step.
+        Source: Geng et al. 2025, arXiv 2505.13447, equation 12.
+        """
+        x = noise
+        for now, after in itertools.pairwise(flow_times(steps, self.shift)):
+            x = x - (now - after) * predict(x, MAX_TIME * now, MAX_TIME * (now - after))
+        return x
 
 
 def meanflow_loss(

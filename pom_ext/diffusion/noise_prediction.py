@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..layers.embeddings import MAX_TIME
 from .objectives import Objective, register_objective
-from .solvers import denoise_ddim
 from .timesteps import uniform_time
 
 
@@ -49,8 +48,12 @@ class NoisePrediction(Objective):
         return noise
 
     def denoise(self, predict: Callable[..., Tensor], noise: Tensor, steps: int, solver: str = "euler") -> Tensor:
-        """See `Objective.denoise`; "euler" is DDIM."""
-        return denoise_ddim(predict, noise, self.scheduler, steps)
+        """See `Objective.denoise`; "euler" is deterministic DDIM."""
+        self.scheduler.set_timesteps(steps, device=noise.device)
+        x = noise
+        for time in self.scheduler.timesteps:
+            x = self.scheduler.step(predict(x, float(time)), time, x).prev_sample
+        return x
 
     def for_resolution(self, pixels: int, trained_pixels: int) -> NoisePrediction:
         """The same at every resolution: a network knows only the noise levels it was trained with."""

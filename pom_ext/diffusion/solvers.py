@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..layers.embeddings import MAX_TIME
-
 if TYPE_CHECKING:
     from .objectives import Objective
 
@@ -30,25 +28,6 @@ def integrate(
         if solver == "heun":
             slope = (slope + velocity(x + (after - now) * slope, after)) / 2
         x = x + (after - now) * slope
-    return x
-
-
-def integrate_intervals(predict: Callable[[Tensor, float, float], Tensor], x: Tensor, times: Sequence[float]) -> Tensor:
-    """Go through `times` by predict(x, time, span), the mean velocity over the interval of length span before time.
-
-    Exact except for the network's error, even in a single step. The times of `predict` are in [0, MAX_TIME].
-    Source: Geng et al. 2025, arXiv 2505.13447, equation 12.
-    """
-    for now, after in itertools.pairwise(times):
-        x = x - (now - after) * predict(x, MAX_TIME * now, MAX_TIME * (now - after))
-    return x
-
-
-def denoise_ddim(predict: Callable[[Tensor, float], Tensor], x: Tensor, scheduler, steps: int) -> Tensor:
-    """Deterministic DDIM with a `diffusers.DDIMScheduler`; predict(x, time) is the noise in x."""
-    scheduler.set_timesteps(steps, device=x.device)
-    for time in scheduler.timesteps:
-        x = scheduler.step(predict(x, float(time)), time, x).prev_sample
     return x
 
 

@@ -141,12 +141,8 @@ def export_frame_step(model, path, *, batch=1, size=None, window=0, decay=1.0, o
     check_context(context)
     program, inputs = trace_frame_step(model, batch=batch, size=size, window=window, decay=decay)
     lines = (" ".join([name, str(t.dtype).removeprefix("torch."), *map(str, t.shape)]) for name, t in inputs.items())
-    metadata = {
-        "inputs": "\n".join(lines),
-        "n_classes": str(model.n_classes),
-        **{name: str(value) for name, value in objective.describe().items()},
-        "context": context,
-    }
+    trained = {name: str(value) for name, value in objective.describe().items()} | {"context": context}
+    metadata = {"inputs": "\n".join(lines), "n_classes": str(model.n_classes), **trained}
     with atomic_write(path) as aside, open(aside, "wb") as file:  # open, since torch refuses a path without .pt2
         torch._inductor.aoti_compile_and_package(
             program, package_path=file, inductor_configs={"aot_inductor.metadata": metadata}

@@ -124,12 +124,6 @@ def sincos_positions_3d(first: int, frames: int, length: int, grid: Grid, dim: i
     return torch.cat([time, column, row], dim=-1).flatten(1, 2)[None].to(like.dtype)
 
 
-def coordinates_3d(first: int, frames: int, grid: Grid, device: torch.device | str) -> Tensor:
-    """(frames * height * width, 3) frame, row and column of every token from frame `first` on, for rotary positions."""
-    ranges = ((first, first + frames), (0, grid.height), (0, grid.width))
-    return torch.cartesian_prod(*(torch.arange(*bounds, device=device) for bounds in ranges))
-
-
 class LearnedPositions(nn.Module):
     """One learned vector per patch of a side x side grid, resized (bicubic, antialiased) to any other grid."""
 

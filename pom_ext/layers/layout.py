@@ -17,6 +17,11 @@ class Grid(NamedTuple):
     width: int
     registers: int = 0
 
+    def coordinates(self, first: int, frames: int, device: torch.device | str) -> Tensor:
+        """(frames * height * width, 3) frame, row and column of every patch from frame `first` on."""
+        ranges = ((first, first + frames), (0, self.height), (0, self.width))
+        return torch.cartesian_prod(*(torch.arange(*bounds, device=device) for bounds in ranges))
+
 
 class ContextWindow(NamedTuple):
     """Which earlier frames a frame sees, and how much each of them counts. By default it sees all of them alike.

@@ -101,19 +101,16 @@ class PoM(nn.Module):
         self.memory = memory
         bias = (form == "product") if bias is None else bias
         self.state_width = width
-        if n_groups == 1:
-            self.context_proj = nn.Linear(dim, width, bias=bias)
-        else:
-            self.context_proj = GroupedLinear(dim, width, n_groups, bias=bias)
+        grouped = n_groups > 1
+        self.context_proj = GroupedLinear(dim, width, n_groups, bias) if grouped else nn.Linear(dim, width, bias=bias)
         self.gate_proj = nn.Linear(dim, n_sel_heads if n_sel_heads > 1 else width, bias=bias or form == "power")
         self.out_proj = nn.Linear(width, dim, bias=bias)
+        self.register_parameter("coeff", None)
         if form == "power":
             # Starts as the activation itself, plus small higher powers for the training to grow.
             coeff = torch.randn(width, degree) * 0.1
             coeff[:, 0] += 1
             self.coeff = nn.Parameter(coeff)
-        else:
-            self.register_parameter("coeff", None)
 
     def extra_repr(self):
         return (
@@ -197,31 +194,20 @@ class PoM(nn.Module):
                 "context: with causal, frames or cu_seqlens the queries are the context tokens, got "
                 f"{context.shape[1]} of these and {x.shape[1]} queries"
             )
+        groups: dict[str, Any] = {"frames": frames, "cu_seqlens": cu_seqlens}
+        features = {"weight": weight, "rotary": rotary, "state": state}
         if choose("layer", self._call(x, (self.gate_proj, self.out_proj), mode=mode)) == "one operation":
-            mixed = polynomial_mix(
-                project(self.context_proj, context),
-                project(self.gate_proj, x),
-                self.coeff,
-                form=self.form,
-                degree=self.degree,
-                n_sel_heads=self.n_sel_heads,
-                weight=weight,
-                mask=mask,
-                causal=causal,
-                frames=frames,
-                cu_seqlens=cu_seqlens,
-                rotary=rotary,
-                gate_rotary=gate_rotary,
-                state=state,
-                return_state=return_state,
-            )
+            tokens, gates = project(self.context_proj, context), project(self.gate_proj, x)
+            options = {"form": self.form, "degree": self.degree, "n_sel_heads": self.n_sel_heads} | groups | features
+            options |= {"mask": mask, "causal": causal, "gate_rotary": gate_rotary, "return_state": return_state}
+            mixed = polynomial_mix(tokens, gates, self.coeff, **options)
             if isinstance(mixed, tuple):
                 return project(self.out_proj, mixed[0]), mixed[1]
             return project(self.out_proj, mixed)
         if return_state:
             check_mutually_exclusive(return_state=True, cu_seqlens=cu_seqlens)
-        state = self.state_of(context, weight=weight, frames=frames, cu_seqlens=cu_seqlens, rotary=rotary, state=state)
-        y = self.read(x, state, frames=frames, cu_seqlens=cu_seqlens, rotary=gate_rotary)
+        state = self.state_of(context, **features, **groups)
+        y = self.read(x, state, rotary=gate_rotary, **groups)
         return (y, state.last()) if return_state else y
 
     def state_of(
@@ -237,10 +223,8 @@ class PoM(nn.Module):
         """The State of context tokens (B, N, dim); the other arguments as of `polynomial_state`."""
         if choose("layer state", self._call(context, (self.context_proj,))) == "stored projection":
             tokens = project(self.context_proj, context)
-            groups = {"weight": weight, "frames": frames, "cu_seqlens": cu_seqlens}
-            return polynomial_state(
-                tokens, self.coeff, form=self.form, degree=self.degree, rotary=rotary, state=state, **groups
-            )
+            options = {"form": self.form, "degree": self.degree, "frames": frames, "cu_seqlens": cu_seqlens}
+            return polynomial_state(tokens, self.coeff, weight=weight, rotary=rotary, state=state, **options)
         visibility = Visibility.of(context, weight=weight, frames=frames, cu_seqlens=cu_seqlens)
         if state is not None:
             check_mutually_exclusive(state=state, cu_seqlens=cu_seqlens)

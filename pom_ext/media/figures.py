@@ -77,9 +77,9 @@ def save_stream_costs(costs, path, title=None):
     costs: {name: {"milliseconds": [...], "bytes": [...]}}, one number per frame.
     """
 
-    def draw_one(axes, key, scale, label):
-        for name, of_frame in costs.items():
-            axes.plot(np.array(of_frame[key]) / scale, label=name, linewidth=1.6)
+    def draw_one(axes, curves, label):
+        for name, values in curves.items():
+            axes.plot(values, label=name, linewidth=1.6)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("frame")
         axes.set_ylabel(label)
@@ -89,13 +89,11 @@ def save_stream_costs(costs, path, title=None):
     def median_of_neighbours(values, half=5):  # other programs can slow single frames down
         return [float(np.median(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
 
-    costs = {
-        name: {**of_frame, "milliseconds": median_of_neighbours(of_frame["milliseconds"])}
-        for name, of_frame in costs.items()
-    }
+    milliseconds = {name: median_of_neighbours(of_frame["milliseconds"]) for name, of_frame in costs.items()}
+    mebibytes = {name: np.array(of_frame["bytes"]) / 2**20 for name, of_frame in costs.items()}
 
     def times(axes):
-        draw_one(axes, "milliseconds", 1, "milliseconds a frame")
+        draw_one(axes, milliseconds, "milliseconds a frame")
         axes.set_title(title, fontsize=10, loc="left")
 
-    _figure(path, 9, 3.6, times, lambda axes: draw_one(axes, "bytes", 2**20, "MiB remembered"))
+    _figure(path, 9, 3.6, times, lambda axes: draw_one(axes, mebibytes, "MiB remembered"))

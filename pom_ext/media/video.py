@@ -6,6 +6,7 @@ A frame is (C, H, W) in [-1, 1] (values outside are clamped), C 1 or 3.
 import fractions
 import math
 import sys
+from contextlib import contextmanager
 
 import torch
 
@@ -17,34 +18,28 @@ SMALLEST = 256  # frames with a longer side below this many pixels are enlarged,
 
 
 class Writer:
-    """A context manager that writes frames to a file, one after the other.
-
-    The complete file appears when the block ends. If the block fails, a file that was there before is unchanged.
-    """
+    """Writes frames to a file, one after the other. `frames` holds those that are written after the last one."""
 
     def __init__(self, target, fps):
         if not 0 < fps < math.inf:
             raise ValueError(f"fps: expected a positive number, got {fps}")
-        self.target, self.fps, self.size = target, fps, None
+        self.target, self.fps, self.size, self.frames = target, fps, None, []
 
-    def __enter__(self):
-        self.aside = atomic_write(self.target)
-        self.path = self.aside.__enter__()
-        return self
+    @contextmanager
+    def opened(self):
+        """Yield the writer. The complete file appears when the block ends.
 
-    def __exit__(self, *error):
-        try:
-            if error[0] is None:
+        If the block fails, a file that was there before is unchanged.
+        """
+        with atomic_write(self.target) as self.path:
+            try:
+                yield self
                 if self.size is None:
                     raise ValueError(f"frames: none were written to {self.target}")
                 self.finish()
-        except BaseException:
-            self.abandon()
-            self.aside.__exit__(*sys.exc_info())
-            raise
-        if error[0] is not None:
-            self.abandon()
-        self.aside.__exit__(*error)
+            except BaseException:
+                self.abandon()
+                raise
 
     def add(self, frame):
         """Write a frame (C, H, W)."""
@@ -107,9 +102,6 @@ class MP4(Writer):
 class GIF(Writer):
     """An endless GIF, written by Pillow after the last frame; all frames stay in memory until then."""
 
-    def begin(self, pixels):
-        self.frames = []
-
     def write(self, pixels):
         from PIL import Image
 
@@ -126,9 +118,6 @@ class GIF(Writer):
 class Sheet(Writer):
     """All frames in one PNG, row by row, written after the last frame; all frames stay in memory until then."""
 
-    def begin(self, pixels):
-        self.frames = []
-
     def write(self, pixels):
         self.frames.append(pixels)
 
@@ -143,11 +132,10 @@ class Sheet(Writer):
 class Raw(Writer):
     """rgb24 frames on standard output, frame by frame, not enlarged."""
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
+    @contextmanager
+    def opened(self):
+        """Yield the writer; standard output stays open."""
+        yield self
 
     def write(self, pixels):
         sys.stdout.buffer.write(pixels.numpy().tobytes())
@@ -160,15 +148,17 @@ WRITERS = {".mp4": MP4, ".gif": GIF, ".png": Sheet}
 def open_writer(target, fps=8.0):
     """The writer for a file name that ends in .mp4, .gif or .png (a contact sheet), or for "-", standard output.
 
+    Use it in a `with` block, see `Writer.opened`.
+
     Raises:
         ValueError: another ending, or fps that are not positive.
         BrokenPipeError: in `add`, if the reader of standard output has closed it.
     """
     if str(target) == "-":
-        return Raw(target, fps)
+        return Raw(target, fps).opened()
     for suffix, writer in WRITERS.items():
         if str(target).lower().endswith(suffix):
-            return writer(target, fps)
+            return writer(target, fps).opened()
     raise ValueError(f"out: expected a name that ends in {', '.join(WRITERS)}, or -, got {target}")
 
 

@@ -12,23 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.blocks import (
-    CONV_FRAMES,
-    AdaLN,
-    FrameConv,
-    VideoBlock,
-    initialize,
-    make_frame_mixer,
-    make_text_mixer,
-)
-from ..layers.embeddings import (
-    TimeEmbedding,
-    coordinates_3d,
-    patchify_video,
-    sincos_positions,
-    sincos_positions_3d,
-    unpatchify_video,
-)
+from ..layers.blocks import CONV_FRAMES, AdaLN, FrameConv, VideoBlock, initialize, make_frame_mixer, make_text_mixer
+from ..layers.embeddings import TimeEmbedding, patchify_video, sincos_positions, sincos_positions_3d, unpatchify_video
 from ..layers.layout import FULL_CONTEXT, ContextWindow, FrameLayout, Grid
 from ..ops.checks import under_autocast
 from .cache import StreamCache
@@ -211,7 +196,7 @@ class VideoDiT(nn.Module):
         cond = F.silu(cond)
         if text is not None and self.text_embed is not None:
             text = self.text_embed(text).to(x.dtype)  # (B, L, D)
-        coordinates = coordinates_3d(first, frames, grid, x.device) if self.positions == "rotary" else None
+        coordinates = grid.coordinates(first, frames, x.device) if self.positions == "rotary" else None
         context_window = FULL_CONTEXT if past is None else past.context_window
         layout = FrameLayout(grid, frame_causal, teacher_forced, context_window, coordinates)
 

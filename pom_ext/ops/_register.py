@@ -82,10 +82,8 @@ def _batched(name, repeated=()):
     sums_samples = any(result.name == "grad_coeff" for result in operation._schema.returns)
 
     def rule(info, dims, *values):
-        args = {
-            name: value if dim is None else value.movedim(dim, 0)
-            for name, value, dim in zip(names, values, dims, strict=True)
-        }
+        moved = [value if dim is None else value.movedim(dim, 0) for value, dim in zip(values, dims, strict=True)]
+        args = dict(zip(names, moved, strict=True))
         batched = {name for name, dim in zip(names, dims, strict=True) if dim is not None}
         tensors = {name for name in names if isinstance(args[name], torch.Tensor)}
         shared = tensors.intersection(repeated) - batched

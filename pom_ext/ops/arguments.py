@@ -90,12 +90,8 @@ class Polynomial(NamedTuple):
 
     def to_kernel(self, dtype: torch.dtype) -> dict[str, Any]:
         """The arguments of an operation on tokens of this dtype."""
-        coeff = self.coeff
-        arguments = {
-            "coeff": None if coeff is None else coeff.to(accumulator(dtype)),
-            "form": FORMS.index(self.form),
-            "degree": self.degree,
-        }
+        coeff = None if self.coeff is None else self.coeff.to(accumulator(dtype))
+        arguments: dict[str, Any] = {"coeff": coeff, "form": FORMS.index(self.form), "degree": self.degree}
         if self.rotary is not None:
             arguments["cos"], arguments["sin"], arguments["axes"] = self.rotary
         return arguments
@@ -137,10 +133,8 @@ class Visibility(NamedTuple):
         check_mutually_exclusive(mask=mask, causal=causal, frames=frames, cu_seqlens=cu_seqlens)
         if mask is not None:
             return cls(mask=check_weights("mask", mask, (batch, "M", tokens), u))
-        if causal:
-            frames = 1
-        if frames is not None:
-            return cls(weight, offsets=frame_offsets(frames, tokens, u), cumulative=True)
+        if causal or frames is not None:
+            return cls(weight, offsets=frame_offsets(1 if causal else frames, tokens, u), cumulative=True)
         return cls(weight, offsets=offsets_tensor("cu_seqlens", cu_seqlens, tokens, u))
 
     def to_kernel(self) -> dict[str, Any]:

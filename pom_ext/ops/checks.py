@@ -130,9 +130,7 @@ def check_heads(n_sel_heads: int, channels: int) -> None:
         )
 
 
-def check_rotary(name: str, rotary: Rotary | None, tokens: int, channels: int, form: str, like: Tensor) -> None:
-    if rotary is None:
-        return
+def check_rotary(name: str, rotary: Any, tokens: int, channels: int, form: str, like: Tensor) -> None:
     if not isinstance(rotary, Rotary):
         raise TypeError(f"{name}: expected a pom_ext.ops.Rotary, got {type(rotary).__name__}")
     if form != "power":

@@ -97,10 +97,8 @@ class _Gradients:
     def sums(self):
         """Gradients of weight and bias in the dtype of the tokens; empty if not needed, or if there is no bias."""
         x = self.like
-        return (
-            x.new_empty(0, x.shape[2]) if self.weight is None else self.weight.to(x.dtype),
-            x.new_empty(0) if self.bias is None else self.rows.sum(0).to(x.dtype),
-        )
+        weight = x.new_empty(0, x.shape[2]) if self.weight is None else self.weight.to(x.dtype)
+        return weight, x.new_empty(0) if self.bias is None else self.rows.sum(0).to(x.dtype)
 
 
 def project_state(args):

@@ -20,7 +20,7 @@ from video_cases import (
 
 from pom_ext.layers.attention import CrossAttention, FrameAttention
 from pom_ext.layers.blocks import FrameConv, ResidualGate
-from pom_ext.layers.embeddings import coordinates_3d, patchify_video, sincos_positions_3d, unpatchify_video
+from pom_ext.layers.embeddings import patchify_video, sincos_positions_3d, unpatchify_video
 from pom_ext.layers.layout import FrameLayout, Grid
 from pom_ext.models import VideoDiT, video_dit
 from pom_ext.models.video import VIDEO_DITS
@@ -117,7 +117,7 @@ def test_positions_of_later_frames_continue_the_clip():
     assert torch.equal(sincos_positions_3d(4, 2, 6, grid, 16, like), whole[:, 4:])
     assert len(whole.flatten(0, 2).unique(dim=0)) == 36  # every token knows its place
     assert sincos_positions_3d(0, 1, 1, grid, 16, like).isfinite().all()
-    coordinates = coordinates_3d(4, 2, grid, "cpu")
+    coordinates = grid.coordinates(4, 2, "cpu")
     assert coordinates.tolist() == [[t, r, c] for t in (4, 5) for r in range(2) for c in range(3)]
 
 
