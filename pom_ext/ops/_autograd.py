@@ -18,6 +18,7 @@ from torch.autograd.function import _SingleLevelFunction
 from .arguments import OPERATIONS
 
 NOT_DIFFERENTIABLE = ("count", "saved_projection")  # results
+below_autograd = torch._C._AutoDispatchBelowAutograd  # a context: operations in it check no argument for derivatives
 
 
 def refuse_tangents(args, tangents):
@@ -56,7 +57,7 @@ def differentiable(
 
     def forward(keyset, *values):
         # Grad modes are those of the level above; a Function has switched them off for the levels below.
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), below_autograd():
             return operation.redispatch(keyset & torch._C._after_autograd_keyset, *values)
 
     def setup_context(ctx, inputs, output):
@@ -111,7 +112,7 @@ def differentiable(
         if tangents or needs_gradient(values):
             with enable_single_level_autograd_function():
                 return function.apply(keyset, *values)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return operation.redispatch(keyset & torch._C._after_autograd_keyset, *values)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)
@@ -124,7 +125,7 @@ def register_decomposition(library, name, decomposition):
     def kernel(keyset, *values):
         if needs_gradient(values) or has_tangent(values):
             return decomposition(dict(zip(names, values, strict=True)))
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return operation.redispatch(keyset & torch._C._after_autograd_keyset, *values)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)
@@ -137,11 +138,6 @@ def refuse_derivatives(library, name, message):
         raise RuntimeError(message)
 
     register_decomposition(library, name, refuse)
-
-
-def below_autograd():
-    """A context whose operations skip the check of every argument for derivatives."""
-    return torch._C._AutoDispatchBelowAutograd()
 
 
 def primal_and_tangent(tensor):

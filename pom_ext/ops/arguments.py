@@ -35,13 +35,12 @@ class Operation(NamedTuple):
 OPERATIONS: dict[str, Operation] = {}  # by name, filled by `describe`
 
 
-def describe(name: str) -> Operation:
+def describe(name: str) -> None:
     """Look up torch.ops.pom_ext.<name> and keep the order of its arguments for `call`."""
     function = getattr(torch.ops.pom_ext, name).default
     of_type = {"bool": False, "int": 0}
     defaults = {argument.name: of_type.get(str(argument.type)) for argument in function._schema.arguments}
     OPERATIONS[name] = Operation(function, defaults)
-    return OPERATIONS[name]
 
 
 def call(operation: str, *groups: Mapping[str, Any], **arguments: Any):

@@ -243,7 +243,12 @@ def polynomial_update(
     u, reading = _check_mix(u, Gate(gate, n_sel_heads, gate_rotary), polynomial, "M")
     check_state("state", state, (u.shape[0], 1, u.shape[2]), u.dtype, u)
     if torch.is_grad_enabled():
-        _refuse_gradients({"u": u, "gate": reading.values, "coeff": coeff, "state.total": state.total})
+        for name, tensor in {"u": u, "gate": reading.values, "coeff": coeff, "state.total": state.total}.items():
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(
+                    f"{name}: an update in place has no gradient, got requires_grad=True; call it under "
+                    "torch.no_grad(), or polynomial_mix with state=state and return_state=True"
+                )
     visibility, prior = Visibility.of(u, weight=weight), state.to_kernel()
     for name, tensor in prior.items():
         if not tensor.is_contiguous():
@@ -255,12 +260,3 @@ def polynomial_update(
     # A backward pass that needs the old values raises instead of using the new ones.
     increment_version(list(prior.values()))
     return y
-
-
-def _refuse_gradients(tensors: dict[str, Tensor | None]) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(
-                f"{name}: an update in place has no gradient, got requires_grad=True; call it under torch.no_grad(), "
-                "or polynomial_mix with state=state and return_state=True"
-            )

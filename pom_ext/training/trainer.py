@@ -70,9 +70,8 @@ class Trainer:
         self.model, self.objective, self.config, self.accelerator = model, objective, config, accelerator
         self.settings = {"model": model.config, "train": asdict(config), **settings}
         self.ema = make_ema(model.to(accelerator.device), config.ema_decay)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99)
-        )
+        options = {"lr": config.lr, "weight_decay": config.weight_decay, "betas": (0.9, 0.99)}
+        optimizer = torch.optim.AdamW(model.parameters(), **options)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.losses, self.seconds = [], 0.0
 
