@@ -50,10 +50,7 @@ def image_dit_from_homm(
         **_time_and_output(read, dim, patch * patch * input_dim),
     }
     for layer in range(n_layers):
-        ours, theirs = f"blocks.{layer}", f"layers.{layer}"
-        tensors |= _layer(read, f"{ours}.mixer.", f"{theirs}.hom.", (dim, order, order_expand))
-        tensors |= _feed_forward(read, ours, theirs, dim, ffw_expand)
-        tensors |= _modulation(read, ours, theirs, dim, norms=("mixer", "ffw"), gates=("mixer", "ffw"))
+        tensors |= _block(read, layer, (dim, order, order_expand), ffw_expand)
     if n_registers:
         condition = read("cond_pos_emb", 1, n_registers + side**2, dim)[0]
         tensors |= {
@@ -87,12 +84,7 @@ def video_dit_from_homm(
         **_time_and_output(read, dim, width),
     }
     for layer in range(n_layers):
-        ours, theirs = f"blocks.{layer}", f"layers.{layer}"
-        tensors |= _layer(read, f"{ours}.cross_mixer.", f"{theirs}.c_hom.", (dim, order, order_expand))
-        tensors |= _layer(read, f"{ours}.mixer.", f"{theirs}.hom.", (dim, order, order_expand))
-        tensors |= _feed_forward(read, ours, theirs, dim, ffw_expand)
-        norms, gates = ("cross", "text", "mixer", "ffw"), ("cross", "mixer", "ffw")
-        tensors |= _modulation(read, ours, theirs, dim, norms, gates)
+        tensors |= _block(read, layer, (dim, order, order_expand), ffw_expand, text=True)
     _check_time(read, dim)
     options = {"text_dim": text_dim, "patch": patch, "dim": dim, "n_layers": n_layers, "n_heads": 1, "degree": order}
     options |= {"mixer": "product", "expand": order_expand, "ffw_expand": ffw_expand, "local_conv": False}
@@ -109,11 +101,24 @@ def _layer(read, ours, theirs, sizes, bias=True):
     )
 
 
-def _feed_forward(read, ours, theirs, dim, expand):
-    """Parameters of a block's feed-forward layers."""
-    return read.linear(f"{ours}.ffw.0", f"{theirs}.ffw.0", expand * dim, dim) | read.linear(
-        f"{ours}.ffw.2", f"{theirs}.ffw.2", dim, expand * dim
-    )
+def _block(read, layer, sizes, ffw_expand, text=False):
+    """Parameters of a block. The authors store its modulations in one linear layer, its gates in another.
+
+    sizes: dim, degree, expand. text: whether the block reads text before it mixes.
+    """
+    ours, theirs, dim = f"blocks.{layer}", f"layers.{layer}", sizes[0]
+    tensors = _layer(read, f"{ours}.cross_mixer.", f"{theirs}.c_hom.", sizes) if text else {}
+    tensors |= _layer(read, f"{ours}.mixer.", f"{theirs}.hom.", sizes)
+    tensors |= read.linear(f"{ours}.ffw.0", f"{theirs}.ffw.0", ffw_expand * dim, dim)
+    tensors |= read.linear(f"{ours}.ffw.2", f"{theirs}.ffw.2", dim, ffw_expand * dim)
+    norms = ("cross", "text", "mixer", "ffw") if text else ("mixer", "ffw")
+    gates = [name for name in norms if name != "text"]
+    for kind, columns in (("weight", (dim,)), ("bias", ())):
+        parts = read(f"{theirs}.cond_mlp.1.{kind}", 2 * dim * len(norms), *columns).split(2 * dim)
+        tensors |= {f"{ours}.{name}_norm.modulation.{kind}": part for name, part in zip(norms, parts, strict=True)}
+        parts = read(f"{theirs}.gate_mlp.1.{kind}", dim * len(gates), *columns).split(dim)
+        tensors |= {f"{ours}.{name}_gate.{kind}": part for name, part in zip(gates, parts, strict=True)}
+    return tensors
 
 
 def _time_and_output(read, dim, width):
@@ -124,17 +129,6 @@ def _time_and_output(read, dim, width):
         **read.linear("norm_out.modulation", "out_mod.1", 2 * dim, dim),
         **read.linear("patch_out", "out_proj", width, dim),
     }
-
-
-def _modulation(read, ours, theirs, dim, norms, gates):
-    """Parameters of a block's modulation. The authors store all norms in one linear layer, all gates in another."""
-    tensors = {}
-    for kind, columns in (("weight", (dim,)), ("bias", ())):
-        parts = read(f"{theirs}.cond_mlp.1.{kind}", 2 * dim * len(norms), *columns).split(2 * dim)
-        tensors |= {f"{ours}.{name}_norm.modulation.{kind}": part for name, part in zip(norms, parts, strict=True)}
-        parts = read(f"{theirs}.gate_mlp.1.{kind}", dim * len(gates), *columns).split(dim)
-        tensors |= {f"{ours}.{name}_gate.{kind}": part for name, part in zip(gates, parts, strict=True)}
-    return tensors
 
 
 def _check_time(read, dim):
