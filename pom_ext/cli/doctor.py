@@ -114,7 +114,7 @@ def _describe_kernels(torch, remedy):
     text = f"CPU, CUDA {built.replace(';', ', ')}"
     if not here:
         return text
-    lacking = ["{}.{}".format(*capability) for capability in here if not _serves(built, capability)]
+    lacking = ["{}.{}".format(*gpu) for gpu in here if not any(_serves(name, gpu) for name in built.split(";"))]
     if not lacking:
         return f"{text}, which serves every GPU here"
     return f"{text}, NOT the GPU here: TORCH_CUDA_ARCH_LIST='{';'.join(lacking)}' {remedy}"
@@ -139,21 +139,16 @@ def _describe_driver(versions, of_torch, remedy):
         )
 
 
-def _serves(built, capability):
-    """Whether code for the architectures `built`, such as "8.0;9.0a;12.0+PTX", runs on a GPU.
+def _serves(name, capability):
+    """Whether code for an architecture, such as "8.0", "9.0a" or "12.0+PTX", runs on a GPU.
 
     capability: (major, minor) of the GPU. Machine code also runs on later minor versions, PTX on all later versions.
     The suffix "a" restricts both to one capability, "f" to one family.
     """
-    for name in built.split(";"):
-        number, suffix, ptx = re.fullmatch(r"(\d+\.\d)([af]?)(\+PTX)?", name).groups()
-        major, minor = map(int, number.split("."))
-        if suffix == "a":
-            serves = capability == (major, minor)
-        elif ptx and not suffix:
-            serves = capability >= (major, minor)
-        else:
-            serves = capability[0] == major and capability[1] >= minor
-        if serves:
-            return True
-    return False
+    number, suffix, ptx = re.fullmatch(r"(\d+\.\d)([af]?)(\+PTX)?", name).groups()
+    major, minor = map(int, number.split("."))
+    if suffix == "a":
+        return capability == (major, minor)
+    if ptx and not suffix:
+        return capability >= (major, minor)
+    return capability[0] == major and capability[1] >= minor
