@@ -4,11 +4,10 @@ import typer
 
 from .common import friendly_errors
 from .draw import sample
-from .export import export
 from .options import flatten_groups
 from .tools import bench, demo, doctor
 from .train import train
-from .video import play, stream
+from .video import export, play, stream
 
 app = typer.Typer(
     help="PoM: train and sample diffusion transformers whose cost is linear in tokens.", no_args_is_help=True

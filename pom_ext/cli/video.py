@@ -1,4 +1,4 @@
-"""The commands stream and play."""
+"""The commands of video models: stream, play and export."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import class_numbers, load_video_model
+from .common import class_numbers, load_video_model, trained_objective
 from .options import FrameOptions, Labels, Solver, Steps, VideoCheckpoint
 
 
@@ -128,3 +128,26 @@ def play(
             typer.echo(f"open {shown.url} to play; Ctrl-C ends")
         statistics = run(video, shown, classes, script=pressed, fps=fps, frames=frames)
     typer.echo(f"{statistics}; remembered {video.nbytes:,} bytes")
+
+
+def export(
+    checkpoint: VideoCheckpoint,
+    out: Annotated[
+        Path, typer.Option(help="Safetensors file to write, for the C++ engine without torch (examples/stream.cpp).")
+    ] = Path("engine.safetensors"),
+    aoti: Annotated[
+        Path | None, typer.Option(help="Instead of --out, compile one frame step for libtorch into this .pt2 file.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device of the compiled frame step: cpu or cuda.")] = "cpu",
+):
+    """Write a video model for programs in C++: its weights for the engine, or a compiled package for libtorch."""
+    if aoti is None:
+        from ..export import export_model
+
+        export_model(checkpoint, out)
+    else:
+        from ..export import export_frame_step
+
+        model, settings = load_video_model(checkpoint, device)
+        export_frame_step(model, aoti, objective=trained_objective(settings), context=settings["train"]["context"])
+    typer.echo(f"wrote {out if aoti is None else aoti}", err=True)
