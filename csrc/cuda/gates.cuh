@@ -144,7 +144,7 @@ struct GateTokens {
   POM_HD void slope(int64_t token, const Raw& raw, Acc* dvalue) const {
     if (rotates()) rotate<Vec>(rotary, token, place.pair, true, dvalue);
     Num x[kNumbers];
-    unpack<Rows>(raw, x);
+    unpack(raw, x);
     POM_UNROLL
     for (int i = 0; i < kNumbers; ++i) dvalue[i] *= primal_or_tangent(Gate::slope(x[i]));
   }
@@ -167,7 +167,7 @@ struct GateTokens {
       return;
     }
     Num x[kNumbers];
-    unpack<Rows>(raw, x);
+    unpack(raw, x);
     POM_UNROLL
     for (int i = 0; i < kNumbers; ++i) value[i] = of(x[i]);
     if (rotates()) rotate<Vec>(rotary, token, place.pair, false, value);
@@ -219,43 +219,43 @@ inline Alignment alignment_of(const Gates& g, const StateView& state) {
 
 // The gradient of a head's gate is a sum over the head's channels. In the first pass a row of threads sums runs of
 // 2^shift channels, which lie in one head and one range; a second pass sums these.
+template <class Acc>
 struct HeadPartials {
-  int64_t per_head;
-  int shift;
-  int64_t count;  // partial sums per token
+  int64_t per_head = 0, count = 0;  // channels of a head; partial sums per token
+  int shift = 0;
+  Acc* rows = nullptr;  // (batch, tokens, count); null without heads
 
-  HeadPartials(const Gates& g, const ChannelTiles& channel_tiles)
-      : per_head(g.channels / g.heads),
-        shift(channel_tiles.vec == 8   ? 3
-              : channel_tiles.vec == 4 ? 2
-                                       : 0) {
+  HeadPartials() = default;
+  HeadPartials(const Gates& g, const ChannelTiles& channel_tiles, Arena& arena) : per_head(g.channels / g.heads) {
+    if (g.heads == 1) return;
     const int64_t whole_row = int64_t(channel_tiles.lanes) * channel_tiles.vec;
     auto fits = [&](int64_t n) {
       return n <= whole_row && per_head % n == 0 && channel_tiles.width % n == 0 &&
              (!channel_tiles.axis_tiles || channel_tiles.half % n == 0);
     };
-    while (fits(int64_t(2) << shift)) ++shift;
+    while (1 << shift < channel_tiles.vec || fits(int64_t(2) << shift)) ++shift;
     count = g.channels >> shift;
+    rows = arena.take<Acc>(g.batch * g.tokens * count);
+  }
+
+  // Writes Σ dvalue over runs of 2^shift channels. `lanes`: mask of the lanes that share a row.
+  template <int Vec, int ranges>
+  __device__ void write(const Acc* dvalue, const Place& place, unsigned lanes, int64_t row) const {
+    Acc* const partials = rows + row * count;
+    POM_UNROLL
+    for (int r = 0; r < ranges; ++r) {
+      Acc sum = Acc(0);
+      POM_UNROLL
+      for (int i = 0; i < Vec; ++i) sum += dvalue[r * Vec + i];
+      for (int apart = (1 << shift) / Vec / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(lanes, sum, apart);
+      const int64_t channel = place.channel + r * place.stride;
+      if (r < place.ranges && (channel & ((1 << shift) - 1)) == 0) partials[channel >> shift] = sum;
+    }
   }
 };
 
-// partials[channel >> shift] = Σ dvalue over runs of 2^shift channels. `lanes`: mask of the lanes that share a row.
-template <int Vec, int ranges, class Acc>
-__device__ void write_head_partials(const Acc* dvalue, const Place& place, int shift, unsigned lanes, Acc* partials) {
-  POM_UNROLL
-  for (int r = 0; r < ranges; ++r) {
-    Acc sum = Acc(0);
-    POM_UNROLL
-    for (int i = 0; i < Vec; ++i) sum += dvalue[r * Vec + i];
-    for (int apart = (1 << shift) / Vec / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(lanes, sum, apart);
-    const int64_t channel = place.channel + r * place.stride;
-    if (r < place.ranges && (channel & ((1 << shift) - 1)) == 0) partials[channel >> shift] = sum;
-  }
-}
-
-// dgate (batch, tokens, heads) from partials (batch, tokens, channels >> shift).
+// dgate (batch, tokens, heads) from the partial sums, if there are heads.
 template <class Acc>
-Status reduce_head_partials(const Gates& gates, const HeadPartials& plan, const Acc* partials, void* dgate,
-                            void* stream);
+Status reduce_head_partials(const Gates& gates, const HeadPartials<Acc>& partials, void* dgate, void* stream);
 
 }  // namespace pom::cuda

@@ -187,8 +187,8 @@ Status MaskProduct<Acc>::launch(void* stream) const {
                      .vec() > 1;
   const int64_t blocks = batch * row_tiles * channel_tiles * cuts;
   const size_t shared = sizeof(Acc) * 4 * kDepth * kStride;
-  const Status s = transposed ? cuda::launch(masked_matmul_kernel<Acc, true>, blocks, kThreads, shared, stream, args)
-                              : cuda::launch(masked_matmul_kernel<Acc, false>, blocks, kThreads, shared, stream, args);
+  const auto kernel = transposed ? masked_matmul_kernel<Acc, true> : masked_matmul_kernel<Acc, false>;
+  const Status s = cuda::launch(kernel, blocks, kThreads, shared, stream, args);
   if (s != Status::ok || cuts == 1) return s;
   return reduce_groups(
       ReduceArgs<Acc>{Pieces::rows(rows, cuts), batch, channels, partial, partial_weights, prior, nullptr, out},
@@ -196,28 +196,24 @@ Status MaskProduct<Acc>::launch(void* stream) const {
 }
 
 template <class Acc>
-Status masked_state(const StateArgs& args, void* workspace, void* stream) {
+Status MaskedStatePlan<Acc>::run(void* stream) const {
   const Features& f = args.features;
   if (f.batch * args.groups.count == 0) return Status::ok;
-  const MaskedStatePlan<Acc> plan(args, workspace);
   const ChannelTiles channel_tiles = make_channel_tiles(f, f.rotary, alignment_of(f).vec());
-  const FeatureArgs<Acc> tokens = {f, channel_tiles, Pieces(f.tokens, 6, 1, nullptr), plan.phi};
+  const FeatureArgs<Acc> tokens = {f, channel_tiles, Pieces(f.tokens, 6, 1, nullptr), phi};
   if (f.tokens) {
-    const Status s = with_instance(f, f.rotary.axes > 0, channel_tiles.vec, [&](auto instance) {
-      using I = decltype(instance);
-      if constexpr (std::is_same_v<typename I::Acc, Acc>)
-        return launch(features_kernel<I>, tokens.channel_tiles.count * f.batch * tokens.pieces.slots(), kThreads, 0,
-                      stream, tokens);
-      return Status::bad_dtype;
+    const Status s = with_instance<Acc>(f, channel_tiles, [&](auto instance) {
+      return cuda::launch(features_kernel<decltype(instance)>, channel_tiles.count * f.batch * tokens.pieces.slots(),
+                          kThreads, 0, stream, tokens);
     });
     if (s != Status::ok) return s;
   }
-  return plan.product.launch(stream);
+  return product.launch(stream);
 }
 
 template struct MaskProduct<float>;
 template struct MaskProduct<double>;
-template Status masked_state<float>(const StateArgs&, void*, void*);
-template Status masked_state<double>(const StateArgs&, void*, void*);
+template struct MaskedStatePlan<float>;
+template struct MaskedStatePlan<double>;
 
 }  // namespace pom::cuda

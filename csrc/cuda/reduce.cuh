@@ -30,7 +30,7 @@ Status scan_groups(const ReduceArgs<Acc>& args, bool backwards, void* stream);
 
 // dc (width, degree) = Σ of the rows (count, degree, width).
 template <class Acc>
-Status reduce_coeff(const Acc* rows, int64_t count, int64_t degree, int64_t width, Acc* out, void* stream);
+Status reduce_coeff(const Acc* rows, int64_t count, const Features& f, void* grad_coeff, void* stream);
 
 // The sum of one column over rows first … last, in double: every eighth row is added to the same one of eight sums,
 // four rows at a time; then these are added. Bypasses L1, to see rows that other blocks wrote before a fence.

@@ -117,26 +117,17 @@ struct Loaded<Rows, true> {
 template <class Acc, bool dual>
 using Number = std::conditional_t<dual, Dual<Acc>, Acc>;
 
-template <class Rows, int count, class Acc>
-POM_HD void unpack(const Loaded<Rows, false>& raw, Acc (&x)[count]) {
-  Rows::unpack(raw.primal, x);
-}
-template <class Rows, int count, class Acc>
-POM_HD void unpack(const Loaded<Rows, true>& raw, Dual<Acc> (&x)[count]) {
-  Acc primal[count], tangent[count];
-  Rows::unpack(raw.primal, primal);
-  Rows::unpack(raw.tangent, tangent);
-  POM_UNROLL
-  for (int i = 0; i < count; ++i) x[i] = {primal[i], tangent[i]};
-}
-
-template <class Acc>
-POM_HD void lift(Acc x, Acc& number) {
-  number = x;
-}
-template <class Acc>
-POM_HD void lift(Acc x, Dual<Acc>& number) {
-  number = {x, Acc(0)};
+template <class Rows, bool dual, class Num, int count>
+POM_HD void unpack(const Loaded<Rows, dual>& raw, Num (&x)[count]) {
+  if constexpr (dual) {
+    decltype(x->value) primal[count], tangent[count];
+    Rows::unpack(raw.primal, primal);
+    Rows::unpack(raw.tangent, tangent);
+    POM_UNROLL
+    for (int i = 0; i < count; ++i) x[i] = {primal[i], tangent[i]};
+  } else {
+    Rows::unpack(raw.primal, x);
+  }
 }
 
 // The polynomial of one sample's tokens, or its derivative along their tangent. I is an Instance.
@@ -205,7 +196,7 @@ struct FeatureTokens {
   // φ, rotated, not weighted.
   POM_HD void value(int64_t token, const Raw& raw, Acc* phi) const {
     Num x[kNumbers];
-    unpack<Rows>(raw, x);
+    unpack(raw, x);
     if constexpr (Form::has_coeff) {
       POM_UNROLL
       for (int r = 0; r < kRanges; ++r) {
@@ -242,14 +233,14 @@ struct FeatureTokens {
     for (int i = 0; i < kNumbers; ++i) dphi[i] *= raw.weight;
     if (rotates()) rotate<Vec>(rotary, token, place.pair, true, dphi);
     Num x[kNumbers];
-    unpack<Rows>(raw, x);
+    unpack(raw, x);
     if constexpr (Form::has_coeff) {
       POM_UNROLL
       for (int r = 0; r < kRanges; ++r) {
         POM_UNROLL
         for (int i = 0; i < Vec; ++i) {
-          Num back, slope, terms[kCoeffs];
-          lift(dphi[r * Vec + i], back);
+          const Num back = Num(dphi[r * Vec + i]);
+          Num slope, terms[kCoeffs];
           form.slope(x + r * Vec + i, c[r][i], &back, &slope, terms);
           du[r * Vec + i] = primal_or_tangent(slope);
           POM_UNROLL
@@ -262,7 +253,7 @@ struct FeatureTokens {
         Num factors[kRanges], dproducts[kRanges], dfactors[kRanges];
         gather(x, i, factors);
         POM_UNROLL
-        for (int r = 0; r < form.factors(); ++r) lift(dphi[r * Vec + i], dproducts[r]);
+        for (int r = 0; r < form.factors(); ++r) dproducts[r] = Num(dphi[r * Vec + i]);
         form.slope(factors, static_cast<const Num*>(nullptr), dproducts, dfactors, static_cast<Num*>(nullptr));
         scatter(dfactors, i, du);
       }
