@@ -18,8 +18,7 @@ class ChannelTileSum {
   __device__ ChannelTileSum(const ChannelTiles& channel_tiles, unsigned channel_tile) {
     POM_UNROLL
     for (int i = 0; i < kOwn; ++i) {
-      const int number = int(threadIdx.x) + i * kThreads, range = number / (kLanes * Vec),
-                run = number % (kLanes * Vec);
+      const int number = number_of(i), range = number / (kLanes * Vec), run = number % (kLanes * Vec);
       const Place place = channel_tiles.place(channel_tile, run / Vec);
       const bool valid = number < kAll && range < place.ranges;
       column_[i] = valid ? int(place.channel + range * place.stride) + run % Vec : -1;
@@ -44,8 +43,7 @@ class ChannelTileSum {
     POM_UNROLL
     for (int i = 0; i < kOwn; ++i) {
       if (column_[i] < 0) continue;
-      const int number = int(threadIdx.x) + i * kThreads, range = number / (kLanes * Vec),
-                run = number % (kLanes * Vec);
+      const int number = number_of(i), range = number / (kLanes * Vec), run = number % (kLanes * Vec);
       const Acc* const of_row = shared + (range * Vec + run % Vec) * kStride + run / Vec;
       Acc sums[kRows];
       POM_UNROLL
@@ -60,6 +58,8 @@ class ChannelTileSum {
   }
 
  private:
+  static __device__ int number_of(int own) { return int(threadIdx.x) + own * kThreads; }
+
   int column_[kOwn];  // -1 for none
 };
 

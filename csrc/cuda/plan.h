@@ -6,6 +6,7 @@
 
 #include "arena.h"
 #include "checks.h"
+#include "cuda/launch.h"
 #include "pom/math.h"
 
 namespace pom::cuda {
@@ -275,6 +276,13 @@ size_t planned_bytes(const Args& args, Dtype dtype) {
   const Status status = check(args);
   if (status != Status::ok && status != Status::null_pointer) return 0;
   return dtype == Dtype::f64 ? Plan<double>(args, nullptr).arena.used() : Plan<float>(args, nullptr).arena.used();
+}
+
+// Whether all these sizes fit in 32 bits.
+inline bool fit(std::initializer_list<int64_t> sizes) {
+  for (const int64_t n : sizes)
+    if (n > kMaxBlocks) return false;
+  return true;
 }
 
 // Checks the arguments, then runs the plan in the caller's workspace.

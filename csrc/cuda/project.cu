@@ -197,6 +197,7 @@ struct ProjectPlan {
 };
 
 using ProjectKernel = void (*)(ProjectKernelArgs);
+constexpr Clusters kShape = {kCluster, kProjectThreads, kProjectBytes};
 
 // Prepares a kernel on the current device at its first use and counts the clusters that the device runs at a time.
 // Later calls look this up: the driver takes microseconds to count them.
@@ -213,26 +214,19 @@ Status prepare(ProjectKernel kernel, int& clusters) {
   if (const Status s = check_kernel(kernel, kProjectThreads); s != Status::ok) return s;
   const cudaFuncAttribute room = cudaFuncAttributeMaxDynamicSharedMemorySize;
   if (const Status s = checked(cudaFuncSetAttribute(kernel, room, int(kProjectBytes))); s != Status::ok) return s;
-  const Clusters shape = {kCluster, kProjectThreads, kProjectBytes};
-  if (const Status s = count_clusters(kernel, shape, clusters); s != Status::ok) return s;
+  if (const Status s = count_clusters(kernel, kShape, clusters); s != Status::ok) return s;
   prepared[{kernel, device}] = clusters;
   return Status::ok;
 }
 
-Status launch_project(ProjectKernel kernel, const ProjectKernelArgs& sums, int clusters, void* stream) {
-  const Clusters shape = {kCluster, kProjectThreads, kProjectBytes};
-  return launch_clusters(kernel, min(sums.all_rounds, clusters), shape, stream, sums);
-}
-
-template <class Body>
-Status with_project(const Features& f, Body body) {
-  auto with_type = [&](auto type) {
+ProjectKernel kernel_for(const Features& f) {
+  auto of_type = [&](auto type) -> ProjectKernel {
     using T = decltype(type);
-    if (f.degree == 2) return body(project_state_kernel<Power<2>, T>);
-    if (f.degree == 3) return body(project_state_kernel<Power<3>, T>);
-    return body(project_state_kernel<Power<4>, T>);
+    return f.degree == 2   ? project_state_kernel<Power<2>, T>
+           : f.degree == 3 ? project_state_kernel<Power<3>, T>
+                           : project_state_kernel<Power<4>, T>;
   };
-  return f.dtype == Dtype::bf16 ? with_type(bf16{}) : with_type(f16{});
+  return f.dtype == Dtype::bf16 ? of_type(bf16{}) : of_type(f16{});
 }
 
 Status check(const ProjectStateArgs& args) {
@@ -250,9 +244,7 @@ Status check(const ProjectStateArgs& args) {
                            .sizes({f.width, args.dim, args.x_batch_stride, args.x_token_stride})
                            .vec() == 8;
   const ProjectPlan plan(args, nullptr);
-  bool fits = true;  // all sizes fit in 32 bits, and so do the steps of all rounds
-  for (const int64_t n : {f.tokens, f.batch, f.width, args.dim, plan.slots, plan.rounds * plan.sums.steps})
-    fits = fits && n <= kMaxBlocks;
+  const bool fits = fit({f.tokens, f.batch, f.width, args.dim, plan.slots, plan.rounds * plan.sums.steps});
   const bool strided = (f.batch <= 1 || args.x_batch_stride > 0) && (f.tokens <= 1 || args.x_token_stride > 0);
   return aligned && fits && strided ? Status::ok : Status::bad_size;
 }
@@ -262,14 +254,14 @@ Status run(const ProjectStateArgs& args, void* workspace, void* stream) {
   const Features& f = args.features;
   if (f.batch * args.groups.count == 0) return Status::ok;
   int clusters;
-  const Status found = with_project(f, [&](auto kernel) { return prepare(kernel, clusters); });
-  if (found != Status::ok) return found;
+  const ProjectKernel kernel = kernel_for(f);
+  if (const Status s = prepare(kernel, clusters); s != Status::ok) return s;
   const int64_t token_stride = max(8, args.x_token_stride), batch_stride = max(8, args.x_batch_stride);
   const Tensor16 x = {args.x, args.dim, f.tokens, f.batch, token_stride, batch_stride};
   const Tensor16 weight = {args.weight, args.dim, f.width, 1, args.dim, args.dim * f.width};
   if (const Status s = make_tile_map(x, kProductRows, plan.sums.x); s != Status::ok) return s;
   if (const Status s = make_tile_map(weight, kShareRows, plan.sums.weight); s != Status::ok) return s;
-  const Status s = with_project(f, [&](auto kernel) { return launch_project(kernel, plan.sums, clusters, stream); });
+  const Status s = launch_clusters(kernel, min(plan.sums.all_rounds, clusters), kShape, stream, plan.sums);
   if (s != Status::ok) return s;
   const ReduceArgs<float> reduce = {plan.sums.pieces,      f.batch,    f.width, plan.sums.rows,
                                     plan.sums.weight_rows, args.prior, nullptr, args.out};
@@ -280,8 +272,7 @@ Status run(const ProjectStateArgs& args, void* workspace, void* stream) {
 
 bool projects(const ProjectStateArgs& args) {
   int clusters;
-  return check(args) == Status::ok &&
-         is_worth_a_try(with_project(args.features, [&](auto kernel) { return prepare(kernel, clusters); }));
+  return check(args) == Status::ok && is_worth_a_try(prepare(kernel_for(args.features), clusters));
 }
 
 size_t workspace(const ProjectStateArgs& args) {
