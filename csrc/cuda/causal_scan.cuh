@@ -57,7 +57,7 @@ class ScanTile {
   using Tokens = FeatureTokens<I>;
   using Raw = typename Tokens::Raw;
   static constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers;
-  using Gates = GateTokens<typename GateOf<typename I::Form>::type, T, I::Vec, kRanges>;
+  using Gates = GateTokens<typename I::Form::Gate, T, I::Vec, kRanges>;
   using Rows = typename Tokens::Rows;
 
   static constexpr bool saves_numbers = std::is_same_v<Call, CausalBackwardArgs>;

@@ -186,23 +186,6 @@ struct GateTokens {
   }
 };
 
-template <class Form>
-struct GateOf;
-template <int K, class Activation>
-struct GateOf<Product<K, Activation>> {
-  using type = Sigmoid;
-};
-template <int K>
-struct GateOf<Power<K>> {
-  using type = HardSigmoid;
-};
-template <class Form>
-struct GateOf<WithTangent<Form>> : GateOf<Form> {};
-template <class Form>
-struct GateOf<WithGateTangent<Form>> {
-  using type = WithTangent<typename GateOf<Form>::type>;
-};
-
 // Whether rotary positions are applied per channel; with one gate per head they are applied to the gates.
 inline bool rotates_channels(const Gates& g) { return g.rotary.axes && g.heads == 1; }
 

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kRanges > 3 ? 1 : 
   using Acc = typename I::Acc;
   using Tokens = FeatureTokens<I>;
   constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers, kUnroll = kNumbers > 16 ? 1 : 2;
-  using Gates = GateTokens<typename GateOf<typename I::Form>::type, typename I::T, I::Vec, kRanges>;
+  using Gates = GateTokens<typename I::Form::Gate, typename I::T, I::Vec, kRanges>;
   POM_SHARED(memory);
   const int lanes = args.channel_tiles.lanes, thread = int(threadIdx.x), threads = int(blockDim.x);
   const int rows = threads / lanes, row = thread / lanes, lane = thread % lanes;

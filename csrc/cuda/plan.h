@@ -184,6 +184,7 @@ struct WithTangent : Value {
 template <class Form>
 struct WithGateTangent : Form {
   using Form::Form;
+  using Gate = WithTangent<typename Form::Gate>;
 };
 template <class Value>
 constexpr bool has_tangent = false;
