@@ -81,10 +81,16 @@ struct Packed<T, 1> {
   }
 };
 
+// Numbers of the accumulator's type in one access, of `count`.
+template <class Acc>
+constexpr int access_width(int count) {
+  return sizeof(Acc) != 4 || count % 2 ? 1 : count % 4 ? 2 : 4;
+}
+
 // Loads Vec numbers of the accumulator's type.
 template <int Vec, class Acc>
 POM_HD void load_numbers(const Acc* p, Acc* x) {
-  constexpr int step = Vec % 4 == 0 && sizeof(Acc) == 4 ? 4 : 1;
+  constexpr int step = access_width<Acc>(Vec);
   POM_UNROLL
   for (int i = 0; i < Vec; i += step) {
     Packed<Acc, step> packed;
@@ -94,26 +100,13 @@ POM_HD void load_numbers(const Acc* p, Acc* x) {
 }
 template <int Vec, class Acc>
 POM_HD void store_numbers(Acc* p, const Acc* x) {
-  constexpr int step = Vec % 4 == 0 && sizeof(Acc) == 4 ? 4 : 1;
+  constexpr int step = access_width<Acc>(Vec);
   POM_UNROLL
   for (int i = 0; i < Vec; i += step) {
     Packed<Acc, step> packed;
     packed.pack(x + i);
     packed.store(p + i);
   }
-}
-
-// Loads two neighbouring numbers in one access.
-template <class T>
-POM_HD void load_pair(const T* p, float* x) {
-  Packed<T, 2> packed;
-  packed.load(p);
-  packed.unpack(x);
-}
-POM_HD void store_pair(const float* x, float* p) {
-  Packed<float, 2> packed;
-  packed.pack(x);
-  packed.store(p);
 }
 
 // Sums V numbers over the rows of a block, in a fixed order. Thread (row, lane) is number row * lanes + lane; row 0

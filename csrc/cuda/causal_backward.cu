@@ -137,23 +137,18 @@ struct CausalBackwardPlan : ScanPlan<BackwardArgs<Acc>> {
     if (f.form == Form::power) scan.coeff_rows = arena.take<Acc>(f.batch * scan.tiles * f.degree * f.width);
   }
 
-  Status prefix_sums(void* stream) const {
-    const BackwardArgs<Acc>& scan = this->scan;
-    const Features& f = scan.call.features;
-    if (scan.tiles == 1) return Status::ok;
-    if (const Status s = before.launch(stream); s != Status::ok) return s;
-    ReduceArgs<Acc> reduce = {Pieces::rows(scan.tiles), f.batch,        f.channels(), before.rows,
-                              before.weight_rows,       scan.call.prior};
-    reduce.out = {before.rows, nullptr, scan.counts};
-    return scan_groups(reduce, false, stream);
-  }
-
   Status run(void* stream) const {
     const BackwardArgs<Acc>& scan = this->scan;
     const CausalBackwardArgs& call = scan.call;
     const Features& f = call.features;
+    if (f.batch > 0 && scan.tiles > 1) {
+      if (const Status s = before.launch(stream); s != Status::ok) return s;
+      ReduceArgs<Acc> prefixes = {Pieces::rows(scan.tiles), f.batch,    f.channels(), before.rows,
+                                  before.weight_rows,       call.prior};
+      prefixes.out = {before.rows, nullptr, scan.counts};
+      if (const Status s = scan_groups(prefixes, false, stream); s != Status::ok) return s;
+    }
     if (f.batch > 0) {
-      if (const Status s = prefix_sums(stream); s != Status::ok) return s;
       if (const Status s = scan.sums.start(stream); s != Status::ok) return s;
       Status status = this->with_scan_instance([&](auto instance) {
         using I = decltype(instance);

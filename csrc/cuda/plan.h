@@ -218,14 +218,8 @@ constexpr bool is_general_with_tangent(Dtype dtype, int degree) {
 }
 
 // The form for values without a tangent: GELU of 16-bit types may be coarse.
-template <class Form, class T>
-struct FormFor {
-  using type = Form;
-};
-template <int K, class T>
-struct FormFor<Product<K>, T> {
-  using type = std::conditional_t<sizeof(T) == 2, CoarseProduct<K>, Product<K>>;
-};
+template <template <int> class Form, int K, class T>
+using FormFor = std::conditional_t<Form<K>::has_coeff || sizeof(T) != 2, Form<K>, CoarseProduct<K>>;
 
 template <template <int> class Form, bool rotated, bool tangents, class T, class Body>
 Status with_degree(const Features& f, int vec, Body body) {
@@ -241,11 +235,11 @@ Status with_degree(const Features& f, int vec, Body body) {
   return with_vec<widest_vec(sizeof(T), rotated)>(vec, [&](auto elements) {
     constexpr int Vec = decltype(elements)::value;
     if constexpr (Vec > 1) {
-      if (f.degree == 2) return body(Instance<typename FormFor<Form<2>, T>::type, T, Vec, rotated>{});
-      if (f.degree == 3) return body(Instance<typename FormFor<Form<3>, T>::type, T, Vec, rotated>{});
-      return body(Instance<typename FormFor<Form<4>, T>::type, T, Vec, rotated>{});
+      if (f.degree == 2) return body(Instance<FormFor<Form, 2, T>, T, Vec, rotated>{});
+      if (f.degree == 3) return body(Instance<FormFor<Form, 3, T>, T, Vec, rotated>{});
+      return body(Instance<FormFor<Form, 4, T>, T, Vec, rotated>{});
     }
-    return body(Instance<typename FormFor<Form<0>, T>::type, T, 1, rotated>{});
+    return body(Instance<FormFor<Form, 0, T>, T, 1, rotated>{});
   });
 }
 

@@ -32,7 +32,7 @@ struct Sum {
 
   Sum() = default;
   __device__ Sum(const ProjectKernelArgs& args, unsigned round, int group) : work(args, round, group) {
-    const float* const weights = args.token_weight ? args.token_weight + work.b * args.tokens : nullptr;
+    const float* const weights = args.weights(work.b);
     POM_UNROLL
     for (int row = 0; row < 2; ++row) {
       const int64_t token = this->token(row);
@@ -68,8 +68,8 @@ __device__ void sum_features(const ProjectKernelArgs& args, ProjectShared& share
   for (int pair = 0; pair < kProductNumbers / 4; ++pair) {  // neighbouring channels of two tokens
     float coeff[2 * degree], bias[2];
     POM_UNROLL
-    for (int i = 0; i < degree; ++i) load_pair(coeffs + 8 * pair * degree + 2 * i, coeff + 2 * i);
-    load_pair(biases + 8 * pair, bias);
+    for (int i = 0; i < degree; ++i) load_numbers<2>(coeffs + 8 * pair * degree + 2 * i, coeff + 2 * i);
+    load_numbers<2>(biases + 8 * pair, bias);
     POM_UNROLL
     for (int i = 0; i < 2; ++i) {
       float sum = 0;
@@ -85,7 +85,7 @@ __device__ void sum_features(const ProjectKernelArgs& args, ProjectShared& share
   }
   const int offset = sum_lanes(x, lane);
   POM_UNROLL
-  for (int i = 0; i < 8; i += 2) store_pair(x + i, sums[warp] + 4 * (i + offset) + 2 * (lane % 4));
+  for (int i = 0; i < 8; i += 2) store_numbers<2>(sums[warp] + 4 * (i + offset) + 2 * (lane % 4), x + i);
   sync_threads(1 + group, kWarpGroup);
   if (thread == 0) shared.coeff_empty.arrive();
   const int own = 2 * thread;
@@ -96,11 +96,11 @@ __device__ void sum_features(const ProjectKernelArgs& args, ProjectShared& share
       POM_UNROLL
       for (int i = 0; i < 2; ++i) total[i] += sums[other][own + i];
     }
-    store_pair(total, args.rows + int64_t(work.slot) * args.channels + work.column + own);
+    store_numbers<2>(args.rows + int64_t(work.slot) * args.channels + work.column + own, total);
   }
   sync_threads(1 + group, kWarpGroup);  // the sums may be overwritten
   if (warp > 0 || work.column > 0 || !args.weight_rows || work.slot >= args.all_slots) return;
-  const float* const weights = args.token_weight + work.b * args.tokens;
+  const float* const weights = args.weights(work.b);
   double weight = 0;
   for (int64_t token = work.piece.begin + lane; token < work.piece.end; token += kWarp)
     weight += double(weights[token]);
@@ -183,14 +183,12 @@ struct ProjectPlan {
   ProjectPlan(const ProjectStateArgs& args, void* workspace) : arena(workspace) {
     const Features& f = args.features;
     sums.pieces = Pieces(f.tokens, kPieceShift, args.groups.count, args.groups.offsets);
-    sums.tokens = f.tokens, sums.channels = int(f.width), sums.steps = int(ceil_div(args.dim, kDepth));
+    sums.call = args;
+    sums.channels = int(f.width), sums.steps = int(ceil_div(args.dim, kDepth));
     slots = f.batch * sums.pieces.slots();
     rounds = ceil_div(slots, kCluster * kGroups) * ceil_div(f.width, kProductColumns);
     sums.slots = unsigned(sums.pieces.slots()), sums.all_slots = unsigned(slots);
     sums.column_blocks = unsigned(ceil_div(f.width, kProductColumns)), sums.all_rounds = unsigned(rounds);
-    sums.bias = args.bias;
-    sums.coeff = static_cast<const float*>(f.coeff);
-    sums.token_weight = static_cast<const float*>(f.weight);
     sums.rows = arena.take<float>(slots * f.width);
     sums.weight_rows = f.weight ? arena.take<double>(slots) : nullptr;
   }
