@@ -81,16 +81,14 @@ struct Packed<T, 1> {
   }
 };
 
-// Numbers of the accumulator's type in one access, of `count`.
-template <class Acc>
-constexpr int access_width(int count) {
-  return sizeof(Acc) != 4 || count % 2 ? 1 : count % 4 ? 2 : 4;
-}
+// How many of Vec numbers of the accumulator's type are loaded at once.
+template <int Vec, class Acc>
+constexpr int kAtOnce = sizeof(Acc) != 4 || Vec % 2 ? 1 : Vec % 4 ? 2 : 4;
 
 // Loads Vec numbers of the accumulator's type.
 template <int Vec, class Acc>
 POM_HD void load_numbers(const Acc* p, Acc* x) {
-  constexpr int step = access_width<Acc>(Vec);
+  constexpr int step = kAtOnce<Vec, Acc>;
   POM_UNROLL
   for (int i = 0; i < Vec; i += step) {
     Packed<Acc, step> packed;
@@ -100,7 +98,7 @@ POM_HD void load_numbers(const Acc* p, Acc* x) {
 }
 template <int Vec, class Acc>
 POM_HD void store_numbers(Acc* p, const Acc* x) {
-  constexpr int step = access_width<Acc>(Vec);
+  constexpr int step = kAtOnce<Vec, Acc>;
   POM_UNROLL
   for (int i = 0; i < Vec; i += step) {
     Packed<Acc, step> packed;

@@ -32,10 +32,9 @@ std::atomic<decltype(&cuGetErrorString)> error_string;
 // The driver's message, a static string.
 Status refusal(CUresult code) {
   const char* words = nullptr;
-  if (find("cuGetErrorString", 6000, error_string) != Status::ok ||
-      error_string.load()(code, &words) != CUDA_SUCCESS || !words)
-    words = "the driver refuses to describe a tensor";
-  return refused(words);
+  const bool known = find("cuGetErrorString", 6000, error_string) == Status::ok &&
+                     error_string.load()(code, &words) == CUDA_SUCCESS && words;
+  return refused(known ? words : "the driver refuses to describe a tensor");
 }
 
 }  // namespace
