@@ -86,16 +86,15 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<I>)
       index = b * slots + unsigned(last) + 1;
       // 32 bits, to save registers.
       const int first = int(run.begin) + row, to = int(pieces.at(last, run.group).end);
-      for_tokens<kUnroll>(
-          first, to, rows, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
-          [&](int j, int64_t token) {
-            Acc dphi[kNumbers], du[kNumbers];
-            if (args.token_grad) load_row<I::Vec, kRanges>(grad + token * args.channels, place, grad_row);
-            POM_UNROLL
-            for (int i = 0; i < kNumbers; ++i) dphi[i] = grad_row[i];
-            tokens.slope(token, raw[j], dphi, du, dc);
-            du_rows.store(token, du);
-          });
+      auto load = [&](int j, int64_t token) { tokens.load(token, raw[j]); };
+      for_tokens<kUnroll>(first, to, rows, load, [&](int j, int64_t token) {
+        Acc dphi[kNumbers], du[kNumbers];
+        if (args.token_grad) load_row<I::Vec, kRanges>(grad + token * args.channels, place, grad_row);
+        POM_UNROLL
+        for (int i = 0; i < kNumbers; ++i) dphi[i] = grad_row[i];
+        tokens.slope(token, raw[j], dphi, du, dc);
+        du_rows.store(token, du);
+      });
     }
   }
   if constexpr (I::Form::has_coeff)
