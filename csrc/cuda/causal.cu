@@ -44,16 +44,15 @@ __global__ void __launch_bounds__(kScanThreads, scan_blocks<I>())
     call.out.count[own.b] = scan.count_before(own.b, scan.tiles, call.features.tokens);
   own.sum_before_row(before, false, base);
 
-  POM_UNROLL
-  for (int i = 0; i < kNumbers; ++i) sum[i] = Acc(0);
+  Acc running[kNumbers] = {};
   typename W::Raw raw;
   use_tokens<kGates>(own.begin, own.end, 1, load, [&](int j, int64_t token) {
     Acc mean[kNumbers], value[kNumbers];
     own.restore(tokens, token, raw);
-    tokens.add(token, raw, sum);
+    tokens.add(token, raw, running);
     const Acc scale = own.inverse_count(token);
     POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) mean[i] = (base[i] + sum[i]) * scale;
+    for (int i = 0; i < kNumbers; ++i) mean[i] = (base[i] + running[i]) * scale;
     gates.multiply(token, raw_gate[j], mean, value);
     y.store(token, value);
   });

@@ -92,16 +92,15 @@ __global__ void __launch_bounds__(kScanThreads, scan_blocks<I>())
 
   // Backwards: the gradient of a token's φ is the sum of the terms of this token and all later ones.
   Acc dc[W::kRanges][I::Vec][W::Tokens::kCoeffs] = {};
-  POM_UNROLL
-  for (int i = 0; i < kNumbers; ++i) sum[i] = Acc(0);
+  Acc running[kNumbers] = {};
   for (int64_t token = own.end - 1; token >= own.begin; --token) {
     Acc d[kNumbers], du[kNumbers];
     own.restore(tokens, token, raw);
     own.restore_numbers(token, d);
     POM_UNROLL
     for (int i = 0; i < kNumbers; ++i) {
-      sum[i] += d[i];
-      d[i] = base[i] + sum[i];
+      running[i] += d[i];
+      d[i] = base[i] + running[i];
     }
     tokens.slope(token, raw, d, du, dc);
     du_rows.store(token, du);

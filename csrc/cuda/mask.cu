@@ -9,37 +9,30 @@ constexpr int kDepth = 16;  // of a tile in shared memory
 constexpr int kSide = 4;    // a thread sums 4 by 4 numbers
 constexpr int kStride = kMaskTile + 4;  // of a tile's rows: whole 16 bytes, few bank conflicts
 
-template <class Acc>
-struct FeatureArgs {
-  Features features;
-  ChannelTiles channel_tiles;
-  Pieces pieces;
-  Acc* phi = nullptr;  // (batch, tokens, C)
-};
-
 template <class I>
 constexpr int kFeatureBlocks = (I::rotated && has_tangent<typename I::Form>) || sizeof(typename I::T) == 8 ? 1 : 2;
 
+// phi: (batch, tokens, C)
 template <class I>
-__global__ void __launch_bounds__(kThreads, kFeatureBlocks<I>) features_kernel(FeatureArgs<typename I::Acc> args) {
+__global__ void __launch_bounds__(kThreads, kFeatureBlocks<I>)
+    features_kernel(Features f, ChannelTiles channel_tiles, Pieces pieces, typename I::Acc* phi) {
   using Acc = typename I::Acc;
   using Tokens = FeatureTokens<I>;
   constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers, kUnroll = kNumbers > 16 ? 1 : 2;
   const int rows = int(blockDim.x) / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
-  const BlockIndex block(args.channel_tiles.count);
-  const Place place = args.channel_tiles.place(block.tile, lane);
-  const unsigned slots = unsigned(args.pieces.slots()), b = block.row / slots;
-  const Piece piece = args.pieces.at(block.row - b * slots);
-  const Features& f = args.features;
+  const BlockIndex block(channel_tiles.count);
+  const Place place = channel_tiles.place(block.tile, lane);
+  const unsigned slots = unsigned(pieces.slots()), b = block.row / slots;
+  const Piece piece = pieces.at(block.row - b * slots);
   const Tokens tokens(f, b, place);
-  Acc* const phi_rows = args.phi + b * f.tokens * f.channels();
+  Acc* const rows_of_phi = phi + b * f.tokens * f.channels();
   typename Tokens::Raw raw[kUnroll];
   for_tokens<kUnroll>(
       piece.begin + row, piece.end, rows, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
       [&](int j, int64_t token) {
-        Acc phi[kNumbers];
-        tokens.value(token, raw[j], phi);
-        store_row<I::Vec, kRanges>(phi_rows + token * f.channels(), place, phi);
+        Acc value[kNumbers];
+        tokens.value(token, raw[j], value);
+        store_row<I::Vec, kRanges>(rows_of_phi + token * f.channels(), place, value);
       });
 }
 
@@ -200,11 +193,11 @@ Status MaskedStatePlan<Acc>::run(void* stream) const {
   const Features& f = args.features;
   if (f.batch * args.groups.count == 0) return Status::ok;
   const ChannelTiles channel_tiles = make_channel_tiles(f, f.rotary, alignment_of(f).vec());
-  const FeatureArgs<Acc> tokens = {f, channel_tiles, Pieces(f.tokens, 6, 1, nullptr), phi};
   if (f.tokens) {
+    const Pieces pieces(f.tokens, 6, 1, nullptr);
     const Status s = with_instance<Acc>(f, channel_tiles, [&](auto instance) {
-      return cuda::launch(features_kernel<decltype(instance)>, channel_tiles.count * f.batch * tokens.pieces.slots(),
-                          kThreads, 0, stream, tokens);
+      return cuda::launch(features_kernel<decltype(instance)>, channel_tiles.count * f.batch * pieces.slots(), kThreads,
+                          0, stream, f, channel_tiles, pieces, phi);
     });
     if (s != Status::ok) return s;
   }

@@ -38,14 +38,13 @@ struct StatePlan {
 
 template <class Acc>
 struct BackwardKernelArgs {
-  Features features;
+  StateBackwardArgs call;
   ChannelTiles channel_tiles;
   Pieces pieces;
   WorkPartition partition;
   int64_t channels = 0;
   const Acc* grad = nullptr;        // (batch, groups, C)
   const Acc* token_grad = nullptr;  // (batch, tokens, C); replaces `grad` with a dense mask
-  void* grad_u = nullptr;
   Acc* coeff_rows = nullptr;  // (blocks of the partition, degree, width)
 };
 
@@ -66,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<I>)
   const int rows = kThreads / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
   const BlockIndex block(args.channel_tiles.count);
   const Place place = args.channel_tiles.place(block.tile, lane);
-  const Features& f = args.features;
+  const Features& f = args.call.features;
   const Pieces& pieces = args.pieces;
   const unsigned slots = unsigned(pieces.slots()), end = args.partition.first(block.row + 1);
 
@@ -74,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<I>)
   for (unsigned index = args.partition.first(block.row); index < end;) {
     const unsigned b = index / slots, sample_end = unsigned(min(end, (b + 1) * slots));
     const Tokens tokens(f, b, place);
-    const typename Tokens::Rows du_rows(args.grad_u, b * f.tokens * args.channels, args.channels, place);
+    const typename Tokens::Rows du_rows(args.call.grad_u, b * f.tokens * args.channels, args.channels, place);
     typename Tokens::Raw raw[kUnroll];
     while (index < sample_end) {
       const Piece run = pieces.at(index - b * slots);
@@ -103,16 +102,14 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<I>)
 
 template <class Acc>
 struct StateBackwardPlan {
-  const StateBackwardArgs& call;
   Arena arena;
   BackwardKernelArgs<Acc> args;
   Acc* suffix;    // (batch, groups, C): gradient of each group's own tokens, for cumulative groups
   std::optional<MaskProduct<Acc>> masked;  // dL/dφ of the tokens, with a dense mask
 
-  StateBackwardPlan(const StateBackwardArgs& call, void* workspace) : call(call), arena(workspace) {
+  StateBackwardPlan(const StateBackwardArgs& call, void* workspace) : arena(workspace), args{call} {
     const Features& f = call.features;
     const Alignment alignment = alignment_of(f).pointers({call.grad_u}).numbers({call.grad_total, call.grad_coeff});
-    args.features = f;
     args.channel_tiles = make_channel_tiles(f, f.rotary, alignment.vec());
     args.pieces = {f.tokens, chunk_shift(f.tokens), call.groups.mask ? 1 : call.groups.count, call.groups.offsets};
     args.channels = f.channels();
@@ -124,13 +121,13 @@ struct StateBackwardPlan {
       masked->out.total = token_grad;
       args.token_grad = token_grad;
     }
-    args.grad_u = call.grad_u;
     suffix = call.groups.cumulative ? arena.take<Acc>(f.batch * call.groups.count * args.channels) : nullptr;
     args.grad = suffix ? suffix : static_cast<const Acc*>(call.grad_total);
     args.coeff_rows = f.form == Form::power ? arena.take<Acc>(args.partition.blocks * f.degree * f.width) : nullptr;
   }
 
   Status run(void* stream) const {
+    const StateBackwardArgs& call = args.call;
     const Features& f = call.features;
     if (const Status s = check_partition(f.batch, args.pieces); s != Status::ok) return s;
     if (suffix && f.batch > 0) {
