@@ -1,6 +1,8 @@
 // The argument checks of every operation, before it touches an output, on any device.
 #pragma once
 
+#include <initializer_list>
+
 #include "pom/math.h"
 #include "pom/pom.h"
 
@@ -8,14 +10,27 @@ namespace pom {
 
 constexpr int64_t kMaxHeads = 1024;  // of one gate
 
+// The first of several that is not ok.
+inline Status first_refusal(std::initializer_list<Status> checked) {
+  for (const Status s : checked)
+    if (s != Status::ok) return s;
+  return Status::ok;
+}
+
+// Whether the three parts of a state are there.
+inline bool is_complete(const StateView& state) { return state.total && state.residual && state.count; }
+
+inline Status check(const Rotary& rotary, Form form, int64_t width) {
+  if (!rotary.axes) return Status::ok;
+  if (form != Form::power) return Status::rotary_needs_power;
+  if (rotary.axes < 0 || rotary.half < 1 || 2 * rotary.half * rotary.axes > width) return Status::bad_size;
+  return rotary.cos && rotary.sin ? Status::ok : Status::null_pointer;
+}
+
 inline Status check(const Features& f) {
   if (f.degree < 1 || f.degree > kMaxDegree) return Status::bad_degree;
   if (f.batch < 0 || f.tokens < 0 || f.width < 1) return Status::bad_size;
-  if (f.rotary.axes) {
-    if (f.form != Form::power) return Status::rotary_needs_power;
-    if (f.rotary.axes < 0 || f.rotary.half < 1 || 2 * f.rotary.half * f.rotary.axes > f.width) return Status::bad_size;
-    if (!f.rotary.cos || !f.rotary.sin) return Status::null_pointer;
-  }
+  if (const Status s = check(f.rotary, f.form, f.width); s != Status::ok) return s;
   if (f.batch * f.tokens > 0 && !f.u) return Status::null_pointer;
   if (f.form == Form::power && (!f.coeff || (f.u_tangent && !f.coeff_tangent))) return Status::null_pointer;
   return Status::ok;
@@ -31,108 +46,93 @@ inline Status check(const Groups& groups, const Features& f) {
 inline Status check(const Gates& g) {
   if (g.batch < 0 || g.tokens < 0 || g.channels < 1 || g.heads < 1 || g.channels % g.heads) return Status::bad_size;
   if (g.heads > kMaxHeads) return Status::bad_size;
-  if (g.rotary.axes) {
-    if (g.form != Form::power) return Status::rotary_needs_power;
-    const bool fits = 2 * g.rotary.half * g.rotary.axes <= g.width();
-    if (g.rotary.axes < 0 || g.rotary.half < 1 || !fits) return Status::bad_size;
-    if (!g.rotary.cos || !g.rotary.sin) return Status::null_pointer;
-  }
+  if (const Status s = check(g.rotary, g.form, g.width()); s != Status::ok) return s;
   return g.batch * g.tokens > 0 && !g.gate ? Status::null_pointer : Status::ok;
 }
 
 // A state is complete, or absent.
 inline Status check_prior(const StateView& prior) {
-  const int present = !!prior.total + !!prior.residual + !!prior.count;
-  return present == 0 || present == 3 ? Status::ok : Status::null_pointer;
+  return is_complete(prior) || !(prior.total || prior.residual || prior.count) ? Status::ok : Status::null_pointer;
 }
 
 inline Status check(const StateArgs& args) {
-  if (const Status s = check(args.features); s != Status::ok) return s;
-  if (const Status s = check(args.groups, args.features); s != Status::ok) return s;
-  if (const Status s = check_prior(args.prior); s != Status::ok) return s;
+  const Status s = first_refusal({check(args.features), check(args.groups, args.features), check_prior(args.prior)});
   const bool empty = args.features.batch * args.groups.count == 0;
-  return !empty && !(args.out.total && args.out.residual && args.out.count) ? Status::null_pointer : Status::ok;
+  return s == Status::ok && !empty && !is_complete(args.out.view()) ? Status::null_pointer : s;
 }
 
 inline Status check(const StateBackwardArgs& args) {
-  if (const Status s = check(args.features); s != Status::ok) return s;
-  if (const Status s = check(args.groups, args.features); s != Status::ok) return s;
   const Features& f = args.features;
+  if (const Status s = first_refusal({check(f), check(args.groups, f)}); s != Status::ok) return s;
   if (f.form == Form::power && !args.grad_coeff) return Status::null_pointer;
   if (f.batch * f.tokens > 0 && (!args.grad_u || (args.groups.count && !args.grad_total))) return Status::null_pointer;
   return Status::ok;
 }
 
-// Queries are split into groups by offsets, or evenly.
-inline Status check_readout(const Gates& gates, int64_t groups, const int64_t* offsets, const StateView& state) {
-  if (const Status s = check(gates); s != Status::ok) return s;
-  if (groups < 0 || (!offsets && (groups ? gates.tokens % groups : gates.tokens))) return Status::bad_size;
-  const bool empty = gates.batch * groups == 0;
-  return !empty && !(state.total && state.residual && state.count) ? Status::null_pointer : Status::ok;
+// Queries are split into groups by offsets, or evenly. Args: ReadoutArgs or ReadoutBackwardArgs.
+template <class Args>
+Status check_readout(const Args& args) {
+  const Gates& g = args.gates;
+  if (const Status s = check(g); s != Status::ok) return s;
+  if (args.groups < 0 || (!args.offsets && (args.groups ? g.tokens % args.groups : g.tokens))) return Status::bad_size;
+  return g.batch * args.groups > 0 && !is_complete(args.state) ? Status::null_pointer : Status::ok;
 }
 
 inline Status check(const ReadoutArgs& args) {
-  if (const Status s = check_readout(args.gates, args.groups, args.offsets, args.state); s != Status::ok) return s;
+  if (const Status s = check_readout(args); s != Status::ok) return s;
   if (args.tangent.total && !(args.tangent.residual && args.gates.tangent)) return Status::null_pointer;
   return args.gates.batch * args.gates.tokens > 0 && !args.y ? Status::null_pointer : Status::ok;
 }
 
 inline Status check(const ReadoutBackwardArgs& args) {
-  if (const Status s = check_readout(args.gates, args.groups, args.offsets, args.state); s != Status::ok) return s;
+  if (const Status s = check_readout(args); s != Status::ok) return s;
   const bool tokens = args.gates.batch * args.gates.tokens > 0;
   if (tokens && !(args.grad_y && args.grad_gate)) return Status::null_pointer;
   return args.gates.batch * args.groups > 0 && !args.grad_total ? Status::null_pointer : Status::ok;
 }
 
-// Gates and features of a causal mix have the same tokens.
-inline Status check_causal(const Features& f, const Gates& g, const StateView& prior) {
-  if (const Status s = check(f); s != Status::ok) return s;
-  if (const Status s = check(g); s != Status::ok) return s;
+// Gates and features of a causal mix have the same tokens. Args: CausalArgs or CausalBackwardArgs.
+template <class Args>
+Status check_causal(const Args& args) {
+  const Features& f = args.features;
+  const Gates& g = args.gates;
+  if (const Status s = first_refusal({check(f), check(g)}); s != Status::ok) return s;
   if (f.batch != g.batch || f.tokens != g.tokens || f.channels() != g.channels) return Status::bad_size;
   if (f.rotary.axes != g.rotary.axes || (g.heads == 1 && f.rotary.half != g.rotary.half)) return Status::bad_size;
   if (f.dtype != g.dtype) return Status::bad_dtype;
   if (f.u_tangent && g.tangent) return Status::no_tangents;
-  return check_prior(prior);
+  return check_prior(args.prior);
 }
 
 inline Status check(const CausalArgs& args) {
-  if (const Status s = check_causal(args.features, args.gates, args.prior); s != Status::ok) return s;
-  const bool batch = args.features.batch > 0, tokens = batch && args.features.tokens > 0;
-  if (tokens && !args.y) return Status::null_pointer;
-  return batch && !(args.out.total && args.out.residual && args.out.count) ? Status::null_pointer : Status::ok;
+  if (const Status s = check_causal(args); s != Status::ok) return s;
+  if (args.features.batch * args.features.tokens > 0 && !args.y) return Status::null_pointer;
+  return args.features.batch > 0 && !is_complete(args.out.view()) ? Status::null_pointer : Status::ok;
 }
 
 inline Status check(const CausalBackwardArgs& args) {
-  if (const Status s = check_causal(args.features, args.gates, args.prior); s != Status::ok) return s;
-  if (args.features.form == Form::power && !args.grad_coeff) return Status::null_pointer;
-  const bool batch = args.features.batch > 0, tokens = batch && args.features.tokens > 0;
-  if (tokens && !(args.grad_y && args.grad_u && args.grad_gate)) return Status::null_pointer;
-  return batch && !args.grad_prior ? Status::null_pointer : Status::ok;
+  const Features& f = args.features;
+  if (const Status s = check_causal(args); s != Status::ok) return s;
+  if (f.form == Form::power && !args.grad_coeff) return Status::null_pointer;
+  if (f.batch * f.tokens > 0 && !(args.grad_y && args.grad_u && args.grad_gate)) return Status::null_pointer;
+  return f.batch > 0 && !args.grad_prior ? Status::null_pointer : Status::ok;
 }
 
-// The context and the queries of a whole-context mix.
-inline Status check_mix(const Features& f, const Gates& g) {
-  if (const Status s = check(f); s != Status::ok) return s;
-  if (const Status s = check(g); s != Status::ok) return s;
+// The context and the queries of a whole-context mix. Args: MixArgs or UpdateArgs; `out`: the state that it writes.
+template <class Args>
+Status check_mix(const Args& args, const StateView& prior, const StateOut& out) {
+  const Features& f = args.features;
+  const Gates& g = args.gates;
+  if (const Status s = first_refusal({check(f), check(g)}); s != Status::ok) return s;
   if (f.batch != g.batch || f.channels() != g.channels || f.form != g.form) return Status::bad_size;
   if (f.u_tangent || g.tangent) return Status::no_tangents;
-  return f.dtype == g.dtype ? Status::ok : Status::bad_dtype;
+  if (f.dtype != g.dtype) return Status::bad_dtype;
+  if (const Status s = check_prior(prior); s != Status::ok) return s;
+  if (f.batch * g.tokens > 0 && !args.y) return Status::null_pointer;
+  return f.batch > 0 && !is_complete(out.view()) ? Status::null_pointer : Status::ok;
 }
 
-inline Status check(const MixArgs& args) {
-  if (const Status s = check_mix(args.features, args.gates); s != Status::ok) return s;
-  if (const Status s = check_prior(args.prior); s != Status::ok) return s;
-  if (args.features.batch * args.gates.tokens > 0 && !args.y) return Status::null_pointer;
-  return args.features.batch > 0 && !(args.out.total && args.out.residual && args.out.count) ? Status::null_pointer
-                                                                                             : Status::ok;
-}
-
-inline Status check(const UpdateArgs& args) {
-  if (const Status s = check_mix(args.features, args.gates); s != Status::ok) return s;
-  if (args.features.batch * args.gates.tokens > 0 && !args.y) return Status::null_pointer;
-  return args.features.batch > 0 && !(args.state.total && args.state.residual && args.state.count)
-             ? Status::null_pointer
-             : Status::ok;
-}
+inline Status check(const MixArgs& args) { return check_mix(args, args.prior, args.out); }
+inline Status check(const UpdateArgs& args) { return check_mix(args, {}, args.state); }
 
 }  // namespace pom

@@ -7,40 +7,31 @@
 namespace pom::cuda {
 namespace {
 
+// `sums`: terms of the gradient of φ summed over each tile, the last tile first.
 template <class Acc>
-struct BackwardArgs {
-  ScanArgs scan;
-  Lookback<Acc> sums;           // terms of the gradient of φ summed over each tile, the last tile first
+struct BackwardArgs : ScanArgs<CausalBackwardArgs, Acc> {
   const Acc* before = nullptr;  // (batch, tiles, C): φ and the prior, summed up to the end of each tile
-  const void* grad_y = nullptr;
-  int64_t grad_y_batch_stride = 0, grad_y_token_stride = 0;
-  const Acc* grad_total = nullptr;  // (batch, 1, C), or null
-  void* grad_u = nullptr;
-  void* grad_gate = nullptr;
-  Acc* grad_prior = nullptr;  // (batch, 1, C)
-  Acc* partials = nullptr;    // (batch, tokens, channels >> shift), if there are heads
-  int partials_shift = 0;
-  int64_t partials_per_token = 0;
+  HeadPartials<Acc> heads;
   Acc* coeff_rows = nullptr;  // (batch, tiles, degree, width), power form only
 };
 
 template <class I>
 __global__ void __launch_bounds__(kScanThreads, scan_blocks<I>())
-    causal_mix_backward_kernel(BackwardArgs<typename I::Acc> args) {
-  using W = ScanTile<I, true>;
+    causal_mix_backward_kernel(BackwardArgs<typename I::Acc> scan) {
+  using W = ScanTile<I, CausalBackwardArgs>;
   using Acc = typename I::Acc;
   constexpr int kNumbers = W::kNumbers, kUnroll = kNumbers > 8 ? 1 : 2;
-  const ScanArgs& scan = args.scan;
-  const Features& f = scan.features;
-  const ScanStep step = claim_step(args.sums);
+  const CausalBackwardArgs& call = scan.call;
+  const Features& f = call.features;
+  const ScanStep step = claim_step(scan.sums);
   const int64_t tile = scan.tiles - 1 - step.index;
   const W own(scan, step, tile);
   const typename W::Tokens tokens(f, own.b, own.place);
-  const typename W::Gates gates(scan.gates, own.b, own.place);
+  const typename W::Gates gates(call.gates, own.b, own.place);
   const int64_t channels = f.channels(), at = own.b * channels + own.column;
-  const typename W::Rows dy(args.grad_y, own.b * args.grad_y_batch_stride, args.grad_y_token_stride, own.place);
-  const typename W::Rows dgate(args.grad_gate, own.b * f.tokens * channels, channels, own.place);
-  const typename W::Rows du_rows(args.grad_u, own.b * f.tokens * channels, channels, own.place);
+  const typename W::Rows dy(call.grad_y, own.b * call.grad_y_batch_stride, call.grad_y_token_stride, own.place);
+  const typename W::Rows dgate(call.grad_gate, own.b * f.tokens * channels, channels, own.place);
+  const typename W::Rows du_rows(call.grad_u, own.b * f.tokens * channels, channels, own.place);
 
   own.store_inverse_counts(scan);
   Acc sum[kNumbers] = {};
@@ -56,9 +47,9 @@ __global__ void __launch_bounds__(kScanThreads, scan_blocks<I>())
   double before = 0;
   if (own.column >= 0) {
     if (tile > 0)
-      before = args.before[(own.b * scan.tiles + tile - 1) * channels + own.column];
+      before = scan.before[(own.b * scan.tiles + tile - 1) * channels + own.column];
     else
-      before = with_prior<Acc>(scan.prior, at, 0);
+      before = with_prior<Acc>(call.prior, at, 0);
   }
   own.sum_before_row(before, false, sum);
 
@@ -72,8 +63,7 @@ __global__ void __launch_bounds__(kScanThreads, scan_blocks<I>())
     gates.value(token, raw_gate[j], value);
     W::Rows::unpack(raw_dy[j], d);
     const Acc scale = own.inverse_count(token);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) {
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i) {
       d[i] *= scale;
       const Acc returned = d[i] * value[i];
       back[i] += returned;
@@ -81,9 +71,8 @@ __global__ void __launch_bounds__(kScanThreads, scan_blocks<I>())
       d[i] = returned;
     }
     own.save_numbers(token, d);
-    if (scan.gates.heads > 1) {
-      write_head_partials<I::Vec, W::kRanges>(value, own.place, args.partials_shift, W::lanes_of_row(),
-                                              args.partials + (own.b * f.tokens + token) * args.partials_per_token);
+    if (call.gates.heads > 1) {
+      scan.heads.template write<I::Vec, W::kRanges>(value, own.place, W::lanes_of_row(), own.b * f.tokens + token);
     } else {
       gates.slope(token, raw_gate[j], value);
       dgate.store(token, value);
@@ -93,31 +82,29 @@ __global__ void __launch_bounds__(kScanThreads, scan_blocks<I>())
   const double of_tile = own.sum_rows(back);
   double after = 0;
   if (own.column >= 0) {
-    after = sum_before(args.sums, step, own.column, of_tile);
-    if (args.grad_total) after += double(args.grad_total[at]);
-    if (tile == 0 && args.grad_prior) args.grad_prior[at] = Acc(after + of_tile);
+    after = sum_before(scan.sums, step, own.column, of_tile);
+    if (call.grad_total) after += double(static_cast<const Acc*>(call.grad_total)[at]);
+    if (tile == 0 && call.grad_prior) static_cast<Acc*>(call.grad_prior)[at] = Acc(after + of_tile);
   }
   Acc base[kNumbers];
   own.sum_before_row(after, true, base);
 
   // Backwards: the gradient of a token's φ is the sum of the terms of this token and all later ones.
   Acc dc[W::kRanges][I::Vec][W::Tokens::kCoeffs] = {};
-  POM_UNROLL
-  for (int i = 0; i < kNumbers; ++i) sum[i] = Acc(0);
+  Acc running[kNumbers] = {};
   for (int64_t token = own.end - 1; token >= own.begin; --token) {
     Acc d[kNumbers], du[kNumbers];
     own.restore(tokens, token, raw);
     own.restore_numbers(token, d);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) {
-      sum[i] += d[i];
-      d[i] = base[i] + sum[i];
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i) {
+      running[i] += d[i];
+      d[i] = base[i] + running[i];
     }
     tokens.slope(token, raw, d, du, dc);
     du_rows.store(token, du);
   }
   if constexpr (I::Form::has_coeff) {
-    Acc* const row = args.coeff_rows + (own.b * scan.tiles + tile) * f.degree * f.width;
+    Acc* const row = scan.coeff_rows + (own.b * scan.tiles + tile) * f.degree * f.width;
     for (int k = 0; k < f.degree; ++k) {
       Acc of_power[kNumbers];
       select_power<I>(dc, k, of_power);
@@ -128,79 +115,59 @@ __global__ void __launch_bounds__(kScanThreads, scan_blocks<I>())
 }
 
 template <class Acc>
-struct BackwardPlan : ScanPlan<Acc, true> {
-  Pieces rows;  // one per tile
+struct CausalBackwardPlan : ScanPlan<BackwardArgs<Acc>> {
   PieceSums<Acc> before;
-  double* counts = nullptr;  // (batch, tiles), if the tokens are weighted
-  HeadPartials heads;
-  Acc *partials = nullptr, *coeff_rows = nullptr;
 
-  BackwardPlan(const CausalBackwardArgs& call, void* workspace)
-      : ScanPlan<Acc, true>(call.features, call.gates, call.prior,
-                            Alignment(call.features.dtype)
-                                .pointers({call.grad_y, call.grad_u, call.grad_gate})
-                                .sizes({call.grad_y_batch_stride, call.grad_y_token_stride}),
-                            workspace),
-        rows(Pieces::rows(this->scan.tiles)),
-        before(call.features, Pieces(call.features.tokens, this->shift, 1, nullptr), false, this->arena),
-        heads(call.gates, this->scan.channel_tiles) {
+  CausalBackwardPlan(const CausalBackwardArgs& call, void* workspace)
+      : ScanPlan<BackwardArgs<Acc>>(call,
+                                    Alignment(call.features.dtype)
+                                        .pointers({call.grad_y, call.grad_u, call.grad_gate})
+                                        .sizes({call.grad_y_batch_stride, call.grad_y_token_stride}),
+                                    workspace),
+        before(call.features, Pieces(call.features.tokens, this->shift, 1, nullptr), false, this->arena) {
     const Features& f = call.features;
     Arena& arena = this->arena;
-    if (f.weight) this->scan.counts = counts = arena.take<double>(f.batch * this->scan.tiles);
-    if (call.gates.heads > 1) partials = arena.take<Acc>(f.batch * f.tokens * heads.count);
-    if (f.form == Form::power) coeff_rows = arena.take<Acc>(f.batch * this->scan.tiles * f.degree * f.width);
+    BackwardArgs<Acc>& scan = this->scan;
+    scan.before = before.rows;
+    if (f.weight) scan.counts = arena.take<double>(f.batch * scan.tiles);
+    scan.heads = {call.gates, scan.channel_tiles, arena};
+    if (f.form == Form::power) scan.coeff_rows = arena.take<Acc>(f.batch * scan.tiles * f.degree * f.width);
   }
 
-  Status prefix_sums(void* stream) const {
-    const Features& f = this->scan.features;
-    if (this->scan.tiles == 1) return Status::ok;
-    if (const Status s = before.launch(stream); s != Status::ok) return s;
-    ReduceArgs<Acc> reduce = {rows, f.batch, f.channels(), before.rows, before.weight_rows, this->scan.prior};
-    reduce.out = {before.rows, nullptr, counts};
-    return scan_groups(reduce, false, stream);
+  Status run(void* stream) const {
+    const BackwardArgs<Acc>& scan = this->scan;
+    const CausalBackwardArgs& call = scan.call;
+    const Features& f = call.features;
+    if (f.batch > 0 && scan.tiles > 1) {
+      if (const Status s = before.launch(stream); s != Status::ok) return s;
+      ReduceArgs<Acc> prefixes = {Pieces::rows(scan.tiles), f.batch,   f.channels(), before.rows,
+                                  before.weight_rows,       call.prior};
+      prefixes.out = {before.rows, nullptr, scan.counts};
+      if (const Status s = scan_groups(prefixes, false, stream); s != Status::ok) return s;
+    }
+    if (f.batch > 0) {
+      if (const Status s = scan.sums.start(stream); s != Status::ok) return s;
+      Status status = this->with_scan_instance([&](auto instance) {
+        using I = decltype(instance);
+        return launch(causal_mix_backward_kernel<I>, scan.sums.blocks, kScanThreads,
+                      ScanTile<I, CausalBackwardArgs>::kBytes, stream, scan);
+      });
+      if (status == Status::ok) status = reduce_head_partials(call.gates, scan.heads, call.grad_gate, stream);
+      if (status != Status::ok) return status;
+    }
+    if (f.form != Form::power) return Status::ok;
+    return reduce_coeff(scan.coeff_rows, f.batch * scan.tiles, f, call.grad_coeff, stream);
   }
 };
 
-template <class Acc>
-Status run(const CausalBackwardArgs& call, void* workspace, void* stream) {
-  const BackwardPlan<Acc> plan(call, workspace);
-  const Features& f = call.features;
-  if (f.batch > 0) {
-    if (const Status s = plan.prefix_sums(stream); s != Status::ok) return s;
-    if (const Status s = plan.sums.start(stream); s != Status::ok) return s;
-    BackwardArgs<Acc> args = {plan.scan, plan.sums, plan.before.rows};
-    args.grad_y = call.grad_y;
-    args.grad_y_batch_stride = call.grad_y_batch_stride;
-    args.grad_y_token_stride = call.grad_y_token_stride;
-    args.grad_total = static_cast<const Acc*>(call.grad_total);
-    args.grad_u = call.grad_u;
-    args.grad_gate = call.grad_gate;
-    args.grad_prior = static_cast<Acc*>(call.grad_prior);
-    args.partials = plan.partials;
-    args.partials_shift = plan.heads.shift;
-    args.partials_per_token = plan.heads.count;
-    args.coeff_rows = plan.coeff_rows;
-    Status status = plan.with_scan_instance([&](auto instance) {
-      using I = decltype(instance);
-      return launch(causal_mix_backward_kernel<I>, plan.sums.blocks, kScanThreads, ScanTile<I, true>::kBytes, stream,
-                    args);
-    });
-    if (status == Status::ok && plan.partials)
-      status = reduce_head_partials(call.gates, plan.heads, plan.partials, call.grad_gate, stream);
-    if (status != Status::ok) return status;
-  }
-  if (f.form != Form::power) return Status::ok;
-  return reduce_coeff(plan.coeff_rows, f.batch * plan.scan.tiles, f.degree, f.width, static_cast<Acc*>(call.grad_coeff),
-                      stream);
-}
-
 }  // namespace
 
-size_t workspace(const CausalBackwardArgs& args) { return planned_bytes<BackwardPlan>(args, args.features.dtype); }
+size_t workspace(const CausalBackwardArgs& args) {
+  return planned_bytes<CausalBackwardPlan>(args, args.features.dtype);
+}
 
 Status causal_mix_backward(const CausalBackwardArgs& args, void* workspace, size_t bytes, void* stream) {
-  return checked_run(args, args.features.dtype, workspace, bytes,
-                     [&](auto acc, void* memory) { return run<decltype(acc)>(args, memory, stream); });
+  return run_plan<CausalBackwardPlan>(args, args.features.dtype, workspace, bytes, stream);
 }
 
 }  // namespace pom::cuda

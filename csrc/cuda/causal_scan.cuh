@@ -11,19 +11,21 @@ namespace pom::cuda {
 
 constexpr int kScanThreads = 128;
 
-// Arguments of both kernels.
+// Arguments of both kernels. Call: CausalArgs or CausalBackwardArgs.
+template <class Call_, class Acc_>
 struct ScanArgs {
-  Features features;
-  Gates gates;
+  using Call = Call_;
+  using Acc = Acc_;
+  Call call;
   ChannelTiles channel_tiles;
   int64_t tiles = 1;
-  StateView prior;
-  const double* counts = nullptr;  // (batch, tiles): prior and weights to each tile's end; null if all weights are 1
+  double* counts = nullptr;  // (batch, tiles): prior and weights to each tile's end; null if all weights are 1
+  Lookback<Acc> sums;
 
   // The prior count plus the weights of the `tokens` tokens before a tile.
   __device__ double count_before(int64_t b, int64_t tile, int64_t tokens) const {
     if (counts && tile > 0) return counts[b * tiles + tile - 1];
-    return double(tokens) + (prior.count ? prior.count[b] : 0.0);
+    return double(tokens) + (call.prior.count ? call.prior.count[b] : 0.0);
   }
 };
 
@@ -45,18 +47,20 @@ __device__ double with_prior(const StateView& prior, int64_t at, double sum) {
 
 constexpr int next_power_of_two(int n) { return n <= 1 ? 1 : 2 * next_power_of_two((n + 1) / 2); }
 
-// One tile of tokens and channels, as one thread sees it. With `saves_numbers` it also saves numbers of each token.
-template <class I, bool saves_numbers>
+// One tile of tokens and channels, as one thread sees it. For a backward it also saves numbers of each token.
+template <class I, class Call>
 class ScanTile {
  public:
+  using Args = ScanArgs<Call, typename I::Acc>;
   using T = typename I::T;
   using Acc = typename I::Acc;
   using Tokens = FeatureTokens<I>;
   using Raw = typename Tokens::Raw;
   static constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers;
-  using Gates = GateTokens<typename GateOf<typename I::Form>::type, T, I::Vec, kRanges>;
+  using Gates = GateTokens<typename I::Form::Gate, T, I::Vec, kRanges>;
   using Rows = typename Tokens::Rows;
 
+  static constexpr bool saves_numbers = std::is_same_v<Call, CausalBackwardArgs>;
   // A token takes few contiguous bytes, so that a block holds many tokens; a thread owns one column at most.
   static constexpr int kContiguousBytes = saves_numbers || kRanges > 2 ? 64 : 128;
   // Without vectors a row of threads covers a sector of 32 bytes, if there are threads enough for its columns.
@@ -98,11 +102,11 @@ class ScanTile {
   const Place place;
   int64_t column = -1;  // whose sum this thread computes; -1 if it has none
 
-  __device__ ScanTile(const ScanArgs& scan, const ScanStep& step, int64_t tile)
+  __device__ ScanTile(const Args& scan, const ScanStep& step, int64_t tile)
       : b(step.b),
         tile_begin(tile * kTile),
         begin(tile_begin + row() * kOfRow),
-        end(min(scan.features.tokens, begin + kOfRow)),
+        end(min(scan.call.features.tokens, begin + kOfRow)),
         place(scan.channel_tiles.place(step.channel_tile, lane())) {
     const int number = int(threadIdx.x) / kLanes, range = number / I::Vec;
     const Place owned = scan.channel_tiles.place(step.channel_tile, int(threadIdx.x) % kLanes);
@@ -119,8 +123,8 @@ class ScanTile {
   // Σ x over the rows, for this thread's column. `x` holds the numbers of this thread.
   __device__ double sum_rows(const Acc (&x)[kNumbers]) const {
     __syncthreads();  // earlier contents have been read
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) row_sums()[row() * kStride + i * kLanes + lane()] = x[i];
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+      row_sums()[row() * kStride + i * kLanes + lane()] = x[i];
     __syncthreads();
     double sum = 0;
     if (column >= 0)
@@ -138,12 +142,13 @@ class ScanTile {
         before += own;
       }
     __syncthreads();
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) x[i] = row_sums()[row() * kStride + i * kLanes + lane()];
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+      x[i] = row_sums()[row() * kStride + i * kLanes + lane()];
   }
 
   // Stores 1 / count after each token of the tile. A later sum over the rows makes them visible to other threads.
-  __device__ void store_inverse_counts(const ScanArgs& scan) const {
+  __device__ void store_inverse_counts(const Args& scan) const {
+    const Features& f = scan.call.features;
     const double before = scan.count_before(b, tile_begin / kTile, tile_begin);
     if (!scan.counts) {
       for (int i = int(threadIdx.x); i < kTile; i += kScanThreads)
@@ -153,10 +158,10 @@ class ScanTile {
     if (threadIdx.x >= kWarp) return;
     constexpr int kEach = kTile / kWarp;
     const int64_t first = tile_begin + int64_t(threadIdx.x) * kEach;
-    const Acc* const weight = static_cast<const Acc*>(scan.features.weight) + b * scan.features.tokens;
+    const Acc* const weight = static_cast<const Acc*>(f.weight) + b * f.tokens;
     double sum = 0;
     for (int i = 0; i < kEach; ++i)
-      if (first + i < scan.features.tokens) sum += double(weight[first + i]);
+      if (first + i < f.tokens) sum += double(weight[first + i]);
     double count = sum;
     for (int apart = 1; apart < kWarp; apart *= 2) {
       const double earlier = __shfl_up_sync(0xffffffffu, count, apart);
@@ -166,7 +171,7 @@ class ScanTile {
     count = __shfl_up_sync(0xffffffffu, count, 1);
     count = before + (threadIdx.x > 0 ? count : 0);
     for (int i = 0; i < kEach; ++i) {
-      if (first + i < scan.features.tokens) count += double(weight[first + i]);
+      if (first + i < f.tokens) count += double(weight[first + i]);
       inverse_counts()[threadIdx.x * kEach + i] = Acc(pom::inverse(count));
     }
   }
@@ -184,26 +189,24 @@ class ScanTile {
   }
   // Reads a saved token, or saved numbers of it.
   __device__ void restore(const Tokens& tokens, int64_t token, Raw& raw) const {
-    POM_UNROLL
-    for (int r = 0; r < kRanges; ++r) {
+    POM_UNROLL for (int r = 0; r < kRanges; ++r) {
       raw.primal[r] = run(token, r);
       if constexpr (Tokens::kDual) raw.tangent[r] = run(token, kRanges + r);
     }
     raw.weight = tokens.weight(token);
   }
   __device__ void save_numbers(int64_t token, const Acc (&x)[kNumbers]) const {
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; i += kStep) saved(token, i / kStep).pack(x + i);
+    POM_UNROLL for (int i = 0; i < kNumbers; i += kStep)
+      saved(token, i / kStep).pack(x + i);
   }
   __device__ void restore_numbers(int64_t token, Acc (&x)[kNumbers]) const {
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; i += kStep) saved(token, i / kStep).unpack(x + i);
+    POM_UNROLL for (int i = 0; i < kNumbers; i += kStep)
+      saved(token, i / kStep).unpack(x + i);
   }
 
  private:
   __device__ void save(int64_t token, const Raw& raw) const {
-    POM_UNROLL
-    for (int r = 0; r < kRanges; ++r) {
+    POM_UNROLL for (int r = 0; r < kRanges; ++r) {
       run(token, r) = raw.primal[r];
       if constexpr (Tokens::kDual) run(token, kRanges + r) = raw.tangent[r];
     }
@@ -225,39 +228,36 @@ class ScanTile {
   }
 };
 
-// Splits a call into tiles.
-template <class Acc, bool saves_numbers>
+// Splits a call into tiles. Args begin with ScanArgs.
+template <class Args>
 struct ScanPlan {
   Arena arena;
   int shift = 0;  // a tile has 2^shift tokens
-  ScanArgs scan;
-  Lookback<Acc> sums;
+  Args scan;
 
   // `others`: alignment of all arguments but features and gates.
-  ScanPlan(const Features& f, const Gates& g, const StateView& prior, const Alignment& others, void* workspace)
-      : arena(workspace) {
-    const int vec = g.tangent ? 1 : alignment_of(f).with(alignment_of(g, {})).with(others).vec();
-    scan = {f, g, make_channel_tiles(f, f.rotary, vec), 1, prior};
+  ScanPlan(const typename Args::Call& call, const Alignment& others, void* workspace) : arena(workspace), scan{{call}} {
+    const Features& f = call.features;
+    const int vec = call.gates.tangent ? 1 : alignment_of(f).with(alignment_of(call.gates, {})).with(others).vec();
+    scan.channel_tiles = make_channel_tiles(f, f.rotary, vec);
     with_scan_instance([&](auto instance) {
-      using W = ScanTile<decltype(instance), saves_numbers>;
+      using W = ScanTile<decltype(instance), typename Args::Call>;
       shift = W::kShift;
       scan.channel_tiles = make_channel_tiles(f, f.rotary, vec, W::kLanes);
       return Status::ok;
     });
     scan.tiles = max(1, ceil_div(f.tokens, int64_t(1) << shift));
-    sums = Lookback<Acc>(f.batch, scan.tiles, scan.channel_tiles.count, f.channels(), arena);
+    scan.sums = {f.batch, scan.tiles, scan.channel_tiles.count, f.channels(), arena};
   }
 
   template <class Body>
   Status with_scan_instance(Body body) const {
-    return with_instance(scan.features, scan.features.rotary.axes > 0, scan.channel_tiles.vec, [&](auto instance) {
+    return with_instance<typename Args::Acc>(scan.call.features, scan.channel_tiles, [&](auto instance) {
       using I = decltype(instance);
-      if constexpr (std::is_same_v<typename I::Acc, Acc>) {
-        if (!scan.gates.tangent) return body(instance);
-        // A tangent of the gates has only instances of one element at a time.
-        if constexpr (I::Vec == 1 && !has_tangent<typename I::Form>)
-          return body(Instance<WithGateTangent<typename I::Form>, typename I::T, 1, I::rotated>{});
-      }
+      if (!scan.call.gates.tangent) return body(instance);
+      // A tangent of the gates has only instances of one element at a time.
+      if constexpr (I::Vec == 1 && !has_tangent<typename I::Form>)
+        return body(Instance<WithGateTangent<typename I::Form>, typename I::T, 1, I::rotated>{});
       return Status::bad_dtype;
     });
   }

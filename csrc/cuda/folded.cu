@@ -26,82 +26,70 @@ constexpr bool kHasTensorCores = true;
 // Where head `head` of the 16 of a product is stored, so that the four inputs of a lane (mma.cuh) are neighbours.
 POM_HD int place_of(int head) { return head % 8 / 2 * 4 + head / 8 * 2 + head % 2; }
 
-struct FoldArgs {
-  int64_t rows = 0, channels = 0, width = 0;  // rows: samples times groups; width: channels of a head
-  int heads = 0, padded = 0;                  // padded: heads rounded up to a multiple of 16, with zeros
-  int out_dim = 0;
-  StateView state;
-  const void* weight = nullptr;  // (out_dim, channels)
-  void* folded = nullptr;        // (rows, out_dim, padded)
+// Arguments of both kernels.
+struct FoldedKernelArgs {
+  FoldedReadoutArgs call;
+  Pieces pieces;             // of the queries, one per block of the second kernel
+  unsigned slots = 0;        // of one sample
+  int padded = 0;            // heads rounded up to a multiple of 16, with zeros
+  int64_t runs_of_head = 0;  // loads of the channels of a head
+  void* folded = nullptr;    // (batch, groups, out_dim, padded)
 };
 
 // A block folds the state of one group into 8 outputs, one per warp.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4) fold_weight_kernel(FoldArgs args) {
+__global__ void __launch_bounds__(kThreads, 4) fold_weight_kernel(FoldedKernelArgs args) {
+  const FoldedReadoutArgs& call = args.call;
+  const int out_dim = int(call.out_dim), heads = int(call.heads);
   POM_SHARED(memory);
   float* const mean = reinterpret_cast<float*>(memory);
-  const int blocks = int(ceil_div(args.out_dim, kThreads / kWarp)), warp = int(threadIdx.x) / kWarp;
+  const int blocks = int(ceil_div(out_dim, kThreads / kWarp)), warp = int(threadIdx.x) / kWarp;
   const BlockIndex block(blocks);
   const int out = int(block.tile) * (kThreads / kWarp) + warp, lane = int(threadIdx.x) % kWarp;
-  const int64_t row = block.row, from = row * args.channels;
-  const int runs = out < args.out_dim ? int(args.channels / kRunLength) : 0;
-  const T* const weight = static_cast<const T*>(args.weight) + out * args.channels;
+  const int64_t row = block.row, from = row * call.channels;
+  const int runs = out < out_dim ? int(call.channels / kRunLength) : 0;
+  const T* const weight = static_cast<const T*>(call.out_weight) + out * call.channels;
   Packed<T, kRunLength> packed[kRunsInFlight];
   auto load = [&](int first) {
-    POM_UNROLL
-    for (int i = 0; i < kRunsInFlight; ++i)
+    POM_UNROLL for (int i = 0; i < kRunsInFlight; ++i)
       if (const int run = first + i * kWarp; run < runs) packed[i].load(weight + int64_t(run) * kRunLength);
   };
   load(lane);  // in flight while the means are computed
 
-  const double scale = inverse(args.state.count[row]);
-  const float *total = static_cast<const float*>(args.state.total) + from,
-              *residual = static_cast<const float*>(args.state.residual) + from;
-  POM_UNROLL_4
-  for (int c = int(threadIdx.x); c < int(args.channels); c += kThreads)
+  const double scale = inverse(call.state.count[row]);
+  const float *total = static_cast<const float*>(call.state.total) + from,
+              *residual = static_cast<const float*>(call.state.residual) + from;
+  POM_UNROLL_4 for (int c = int(threadIdx.x); c < int(call.channels); c += kThreads)
     mean[c] = scale != 0 ? float((double(total[c]) + double(residual[c])) * scale) : 0.f;  // for infinite sums too
   __syncthreads();
 
-  float* const sums = mean + args.channels + warp * (args.channels / kRunLength);  // of each run
+  float* const sums = mean + call.channels + warp * (call.channels / kRunLength);  // of each run
   for (int first = lane; first < runs; first += kRunsInFlight * kWarp) {
     if (first != lane) load(first);
-    POM_UNROLL
-    for (int i = 0; i < kRunsInFlight; ++i) {
+    POM_UNROLL for (int i = 0; i < kRunsInFlight; ++i) {
       const int run = first + i * kWarp;
       if (run >= runs) break;
       float w[kRunLength], m[kRunLength];
       packed[i].unpack(w);
       load_numbers<kRunLength>(mean + run * kRunLength, m);
       float sum = 0;
-      POM_UNROLL
-      for (int k = 0; k < kRunLength; ++k) sum += w[k] * m[k];
+      POM_UNROLL for (int k = 0; k < kRunLength; ++k)
+        sum += w[k] * m[k];
       sums[run] = sum;
     }
   }
   __syncwarp();
-  if (out >= args.out_dim) return;
-  const int64_t runs_of_head = args.width / kRunLength;
-  T* const to = static_cast<T*>(args.folded) + (row * args.out_dim + out) * args.padded;
+  if (out >= out_dim) return;
+  T* const to = static_cast<T*>(args.folded) + (row * out_dim + out) * args.padded;
   for (int head = lane; head < args.padded; head += kWarp) {
     float sum = 0;
-    if (head < args.heads)
-      for (int64_t run = head * runs_of_head; run < (head + 1) * runs_of_head; ++run) sum += sums[run];
+    if (head < heads)
+      for (int64_t run = head * args.runs_of_head; run < (head + 1) * args.runs_of_head; ++run) sum += sums[run];
     Packed<T, 1> number;
     number.pack(&sum);
     number.store(to + head / kHeadsPerProduct * kHeadsPerProduct + place_of(head % kHeadsPerProduct));
   }
 }
-
-struct ReadArgs {
-  Pieces pieces;  // of the queries, one per block
-  unsigned slots = 0;
-  int64_t queries = 0;
-  int dim = 0, heads = 0, out_dim = 0;
-  const void* x = nullptr;
-  int64_t x_batch_stride = 0, x_token_stride = 0;
-  const void *gate_weight = nullptr, *gate_bias = nullptr, *folded = nullptr, *out_bias = nullptr;
-  void* y = nullptr;
-};
 
 // Loads kRunLength neighbouring elements, or zeros if not `valid`.
 template <class T>
@@ -115,30 +103,27 @@ __device__ inline Words<16> load_run(const T* p, bool valid) {
 //
 // The order of the inputs does not matter as long as both factors agree on it: a lane takes eight neighbours of a row.
 template <class T, int count>
-__device__ void project_gates(const ReadArgs& args, const T* const (&rows)[2], int part, float (&gates)[count][4]) {
+__device__ void project_gates(const FoldedKernelArgs& args, const T* const (&rows)[2], int part,
+                              float (&gates)[count][4]) {
+  const int dim = int(args.call.dim), heads = int(args.call.heads);
   const int lane = int(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
-  const T* const weight = static_cast<const T*>(args.gate_weight) + int64_t(g) * args.dim;
+  const T* const weight = static_cast<const T*>(args.call.gate_weight) + int64_t(g) * dim;
   constexpr int kStep = 4 * kRunLength;
-  const int length = int(ceil_div(args.dim, kStep * kParts)) * kStep, begin = part * length;
-  const int end = int(min(args.dim, begin + length));
+  const int length = int(ceil_div(dim, kStep * kParts)) * kStep, begin = part * length;
+  const int end = int(min(dim, begin + length));
   for (int first = begin; first < end; first += kRunsInFlight * kStep) {
     // Issues all loads before the first product; the launch bounds leave registers for it (test_cuda_code.py).
     Words<16> low[kRunsInFlight], high[kRunsInFlight], w[kRunsInFlight][count];
-    POM_UNROLL
-    for (int step = 0; step < kRunsInFlight; ++step) {
+    POM_UNROLL for (int step = 0; step < kRunsInFlight; ++step) {
       const int k = first + step * kStep + kRunLength * q;
       const bool inside = k < end;
       low[step] = load_run(rows[0] + k, inside && rows[0]), high[step] = load_run(rows[1] + k, inside && rows[1]);
-      POM_UNROLL
-      for (int i = 0; i < count; ++i)
-        w[step][i] = load_run(weight + int64_t(8 * i) * args.dim + k, inside && 8 * i + g < args.heads);
+      POM_UNROLL for (int i = 0; i < count; ++i)
+        w[step][i] = load_run(weight + int64_t(8 * i) * dim + k, inside && 8 * i + g < heads);
     }
-    POM_UNROLL
-    for (int step = 0; step < kRunsInFlight; ++step) {
-      POM_UNROLL
-      for (int i = 0; i < count; ++i) {
-        POM_UNROLL
-        for (int j = 0; j < 4; j += 2)
+    POM_UNROLL for (int step = 0; step < kRunsInFlight; ++step) {
+      POM_UNROLL for (int i = 0; i < count; ++i) {
+        POM_UNROLL for (int j = 0; j < 4; j += 2)
           multiply_add<T>(gates[i],
                           {low[step].word[j], high[step].word[j], low[step].word[j + 1], high[step].word[j + 1]},
                           w[step][i].word[j], w[step][i].word[j + 1]);
@@ -154,28 +139,25 @@ struct Outputs {
   Packed<T, kRunLength> bias;
 
   // Column g of product j is output 8 (g / 2) + 2 j + g % 2 of 32, so that a lane's sums are eight neighbours.
-  __device__ void load(const ReadArgs& args, const T* folded, int first) {
+  __device__ void load(const FoldedKernelArgs& args, const T* folded, int first) {
+    const int out_dim = int(args.call.out_dim);
     const int lane = int(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
-    POM_UNROLL
-    for (int j = 0; j < 4; ++j) {
+    POM_UNROLL for (int j = 0; j < 4; ++j) {
       const int out = first + g / 2 * kRunLength + 2 * j + g % 2;
       const T* const row = folded + int64_t(out) * (sixteens * kHeadsPerProduct) + 4 * q;
-      POM_UNROLL
-      for (int i = 0; i < sixteens; ++i) {
+      POM_UNROLL for (int i = 0; i < sixteens; ++i) {
         inputs[j][i] = {};
-        if (out < args.out_dim) inputs[j][i] = *reinterpret_cast<const Words<8>*>(row + i * kHeadsPerProduct);
+        if (out < out_dim) inputs[j][i] = *reinterpret_cast<const Words<8>*>(row + i * kHeadsPerProduct);
       }
     }
     bias = {};
-    if (const int out = first + kRunLength * q; args.out_bias && out < args.out_dim)
-      bias.load(static_cast<const T*>(args.out_bias) + out);
+    if (const int out = first + kRunLength * q; args.call.out_bias && out < out_dim)
+      bias.load(static_cast<const T*>(args.call.out_bias) + out);
   }
 
   __device__ void multiply(const uint32_t (&values)[sixteens][4], float (&sums)[4][4]) const {
-    POM_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      POM_UNROLL
-      for (int i = 0; i < sixteens; ++i)
+    POM_UNROLL for (int j = 0; j < 4; ++j) {
+      POM_UNROLL for (int i = 0; i < sixteens; ++i)
         multiply_add<T>(sums[j], values[i], inputs[j][i].word[0], inputs[j][i].word[1]);
     }
   }
@@ -185,8 +167,10 @@ struct Outputs {
 // then a quarter of the outputs. The quarters depend on `dim` and `out_dim` only, and so do the bits of the results.
 template <class Gate, class T, int sixteens>
 __global__ void __launch_bounds__(kHasTensorCores ? kReadThreads : kWarp, sixteens == 1 ? 4 : 2)
-    folded_readout_kernel(ReadArgs args) {
+    folded_readout_kernel(FoldedKernelArgs args) {
   if constexpr (kHasTensorCores) {
+    const FoldedReadoutArgs& call = args.call;
+    const int out_dim = int(call.out_dim), heads = int(call.heads);
     constexpr int kGates = 2 * sixteens, kPadded = sixteens * kHeadsPerProduct;
     POM_SHARED(memory);
     float* const parts = reinterpret_cast<float*>(memory);  // (kParts, kGates * 4, kWarp)
@@ -197,47 +181,41 @@ __global__ void __launch_bounds__(kHasTensorCores ? kReadThreads : kWarp, sixtee
     const int64_t query[] = {piece.begin + g, piece.begin + g + 8};
     const bool valid[] = {query[0] < piece.end, query[1] < piece.end};
 
-    const T *const x = static_cast<const T*>(args.x) + b * args.x_batch_stride, *rows[2];
-    POM_UNROLL
-    for (int i = 0; i < 2; ++i) rows[i] = valid[i] ? x + query[i] * args.x_token_stride : nullptr;
+    const T *const x = static_cast<const T*>(call.x) + b * call.x_batch_stride, *rows[2];
+    POM_UNROLL for (int i = 0; i < 2; ++i)
+      rows[i] = valid[i] ? x + query[i] * call.x_token_stride : nullptr;
     float gates[kGates][4] = {};
-    if (warp == 0 && args.gate_bias) {
-      POM_UNROLL
-      for (int i = 0; i < kGates; ++i) {
-        POM_UNROLL
-        for (int k = 0; k < 2; ++k)
-          if (const int head = 8 * i + 2 * q + k; head < args.heads) {
+    if (warp == 0 && call.gate_bias) {
+      POM_UNROLL for (int i = 0; i < kGates; ++i) {
+        POM_UNROLL for (int k = 0; k < 2; ++k)
+          if (const int head = 8 * i + 2 * q + k; head < heads) {
             Packed<T, 1> bias;
-            bias.load(static_cast<const T*>(args.gate_bias) + head);
+            bias.load(static_cast<const T*>(call.gate_bias) + head);
             bias.unpack(&gates[i][k]);
             gates[i][k + 2] = gates[i][k];
           }
       }
     }
     project_gates<T>(args, rows, warp, gates);
-    POM_UNROLL
-    for (int i = 0; i < kGates * 4; ++i) parts[(warp * kGates * 4 + i) * kWarp + lane] = gates[i / 4][i % 4];
+    POM_UNROLL for (int i = 0; i < kGates * 4; ++i)
+      parts[(warp * kGates * 4 + i) * kWarp + lane] = gates[i / 4][i % 4];
 
     // A warp loads its next outputs while it writes the previous ones, and the first ones while it waits here.
     constexpr int kStep = 4 * kRunLength * kParts;
     const int64_t group = int64_t(b) * args.pieces.groups + piece.group;
-    const T* const folded = static_cast<const T*>(args.folded) + group * args.out_dim * kPadded;
+    const T* const folded = static_cast<const T*>(args.folded) + group * out_dim * kPadded;
     Outputs<T, sixteens> outputs;
     outputs.load(args, folded, warp * 4 * kRunLength);
     __syncthreads();
 
     // The sums of two products, two neighbours per word, are the inputs of the next product.
     uint32_t values[sixteens][4];
-    POM_UNROLL
-    for (int i = 0; i < kGates; ++i) {
-      POM_UNROLL
-      for (int j = 0; j < 4; j += 2) {
+    POM_UNROLL for (int i = 0; i < kGates; ++i) {
+      POM_UNROLL for (int j = 0; j < 4; j += 2) {
         float value[2];
-        POM_UNROLL
-        for (int k = 0; k < 2; ++k) {
+        POM_UNROLL for (int k = 0; k < 2; ++k) {
           float of_part[kParts];
-          POM_UNROLL
-          for (int part = 0; part < kParts; ++part)
+          POM_UNROLL for (int part = 0; part < kParts; ++part)
             of_part[part] = parts[((part * kGates + i) * 4 + j + k) * kWarp + lane];
           value[k] = Gate::value((of_part[0] + of_part[1]) + (of_part[2] + of_part[3]));
         }
@@ -247,23 +225,22 @@ __global__ void __launch_bounds__(kHasTensorCores ? kReadThreads : kWarp, sixtee
       }
     }
 
-    T* const y = static_cast<T*>(args.y) + (b * args.queries + query[0]) * args.out_dim;
-    for (int first = warp * 4 * kRunLength; first < args.out_dim; first += kStep) {
+    T* const y = static_cast<T*>(call.y) + (b * call.queries + query[0]) * out_dim;
+    for (int first = warp * 4 * kRunLength; first < out_dim; first += kStep) {
       float sums[4][4] = {}, bias[kRunLength];
       outputs.multiply(values, sums);
       outputs.bias.unpack(bias);
       outputs.load(args, folded, first + kStep);
       const int out = first + kRunLength * q;
-      if (out >= args.out_dim) continue;
-      POM_UNROLL
-      for (int i = 0; i < 2; ++i) {
+      if (out >= out_dim) continue;
+      POM_UNROLL for (int i = 0; i < 2; ++i) {
         if (!valid[i]) continue;
         float numbers[kRunLength];
-        POM_UNROLL
-        for (int n = 0; n < kRunLength; ++n) numbers[n] = sums[n / 2][2 * i + n % 2] + bias[n];
+        POM_UNROLL for (int n = 0; n < kRunLength; ++n)
+          numbers[n] = sums[n / 2][2 * i + n % 2] + bias[n];
         Packed<T, kRunLength> packed;
         packed.pack(numbers);
-        packed.store(y + int64_t(8 * i) * args.out_dim + out);
+        packed.store(y + int64_t(8 * i) * out_dim + out);
       }
     }
   }
@@ -272,54 +249,38 @@ static_assert(kParts == 4, "the parts of a gate are added by name");
 
 struct FoldedPlan {
   Arena arena;
-  FoldArgs fold;
-  ReadArgs read;
-  int64_t slots;  // of all samples
+  FoldedKernelArgs kernel;
+  int64_t rows, slots;  // samples times groups; pieces of all samples
 
-  FoldedPlan(const FoldedReadoutArgs& args, void* workspace) : arena(workspace) {
-    const int padded = int(ceil_div(args.heads, kHeadsPerProduct)) * kHeadsPerProduct;
-    fold.rows = args.batch * args.groups;
-    fold.channels = args.channels, fold.width = args.channels / max(1, args.heads);
-    fold.heads = int(args.heads), fold.padded = padded, fold.out_dim = int(args.out_dim);
-    fold.state = args.state;
-    fold.weight = args.out_weight;
-    fold.folded = arena.take<uint16_t>(fold.rows * args.out_dim * padded);
-    read.pieces = Pieces(args.queries, kRowShift, args.groups, args.offsets);
-    slots = args.batch * read.pieces.slots();
-    read.slots = unsigned(read.pieces.slots());
-    read.queries = args.queries;
-    read.dim = int(args.dim), read.heads = int(args.heads), read.out_dim = int(args.out_dim);
-    read.x = args.x, read.x_batch_stride = args.x_batch_stride, read.x_token_stride = args.x_token_stride;
-    read.gate_weight = args.gate_weight, read.gate_bias = args.gate_bias;
-    read.folded = fold.folded;
-    read.out_bias = args.out_bias;
-    read.y = args.y;
+  FoldedPlan(const FoldedReadoutArgs& args, void* workspace) : arena(workspace), rows(args.batch * args.groups) {
+    kernel.call = args;
+    kernel.padded = int(ceil_div(args.heads, kHeadsPerProduct)) * kHeadsPerProduct;
+    kernel.runs_of_head = args.channels / args.heads / kRunLength;
+    kernel.folded = arena.take<uint16_t>(rows * args.out_dim * kernel.padded);
+    kernel.pieces = Pieces(args.queries, kRowShift, args.groups, args.offsets);
+    slots = args.batch * kernel.pieces.slots();
+    kernel.slots = unsigned(kernel.pieces.slots());
   }
 };
 
-template <class Gate, class T, class Body>
-Status with_heads(int64_t heads, Body body) {
-  switch (ceil_div(heads, kHeadsPerProduct)) {
-    case 1:
-      return body(fold_weight_kernel<T>, folded_readout_kernel<Gate, T, 1>);
-    case 2:
-      return body(fold_weight_kernel<T>, folded_readout_kernel<Gate, T, 2>);
-    case 3:
-      return body(fold_weight_kernel<T>, folded_readout_kernel<Gate, T, 3>);
-    default:
-      return body(fold_weight_kernel<T>, folded_readout_kernel<Gate, T, 4>);
-  }
+using FoldedKernel = void (*)(FoldedKernelArgs);
+struct FoldedKernels {
+  FoldedKernel fold, read;
+};
+
+template <class Gate, class T>
+FoldedKernels kernels_of(int64_t heads) {
+  constexpr FoldedKernel kRead[] = {folded_readout_kernel<Gate, T, 1>, folded_readout_kernel<Gate, T, 2>,
+                                    folded_readout_kernel<Gate, T, 3>, folded_readout_kernel<Gate, T, 4>};
+  return {fold_weight_kernel<T>, kRead[(heads - 1) / kHeadsPerProduct]};
 }
 
-// Calls body(fold kernel, readout kernel).
-template <class Body>
-Status with_kernels(const FoldedReadoutArgs& args, Body body) {
-  auto with_type = [&](auto type) {
+FoldedKernels kernels_for(const FoldedReadoutArgs& args) {
+  auto of_type = [&](auto type) {
     using T = decltype(type);
-    return args.form == Form::product ? with_heads<Sigmoid, T>(args.heads, body)
-                                      : with_heads<HardSigmoid, T>(args.heads, body);
+    return args.form == Form::product ? kernels_of<Sigmoid, T>(args.heads) : kernels_of<HardSigmoid, T>(args.heads);
   };
-  return args.dtype == Dtype::bf16 ? with_type(bf16{}) : with_type(f16{});
+  return args.dtype == Dtype::bf16 ? of_type(bf16{}) : of_type(f16{});
 }
 
 Status check(const FoldedReadoutArgs& args) {
@@ -335,9 +296,7 @@ Status check(const FoldedReadoutArgs& args) {
                            .sizes({args.dim, args.out_dim, args.x_batch_stride, args.x_token_stride})
                            .vec() == 8;
   const FoldedPlan plan(args, nullptr);
-  bool fits = true;  // all sizes fit in 32 bits
-  for (const int64_t n : {args.queries, args.dim, args.out_dim, plan.slots, plan.fold.rows * args.out_dim})
-    fits = fits && n <= kMaxBlocks;
+  const bool fits = fit({args.queries, args.dim, args.out_dim, plan.slots, plan.rows * args.out_dim});
   if (!aligned || !fits) return Status::bad_size;
   const StateView& s = args.state;
   return args.batch && !(args.x && args.gate_weight && args.out_weight && args.y && s.total && s.residual && s.count)
@@ -348,8 +307,7 @@ Status check(const FoldedReadoutArgs& args) {
 }  // namespace
 
 bool folds(const FoldedReadoutArgs& args) {
-  return check(args) == Status::ok &&
-         is_worth_a_try(with_kernels(args, [](auto, auto read) { return check_kernel(read, kReadThreads); }));
+  return check(args) == Status::ok && is_worth_a_try(check_kernel(kernels_for(args).read, kReadThreads));
 }
 
 size_t workspace(const FoldedReadoutArgs& args) {
@@ -358,18 +316,17 @@ size_t workspace(const FoldedReadoutArgs& args) {
 }
 
 Status folded_readout(const FoldedReadoutArgs& args, void* workspace, size_t bytes, void* stream) {
+  constexpr int kWarps = kThreads / kWarp;
   if (const Status s = check(args); s != Status::ok) return s;
   if (!workspace || bytes < cuda::workspace(args)) return Status::workspace_too_small;
   const FoldedPlan plan(args, Arena::align(workspace));
-  return with_kernels(args, [&](auto fold, auto read) {
-    constexpr int kWarps = kThreads / kWarp;
-    if (const Status s = check_kernel(read, kReadThreads); s != Status::ok) return s;
-    const size_t shared = plan.fold.channels * (1 + kWarps / kRunLength) * sizeof(float);
-    const Status s = launch(fold, plan.fold.rows * ceil_div(args.out_dim, kWarps), kThreads, shared, stream, plan.fold);
-    if (s != Status::ok) return s;
-    const size_t parts = sizeof(float) * kReadThreads * plan.fold.padded / 2;  // eight numbers a lane for 16 heads
-    return launch(read, plan.slots, kReadThreads, parts, stream, plan.read);
-  });
+  const FoldedKernels kernels = kernels_for(args);
+  if (const Status s = check_kernel(kernels.read, kReadThreads); s != Status::ok) return s;
+  const size_t shared = args.channels * (1 + kWarps / kRunLength) * sizeof(float);
+  const int64_t blocks = plan.rows * ceil_div(args.out_dim, kWarps);
+  if (const Status s = launch(kernels.fold, blocks, kThreads, shared, stream, plan.kernel); s != Status::ok) return s;
+  const size_t parts = sizeof(float) * kReadThreads * plan.kernel.padded / 2;  // eight numbers a lane for 16 heads
+  return launch(kernels.read, plan.slots, kReadThreads, parts, stream, plan.kernel);
 }
 
 }  // namespace pom::cuda

@@ -99,8 +99,7 @@ struct GateTokens {
         by_head(g.heads > 1) {
     if (!by_head) return;
     const unsigned per_head = unsigned(g.channels / g.heads);
-    POM_UNROLL
-    for (int r = 0; r < ranges; ++r)
+    POM_UNROLL for (int r = 0; r < ranges; ++r)
       if (r < place.ranges) heads[r] = RotatedHead(rotary, unsigned(place.channel + r * place.stride) / per_head);
   }
 
@@ -108,8 +107,7 @@ struct GateTokens {
 
   POM_HD void load(int64_t token, Raw& raw) const {
     if (by_head) {
-      POM_UNROLL
-      for (int r = 0; r < ranges; ++r) {
+      POM_UNROLL for (int r = 0; r < ranges; ++r) {
         if (r >= place.ranges) continue;
         load_head(token, r, heads[r].head, 0, raw);
         if (kPairs && heads[r].pair >= 0) load_head(token, r, heads[r].other, 1, raw.paired());
@@ -128,25 +126,25 @@ struct GateTokens {
   // y = γ(g) ⊙ H
   POM_HD void multiply(int64_t token, const Raw& raw, const Acc (&mean)[kNumbers], Acc (&y)[kNumbers]) const {
     value(token, raw, y);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) y[i] *= mean[i];
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+      y[i] *= mean[i];
   }
   // The derivative of y, if the mean has a tangent.
   POM_HD void multiply(int64_t token, const Raw& raw, const Dual<Acc> (&mean)[kNumbers], Acc (&y)[kNumbers]) const {
     Acc gamma[kNumbers];
     rotated(token, raw, [](Num x) { return Gate::value(x).value; }, gamma);
     value(token, raw, y);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) y[i] = primal_or_tangent(Dual<Acc>(gamma[i], y[i]) * mean[i]);
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+      y[i] = primal_or_tangent(Dual<Acc>(gamma[i], y[i]) * mean[i]);
   }
 
   // With one gate per channel: overwrites the gradient of γ with that of g.
   POM_HD void slope(int64_t token, const Raw& raw, Acc* dvalue) const {
     if (rotates()) rotate<Vec>(rotary, token, place.pair, true, dvalue);
     Num x[kNumbers];
-    unpack<Rows>(raw, x);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) dvalue[i] *= primal_or_tangent(Gate::slope(x[i]));
+    unpack(raw, x);
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+      dvalue[i] *= primal_or_tangent(Gate::slope(x[i]));
   }
 
  private:
@@ -154,22 +152,21 @@ struct GateTokens {
   template <class Of>
   POM_HD void rotated(int64_t token, const Raw& raw, Of of, Acc* value) const {
     if (by_head) {
-      POM_UNROLL
-      for (int r = 0; r < ranges; ++r) {
+      POM_UNROLL for (int r = 0; r < ranges; ++r) {
         auto own = [&] { return of(loaded_head(r, 0, raw)); };
         auto paired = [&] { return of(loaded_head(r, 1, raw.paired())); };
         Acc of_head = Acc(0);
         if (r < place.ranges)
           of_head = kPairs ? heads[r].template rotate<Acc>(rotary, token, false, own, paired) : own();
-        POM_UNROLL
-        for (int i = 0; i < Vec; ++i) value[r * Vec + i] = of_head;
+        POM_UNROLL for (int i = 0; i < Vec; ++i)
+          value[r * Vec + i] = of_head;
       }
       return;
     }
     Num x[kNumbers];
-    unpack<Rows>(raw, x);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) value[i] = of(x[i]);
+    unpack(raw, x);
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+      value[i] = of(x[i]);
     if (rotates()) rotate<Vec>(rotary, token, place.pair, false, value);
   }
 
@@ -184,23 +181,6 @@ struct GateTokens {
     else
       return unpack_one<Acc>(word, raw.primal[r]);
   }
-};
-
-template <class Form>
-struct GateOf;
-template <int K, class Activation>
-struct GateOf<Product<K, Activation>> {
-  using type = Sigmoid;
-};
-template <int K>
-struct GateOf<Power<K>> {
-  using type = HardSigmoid;
-};
-template <class Form>
-struct GateOf<WithTangent<Form>> : GateOf<Form> {};
-template <class Form>
-struct GateOf<WithGateTangent<Form>> {
-  using type = WithTangent<typename GateOf<Form>::type>;
 };
 
 // Whether rotary positions are applied per channel; with one gate per head they are applied to the gates.
@@ -219,43 +199,42 @@ inline Alignment alignment_of(const Gates& g, const StateView& state) {
 
 // The gradient of a head's gate is a sum over the head's channels. In the first pass a row of threads sums runs of
 // 2^shift channels, which lie in one head and one range; a second pass sums these.
+template <class Acc>
 struct HeadPartials {
-  int64_t per_head;
-  int shift;
-  int64_t count;  // partial sums per token
+  int64_t per_head = 0, count = 0;  // channels of a head; partial sums per token
+  int shift = 0;
+  Acc* rows = nullptr;  // (batch, tokens, count); null without heads
 
-  HeadPartials(const Gates& g, const ChannelTiles& channel_tiles)
-      : per_head(g.channels / g.heads),
-        shift(channel_tiles.vec == 8   ? 3
-              : channel_tiles.vec == 4 ? 2
-                                       : 0) {
+  HeadPartials() = default;
+  HeadPartials(const Gates& g, const ChannelTiles& channel_tiles, Arena& arena) : per_head(g.channels / g.heads) {
+    if (g.heads == 1) return;
     const int64_t whole_row = int64_t(channel_tiles.lanes) * channel_tiles.vec;
     auto fits = [&](int64_t n) {
       return n <= whole_row && per_head % n == 0 && channel_tiles.width % n == 0 &&
              (!channel_tiles.axis_tiles || channel_tiles.half % n == 0);
     };
-    while (fits(int64_t(2) << shift)) ++shift;
+    while (1 << shift < channel_tiles.vec || fits(int64_t(2) << shift)) ++shift;
     count = g.channels >> shift;
+    rows = arena.take<Acc>(g.batch * g.tokens * count);
+  }
+
+  // Writes Σ dvalue over runs of 2^shift channels. `lanes`: mask of the lanes that share a row.
+  template <int Vec, int ranges>
+  __device__ void write(const Acc* dvalue, const Place& place, unsigned lanes, int64_t row) const {
+    Acc* const partials = rows + row * count;
+    POM_UNROLL for (int r = 0; r < ranges; ++r) {
+      Acc sum = Acc(0);
+      POM_UNROLL for (int i = 0; i < Vec; ++i)
+        sum += dvalue[r * Vec + i];
+      for (int apart = (1 << shift) / Vec / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(lanes, sum, apart);
+      const int64_t channel = place.channel + r * place.stride;
+      if (r < place.ranges && (channel & ((1 << shift) - 1)) == 0) partials[channel >> shift] = sum;
+    }
   }
 };
 
-// partials[channel >> shift] = Σ dvalue over runs of 2^shift channels. `lanes`: mask of the lanes that share a row.
-template <int Vec, int ranges, class Acc>
-__device__ void write_head_partials(const Acc* dvalue, const Place& place, int shift, unsigned lanes, Acc* partials) {
-  POM_UNROLL
-  for (int r = 0; r < ranges; ++r) {
-    Acc sum = Acc(0);
-    POM_UNROLL
-    for (int i = 0; i < Vec; ++i) sum += dvalue[r * Vec + i];
-    for (int apart = (1 << shift) / Vec / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(lanes, sum, apart);
-    const int64_t channel = place.channel + r * place.stride;
-    if (r < place.ranges && (channel & ((1 << shift) - 1)) == 0) partials[channel >> shift] = sum;
-  }
-}
-
-// dgate (batch, tokens, heads) from partials (batch, tokens, channels >> shift).
+// dgate (batch, tokens, heads) from the partial sums, if there are heads.
 template <class Acc>
-Status reduce_head_partials(const Gates& gates, const HeadPartials& plan, const Acc* partials, void* dgate,
-                            void* stream);
+Status reduce_head_partials(const Gates& gates, const HeadPartials<Acc>& partials, void* dgate, void* stream);
 
 }  // namespace pom::cuda

@@ -7,15 +7,15 @@ namespace {
 
 template <class Gate, class T>
 __global__ void __launch_bounds__(kThreads)
-    head_gate_grad_kernel(Gates g, HeadPartials plan, const typename accumulator<T>::type* partials, T* dgate) {
+    head_gate_grad_kernel(Gates g, HeadPartials<typename accumulator<T>::type> partials, T* dgate) {
   using Acc = typename accumulator<T>::type;
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= g.batch * g.tokens * g.heads) return;
   const int64_t head = index % g.heads, row = index / g.heads, b = row / g.tokens, token = row % g.tokens;
-  const int64_t per_head = plan.per_head >> plan.shift;
+  const int64_t per_head = partials.per_head >> partials.shift;
   auto dvalue = [&](int64_t h) {
     double sum = 0;
-    for (int64_t i = 0; i < per_head; ++i) sum += double(partials[row * plan.count + h * per_head + i]);
+    for (int64_t i = 0; i < per_head; ++i) sum += double(partials.rows[row * partials.count + h * per_head + i]);
     return Acc(sum);
   };
   const RotatedHead rotated(g.rotary, head);
@@ -39,18 +39,17 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 template <class Acc>
-Status reduce_head_partials(const Gates& g, const HeadPartials& plan, const Acc* partials, void* dgate, void* stream) {
-  const int64_t blocks = ceil_div(g.batch * g.tokens * g.heads, kThreads);
-  return with_dtype(g.dtype, [&](auto type) {
+Status reduce_head_partials(const Gates& g, const HeadPartials<Acc>& partials, void* dgate, void* stream) {
+  if (!partials.rows) return Status::ok;
+  return with_dtype<Acc>(g.dtype, [&](auto type) {
     using T = decltype(type);
-    if constexpr (std::is_same_v<typename accumulator<T>::type, Acc>)
-      return launch(g.form == Form::product ? head_gate_grad_kernel<Sigmoid, T> : head_gate_grad_kernel<HardSigmoid, T>,
-                    blocks, kThreads, 0, stream, g, plan, partials, static_cast<T*>(dgate));
-    return Status::bad_dtype;
+    return launch(g.form == Form::product ? head_gate_grad_kernel<Sigmoid, T> : head_gate_grad_kernel<HardSigmoid, T>,
+                  ceil_div(g.batch * g.tokens * g.heads, kThreads), kThreads, 0, stream, g, partials,
+                  static_cast<T*>(dgate));
   });
 }
 
-template Status reduce_head_partials(const Gates&, const HeadPartials&, const float*, void*, void*);
-template Status reduce_head_partials(const Gates&, const HeadPartials&, const double*, void*, void*);
+template Status reduce_head_partials(const Gates&, const HeadPartials<float>&, void*, void*);
+template Status reduce_head_partials(const Gates&, const HeadPartials<double>&, void*, void*);
 
 }  // namespace pom::cuda

@@ -9,19 +9,8 @@ namespace {
 
 thread_local char words[256] = "no error";
 
-// The first driver that supports every CUDA release of a major version; 0 if unknown.
-int first_driver(int runtime) {
-  switch (runtime / 1000) {
-    case 11:
-      return 450;
-    case 12:
-      return 525;
-    case 13:
-      return 580;
-    default:
-      return 0;
-  }
-}
+// The first driver that supports every CUDA release of a major version, from 11 on.
+constexpr int kFirstDrivers[] = {450, 525, 580};
 
 // CUDA's own message names neither the driver it needs nor a remedy.
 void say_driver_is_old() {
@@ -30,7 +19,8 @@ void say_driver_is_old() {
   if (v.driver)
     std::snprintf(found, sizeof found, "the NVIDIA driver is too old: it serves CUDA %d.%d", v.driver / 1000,
                   v.driver % 1000 / 10);
-  if (const int first = first_driver(v.runtime)) std::snprintf(needed, sizeof needed, "driver %d or later", first);
+  if (const int major = v.runtime / 1000; major >= 11 && major <= 13)
+    std::snprintf(needed, sizeof needed, "driver %d or later", kFirstDrivers[major - 11]);
   std::snprintf(words, sizeof words,
                 "%s, and this library is linked to CUDA %d.%d: install %s, or build the library here with the toolkit "
                 "that torch.version.cuda names",

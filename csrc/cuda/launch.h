@@ -44,11 +44,7 @@ Status launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t
                                   pointers, shared_bytes, static_cast<cudaStream_t>(stream)));
 #else
   (void)stream;
-  if (cuda_on_cpu::refusal != cudaSuccess) return checked(cuda_on_cpu::refusal);
-  const void* const function = reinterpret_cast<const void*>(kernel);
-  cuda_on_cpu::requested_shared = cuda_on_cpu::allowed_shared(function);
-  cuda_on_cpu::launch(unsigned(blocks), threads, shared_bytes, [=] { kernel(arguments...); }, function);
-  return Status::ok;
+  return checked(cuda_on_cpu::run(kernel, unsigned(blocks), threads, shared_bytes, 1, arguments...));
 #endif
 }
 
@@ -102,12 +98,8 @@ Status launch_clusters(void (*kernel)(Parameters...), int64_t clusters, const Cl
   return checked(cudaLaunchKernelExC(&launch.config, reinterpret_cast<const void*>(kernel), pointers));
 #else
   (void)stream;
-  if (cuda_on_cpu::refusal != cudaSuccess) return checked(cuda_on_cpu::refusal);
-  const void* const function = reinterpret_cast<const void*>(kernel);
-  cuda_on_cpu::requested_shared = cuda_on_cpu::allowed_shared(function);
   const unsigned blocks = unsigned(clusters * shape.blocks);
-  cuda_on_cpu::launch(blocks, shape.threads, shape.shared_bytes, [=] { kernel(arguments...); }, function, shape.blocks);
-  return Status::ok;
+  return checked(cuda_on_cpu::run(kernel, blocks, shape.threads, shape.shared_bytes, shape.blocks, arguments...));
 #endif
 }
 

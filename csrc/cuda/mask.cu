@@ -5,56 +5,48 @@
 namespace pom::cuda {
 namespace {
 
-constexpr int kDepth = 16;  // of a tile in shared memory
-constexpr int kSide = 4;    // a thread sums 4 by 4 numbers
+constexpr int kDepth = 16;              // of a tile in shared memory
+constexpr int kSide = 4;                // a thread sums 4 by 4 numbers
 constexpr int kStride = kMaskTile + 4;  // of a tile's rows: whole 16 bytes, few bank conflicts
-
-template <class Acc>
-struct FeatureArgs {
-  Features features;
-  ChannelTiles channel_tiles;
-  Pieces pieces;
-  Acc* phi = nullptr;  // (batch, tokens, C)
-};
 
 template <class I>
 constexpr int kFeatureBlocks = (I::rotated && has_tangent<typename I::Form>) || sizeof(typename I::T) == 8 ? 1 : 2;
 
+// phi: (batch, tokens, C)
 template <class I>
-__global__ void __launch_bounds__(kThreads, kFeatureBlocks<I>) features_kernel(FeatureArgs<typename I::Acc> args) {
+__global__ void __launch_bounds__(kThreads, kFeatureBlocks<I>)
+    features_kernel(Features f, ChannelTiles channel_tiles, Pieces pieces, typename I::Acc* phi) {
   using Acc = typename I::Acc;
   using Tokens = FeatureTokens<I>;
   constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers, kUnroll = kNumbers > 16 ? 1 : 2;
   const int rows = int(blockDim.x) / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
-  const BlockIndex block(args.channel_tiles.count);
-  const Place place = args.channel_tiles.place(block.tile, lane);
-  const unsigned slots = unsigned(args.pieces.slots()), b = block.row / slots;
-  const Piece piece = args.pieces.at(block.row - b * slots);
-  const Features& f = args.features;
+  const BlockIndex block(channel_tiles.count);
+  const Place place = channel_tiles.place(block.tile, lane);
+  const unsigned slots = unsigned(pieces.slots()), b = block.row / slots;
+  const Piece piece = pieces.at(block.row - b * slots);
   const Tokens tokens(f, b, place);
-  Acc* const phi_rows = args.phi + b * f.tokens * f.channels();
+  Acc* const rows_of_phi = phi + b * f.tokens * f.channels();
   typename Tokens::Raw raw[kUnroll];
   for_tokens<kUnroll>(
       piece.begin + row, piece.end, rows, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
       [&](int j, int64_t token) {
-        Acc phi[kNumbers];
-        tokens.value(token, raw[j], phi);
-        store_row<I::Vec, kRanges>(phi_rows + token * f.channels(), place, phi);
+        Acc value[kNumbers];
+        tokens.value(token, raw[j], value);
+        store_row<I::Vec, kRanges>(rows_of_phi + token * f.channels(), place, value);
       });
 }
 
 // Loads four neighbours of a row of `width` numbers from column `at` on; zeros outside.
 template <class Acc>
 __device__ inline void load_four(const Acc* row, int64_t at, int64_t width, bool valid, bool aligned, Acc (&x)[4]) {
-  POM_UNROLL
-  for (int i = 0; i < 4; ++i) x[i] = Acc(0);
+  POM_UNROLL for (int i = 0; i < 4; ++i)
+    x[i] = Acc(0);
   if (!valid) return;
   if (aligned) {
     if (at < width) load_numbers<4>(row + at, x);
     return;
   }
-  POM_UNROLL
-  for (int i = 0; i < 4; ++i)
+  POM_UNROLL for (int i = 0; i < 4; ++i)
     if (at + i < width) x[i] = row[at + i];
 }
 
@@ -92,8 +84,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Acc) == 8 ? 1 : 2) masked_mat
     if constexpr (transposed) {
       store_numbers<4>(&of_mask[buffer][sixteenth][four], next_mask);
     } else {
-      POM_UNROLL
-      for (int i = 0; i < 4; ++i) of_mask[buffer][of_quarter + i][quarter] = next_mask[i];
+      POM_UNROLL for (int i = 0; i < 4; ++i)
+        of_mask[buffer][of_quarter + i][quarter] = next_mask[i];
     }
   };
 
@@ -110,15 +102,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(Acc) == 8 ? 1 : 2) masked_mat
   for (int64_t at = begin; at < end; at += kDepth, buffer ^= 1) {
     const bool more = at + kDepth < end;
     if (more) load(at + kDepth);
-    POM_UNROLL
-    for (int k = 0; k < kDepth; ++k) {
+    POM_UNROLL for (int k = 0; k < kDepth; ++k) {
       Acc w[kSide], phi[kSide];
       load_numbers<kSide>(&of_mask[buffer][k][at_row], w);
       load_numbers<kSide>(&of_x[buffer][k][at_channel], phi);
-      POM_UNROLL
-      for (int i = 0; i < kSide; ++i) {
-        POM_UNROLL
-        for (int j = 0; j < kSide; ++j) sums[i][j] += w[i] * phi[j];
+      POM_UNROLL for (int i = 0; i < kSide; ++i) {
+        POM_UNROLL for (int j = 0; j < kSide; ++j)
+          sums[i][j] += w[i] * phi[j];
       }
     }
     if (counts) {
@@ -127,10 +117,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(Acc) == 8 ? 1 : 2) masked_mat
     if (more) store(buffer ^ 1);
     __syncthreads();
     if (more && (at + kDepth - begin) % kMaskChunk) continue;
-    POM_UNROLL
-    for (int i = 0; i < kSide; ++i) {
-      POM_UNROLL
-      for (int j = 0; j < kSide; ++j) totals[i][j] += double(sums[i][j]), sums[i][j] = Acc(0);
+    POM_UNROLL for (int i = 0; i < kSide; ++i) {
+      POM_UNROLL for (int j = 0; j < kSide; ++j)
+        totals[i][j] += double(sums[i][j]), sums[i][j] = Acc(0);
     }
   }
 
@@ -141,17 +130,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(Acc) == 8 ? 1 : 2) masked_mat
     else if (args.out.count)
       args.out.count[of_batch] = count + (args.prior.count ? args.prior.count[b] : 0.0);
   }
-  POM_UNROLL
-  for (int i = 0; i < kSide; ++i) {
+  POM_UNROLL for (int i = 0; i < kSide; ++i) {
     const int64_t row = first_row + at_row + i, channel = first_channel + at_channel;
     if (row >= args.rows) break;
     Acc total[kSide], residual[kSide];
     if (args.partial) {
-      POM_UNROLL
-      for (int j = 0; j < kSide; ++j) total[j] = Acc(totals[i][j]);
+      POM_UNROLL for (int j = 0; j < kSide; ++j)
+        total[j] = Acc(totals[i][j]);
     } else {
-      POM_UNROLL
-      for (int j = 0; j < kSide; ++j) {
+      POM_UNROLL for (int j = 0; j < kSide; ++j) {
         double sum = totals[i][j], remainder = 0;
         if (channel + j < args.channels) remainder = add_prior<Acc>(args.prior, b * args.channels + channel + j, sum);
         split(sum, remainder, total[j], residual[j]);
@@ -163,8 +150,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Acc) == 8 ? 1 : 2) masked_mat
         if (channel < args.channels) store_numbers<kSide>(to + channel, numbers);
         return;
       }
-      POM_UNROLL
-      for (int j = 0; j < kSide; ++j)
+      POM_UNROLL for (int j = 0; j < kSide; ++j)
         if (channel + j < args.channels) to[channel + j] = numbers[j];
     };
     if (args.partial) {
@@ -187,8 +173,8 @@ Status MaskProduct<Acc>::launch(void* stream) const {
                      .vec() > 1;
   const int64_t blocks = batch * row_tiles * channel_tiles * cuts;
   const size_t shared = sizeof(Acc) * 4 * kDepth * kStride;
-  const Status s = transposed ? cuda::launch(masked_matmul_kernel<Acc, true>, blocks, kThreads, shared, stream, args)
-                              : cuda::launch(masked_matmul_kernel<Acc, false>, blocks, kThreads, shared, stream, args);
+  const auto kernel = transposed ? masked_matmul_kernel<Acc, true> : masked_matmul_kernel<Acc, false>;
+  const Status s = cuda::launch(kernel, blocks, kThreads, shared, stream, args);
   if (s != Status::ok || cuts == 1) return s;
   return reduce_groups(
       ReduceArgs<Acc>{Pieces::rows(rows, cuts), batch, channels, partial, partial_weights, prior, nullptr, out},
@@ -196,28 +182,24 @@ Status MaskProduct<Acc>::launch(void* stream) const {
 }
 
 template <class Acc>
-Status masked_state(const StateArgs& args, void* workspace, void* stream) {
+Status MaskedStatePlan<Acc>::run(void* stream) const {
   const Features& f = args.features;
   if (f.batch * args.groups.count == 0) return Status::ok;
-  const MaskedStatePlan<Acc> plan(args, workspace);
   const ChannelTiles channel_tiles = make_channel_tiles(f, f.rotary, alignment_of(f).vec());
-  const FeatureArgs<Acc> tokens = {f, channel_tiles, Pieces(f.tokens, 6, 1, nullptr), plan.phi};
   if (f.tokens) {
-    const Status s = with_instance(f, f.rotary.axes > 0, channel_tiles.vec, [&](auto instance) {
-      using I = decltype(instance);
-      if constexpr (std::is_same_v<typename I::Acc, Acc>)
-        return launch(features_kernel<I>, tokens.channel_tiles.count * f.batch * tokens.pieces.slots(), kThreads, 0,
-                      stream, tokens);
-      return Status::bad_dtype;
+    const Pieces pieces(f.tokens, 6, 1, nullptr);
+    const Status s = with_instance<Acc>(f, channel_tiles, [&](auto instance) {
+      return cuda::launch(features_kernel<decltype(instance)>, channel_tiles.count * f.batch * pieces.slots(), kThreads,
+                          0, stream, f, channel_tiles, pieces, phi);
     });
     if (s != Status::ok) return s;
   }
-  return plan.product.launch(stream);
+  return product.launch(stream);
 }
 
 template struct MaskProduct<float>;
 template struct MaskProduct<double>;
-template Status masked_state<float>(const StateArgs&, void*, void*);
-template Status masked_state<double>(const StateArgs&, void*, void*);
+template struct MaskedStatePlan<float>;
+template struct MaskedStatePlan<double>;
 
 }  // namespace pom::cuda

@@ -52,12 +52,14 @@ struct MaskProduct {
 // State with a dense mask.
 template <class Acc>
 struct MaskedStatePlan {
+  const StateArgs& args;
   Arena arena;
   Acc* phi;  // (batch, tokens, C)
   MaskProduct<Acc> product;
 
   MaskedStatePlan(const StateArgs& args, void* workspace)
-      : arena(workspace),
+      : args(args),
+        arena(workspace),
         phi(arena.take<Acc>(args.features.batch * args.features.tokens * args.features.channels())),
         product(args.features.batch, args.groups.count, args.features.tokens, args.features.channels(),
                 args.groups.mask, false, arena) {
@@ -65,8 +67,8 @@ struct MaskedStatePlan {
     product.prior = args.prior;
     product.out = args.out;
   }
+
+  Status run(void* stream) const;
 };
-template <class Acc>
-Status masked_state(const StateArgs& args, void* workspace, void* stream);
 
 }  // namespace pom::cuda

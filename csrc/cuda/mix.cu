@@ -11,22 +11,22 @@ namespace {
 constexpr int kMixLanes = 4;               // narrow tiles, so that a single image has enough of them
 constexpr int64_t kMaxFusedTokens = 1024;  // tokens that one block can take
 
-struct MixKernelArgs {
-  Features features;
-  Gates gates;
-  ChannelTiles channel_tiles;
-  StateView prior;
-  StateOut out;  // may be the prior
+// The output state may be the prior.
+struct MixKernelArgs : MixArgs {
   uint32_t* arrival_counter = nullptr;
-  void* y = nullptr;
+  ChannelTiles channel_tiles;
 };
+MixKernelArgs kernel_args(const MixArgs& args) { return {args}; }
+MixKernelArgs kernel_args(const UpdateArgs& args) {
+  return {{args.features, args.gates, args.state.view(), args.y, args.state}, args.arrival_counter};
+}
 
 template <class I>
 __global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kRanges > 3 ? 1 : 2) mix_kernel(MixKernelArgs args) {
   using Acc = typename I::Acc;
   using Tokens = FeatureTokens<I>;
   constexpr int kRanges = Tokens::kRanges, kNumbers = Tokens::kNumbers, kUnroll = kNumbers > 16 ? 1 : 2;
-  using Gates = GateTokens<typename GateOf<typename I::Form>::type, typename I::T, I::Vec, kRanges>;
+  using Gates = GateTokens<typename I::Form::Gate, typename I::T, I::Vec, kRanges>;
   POM_SHARED(memory);
   const int lanes = args.channel_tiles.lanes, thread = int(threadIdx.x), threads = int(blockDim.x);
   const int rows = threads / lanes, row = thread / lanes, lane = thread % lanes;
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kRanges > 3 ? 1 : 
   sum_rows(sum, lanes, scratch);
   __syncthreads();
   if (row == 0) {
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) numbers[i * lanes + lane] = sum[i];
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+      numbers[i * lanes + lane] = sum[i];
   }
   __syncthreads();
   if (owns) {
@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kRanges > 3 ? 1 : 
   const Gates gates(args.gates, b, place);
   const typename Gates::Rows y(args.y, b * args.gates.tokens * f.channels(), f.channels(), place);
   Acc mean[kNumbers];
-  POM_UNROLL
-  for (int i = 0; i < kNumbers; ++i) mean[i] = i / I::Vec < place.ranges ? numbers[i * lanes + lane] : Acc(0);
+  POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+    mean[i] = i / I::Vec < place.ranges ? numbers[i * lanes + lane] : Acc(0);
   typename Gates::Raw raw_gates[kUnroll];
   for_tokens<kUnroll>(
       int64_t(row), args.gates.tokens, rows, [&](int j, int64_t token) { gates.load(token, raw_gates[j]); },
@@ -126,68 +126,75 @@ bool fits_one_launch(const Features& f, const Gates& g) {
 }
 
 template <class Acc>
-Status run_in_one_launch(const MixKernelArgs& call, void* stream) {
-  const Features& f = call.features;
-  const bool rotated = f.rotary.axes || rotates_channels(call.gates);
-  const Alignment alignment = alignment_of(f).with(alignment_of(call.gates, {})).pointers({call.y});
-  const Rotary rotary = f.rotary.axes ? f.rotary : rotated ? call.gates.rotary : Rotary{};
-  MixKernelArgs args = call;
-  args.channel_tiles = make_channel_tiles(f, rotary, alignment.vec(), kMixLanes);
-  return with_instance<false>(f, rotated, args.channel_tiles.vec, [&](auto instance) {
-    using I = decltype(instance);
-    if constexpr (std::is_same_v<typename I::Acc, Acc>) {
+struct OneLaunchPlan {
+  Arena arena;
+  MixKernelArgs args;
+
+  template <class Args>
+  OneLaunchPlan(const Args& call, void*) : args(kernel_args(call)) {
+    const Features& f = args.features;
+    const Alignment alignment = alignment_of(f).with(alignment_of(args.gates, {})).pointers({args.y});
+    const Rotary rotary = f.rotary.axes ? f.rotary : rotates_channels(args.gates) ? args.gates.rotary : Rotary{};
+    args.channel_tiles = make_channel_tiles(f, rotary, alignment.vec(), kMixLanes);
+  }
+
+  Status run(void* stream) const {
+    return with_instance<Acc, false>(args.features, args.channel_tiles, [&](auto instance) {
+      using I = decltype(instance);
       constexpr int kNumbers = FeatureTokens<I>::kNumbers;
       const size_t scratch = max(kNumbers * sizeof(Acc), sizeof(double)) * kThreads / 2;
-      return launch(mix_kernel<I>, int64_t(args.channel_tiles.count) * f.batch, kThreads,
+      return launch(mix_kernel<I>, int64_t(args.channel_tiles.count) * args.features.batch, kThreads,
                     16 + kNumbers * kMixLanes * sizeof(Acc) + scratch, stream, args);
-    }
-    return Status::bad_dtype;
-  });
-}
+    });
+  }
+};
 
 // Workspace of a long context. The new state stays here until y is written.
 template <class Acc>
 struct LongContextPlan {
   Arena arena;
-  Pieces pieces;
+  MixKernelArgs args;
   PieceSums<Acc> sums;
   StateOut state;
-  void* readout_memory = nullptr;
-  size_t readout_bytes = 0;
+  size_t readout_bytes;
+  void* readout_memory;
 
   template <class Args>
-  LongContextPlan(const Args& args, void* workspace) : LongContextPlan(args.features, args.gates, workspace) {}
-  LongContextPlan(const Features& f, const Gates& g, void* workspace)
+  LongContextPlan(const Args& call, void* workspace)
       : arena(workspace),
-        pieces(f.tokens, chunk_shift(f.tokens), 1, nullptr),
-        sums(f, pieces, true, arena),
-        state{arena.take<Acc>(f.batch * f.channels()), arena.take<Acc>(f.batch * f.channels()),
-              arena.take<double>(f.batch)},
-        readout_bytes(cuda::workspace(ReadoutArgs{g, 1, nullptr, state.view()})) {
+        args(kernel_args(call)),
+        sums(args.features, {args.features.tokens, chunk_shift(args.features.tokens), 1, nullptr}, true, arena) {
+    const int64_t batch = args.features.batch, numbers = batch * args.features.channels();
+    state = {arena.take<Acc>(numbers), arena.take<Acc>(numbers), arena.take<double>(batch)};
+    readout_bytes = cuda::workspace(ReadoutArgs{args.gates, 1, nullptr, state.view()});
     readout_memory = arena.take<char>(readout_bytes);
   }
-};
 
-template <class Acc>
-Status run(const MixKernelArgs& args, void* workspace, void* stream) {
-  const Features& f = args.features;
-  if (f.batch == 0) return Status::ok;
-  if (fits_one_launch(f, args.gates)) return run_in_one_launch<Acc>(args, stream);
-  const LongContextPlan<Acc> plan(f, args.gates, workspace);
-  // If the new state replaces the prior, the prior stays until y is written.
-  const StateOut& state = args.out.total == args.prior.total ? plan.state : args.out;
-  if (const Status s = plan.sums.launch(stream, args.prior, state); s != Status::ok) return s;
-  const ReadoutArgs readout_args = {args.gates, 1, nullptr, state.view(), args.y};
-  const Status read = readout(readout_args, plan.readout_memory, plan.readout_bytes, stream);
-  if (read != Status::ok || state.total == args.out.total) return read;
-  return launch(copy_state_kernel<Acc>, ceil_div(f.batch * f.channels(), kThreads), kThreads, 0, stream, state.view(),
-                args.out, f.channels(), f.batch);
-}
+  Status run(void* stream) const {
+    const Features& f = args.features;
+    if (f.batch == 0) return Status::ok;
+    // If the new state replaces the prior, the prior stays until y is written.
+    const StateOut& to = args.out.total == args.prior.total ? state : args.out;
+    if (const Status s = sums.launch(stream, args.prior, to); s != Status::ok) return s;
+    const ReadoutArgs readout_args = {args.gates, 1, nullptr, to.view(), args.y};
+    const Status read = readout(readout_args, readout_memory, readout_bytes, stream);
+    if (read != Status::ok || to.total == args.out.total) return read;
+    return launch(copy_state_kernel<Acc>, ceil_div(f.batch * f.channels(), kThreads), kThreads, 0, stream, to.view(),
+                  args.out, f.channels(), f.batch);
+  }
+};
 
 template <class Args>
 size_t workspace_of(const Args& args) {
   return fits_one_launch(args.features, args.gates) ? Arena().used()
                                                     : planned_bytes<LongContextPlan>(args, args.features.dtype);
+}
+
+template <class Args>
+Status run(const Args& args, void* workspace, size_t bytes, void* stream) {
+  return fits_one_launch(args.features, args.gates)
+             ? run_plan<OneLaunchPlan>(args, args.features.dtype, workspace, bytes, stream)
+             : run_plan<LongContextPlan>(args, args.features.dtype, workspace, bytes, stream);
 }
 
 }  // namespace
@@ -196,18 +203,12 @@ size_t workspace(const MixArgs& args) { return workspace_of(args); }
 size_t workspace(const UpdateArgs& args) { return workspace_of(args); }
 
 Status mix(const MixArgs& args, void* workspace, size_t bytes, void* stream) {
-  return checked_run(args, args.features.dtype, workspace, bytes, [&](auto acc, void* memory) {
-    const MixKernelArgs kernel = {args.features, args.gates, {}, args.prior, args.out, nullptr, args.y};
-    return run<decltype(acc)>(kernel, memory, stream);
-  });
+  return run(args, workspace, bytes, stream);
 }
 
 Status update(const UpdateArgs& args, void* workspace, size_t bytes, void* stream) {
   if (args.features.batch > 0 && !args.arrival_counter) return Status::null_pointer;
-  return checked_run(args, args.features.dtype, workspace, bytes, [&](auto acc, void* memory) {
-    const MixKernelArgs kernel = {args.features, args.gates, {}, args.state.view(), args.state, args.arrival_counter, args.y};
-    return run<decltype(acc)>(kernel, memory, stream);
-  });
+  return run(args, workspace, bytes, stream);
 }
 
 }  // namespace pom::cuda

@@ -68,16 +68,13 @@ template <class Acc>
 Status sum_pieces(const SumArgs<Acc>& call, void* stream) {
   const Features& f = call.features;
   if (const Status s = check_partition(f.batch, call.pieces); s != Status::ok) return s;
-  return with_instance(f, f.rotary.axes > 0, call.channel_tiles.vec, [&](auto instance) {
+  return with_instance<Acc>(f, call.channel_tiles, [&](auto instance) {
     using I = decltype(instance);
-    if constexpr (std::is_same_v<typename I::Acc, Acc>) {
-      SumArgs<Acc> args = call;
-      args.partition = partition_work(unsigned(f.batch * args.pieces.slots()), args.channel_tiles.count, kBlocks<I>);
-      const size_t shared = max(RowOf<I>::kBytes, sizeof(double) * kThreads / 2);
-      return launch(sum_features_kernel<I>, int64_t(args.channel_tiles.count) * args.partition.blocks, kThreads, shared,
-                    stream, args);
-    }
-    return Status::bad_dtype;
+    SumArgs<Acc> args = call;
+    args.partition = partition_work(unsigned(f.batch * args.pieces.slots()), args.channel_tiles.count, kBlocks<I>);
+    const size_t shared = max(RowOf<I>::kBytes, sizeof(double) * kThreads / 2);
+    return launch(sum_features_kernel<I>, int64_t(args.channel_tiles.count) * args.partition.blocks, kThreads, shared,
+                  stream, args);
   });
 }
 

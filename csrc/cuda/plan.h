@@ -6,6 +6,7 @@
 
 #include "arena.h"
 #include "checks.h"
+#include "cuda/launch.h"
 #include "pom/math.h"
 
 namespace pom::cuda {
@@ -142,7 +143,10 @@ constexpr int widest_vec(size_t size, bool paired = false) { return size == 8 ? 
 class Alignment {
  public:
   explicit Alignment(Dtype dtype)
-      : size_(dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2), vec_(widest_vec(size_)) {}
+      : size_(dtype == Dtype::f64   ? 8
+              : dtype == Dtype::f32 ? 4
+                                    : 2),
+        vec_(widest_vec(size_)) {}
 
   // Pointers to elements.
   Alignment& pointers(std::initializer_list<const void*> pointers) {
@@ -183,6 +187,7 @@ struct WithTangent : Value {
 template <class Form>
 struct WithGateTangent : Form {
   using Form::Form;
+  using Gate = WithTangent<typename Form::Gate>;
 };
 template <class Value>
 constexpr bool has_tangent = false;
@@ -210,71 +215,61 @@ Status with_vec(int vec, Body body) {
   return body(std::integral_constant<int, 1>{});
 }
 
-template <template <int> class Form, bool rotated, class T, class Body>
-Status with_degree(int degree, int vec, Body body) {
-  return with_vec<widest_vec(sizeof(T), rotated)>(vec, [&](auto elements) {
-    constexpr int Vec = decltype(elements)::value;
-    if constexpr (Vec == 1) {
-      return body(Instance<Form<0>, T, 1, rotated>{});
-    } else {
-      if (degree == 2) return body(Instance<Form<2>, T, Vec, rotated>{});
-      if (degree == 3) return body(Instance<Form<3>, T, Vec, rotated>{});
-      return body(Instance<Form<4>, T, Vec, rotated>{});
-    }
-  });
-}
-
 // With tangents there are vector instances only for the dtypes and degrees that models are trained in.
 constexpr bool is_general_with_tangent(Dtype dtype, int degree) {
   return (dtype != Dtype::f32 && dtype != Dtype::bf16) || degree < 2 || degree > 3;
 }
 
-template <template <int> class Form, bool rotated, class T, class Body>
-Status with_degree_and_tangent(int degree, int vec, Body body) {
-  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, bf16>) {
-    if (vec == 4 && degree == 2) return body(Instance<WithTangent<Form<2>>, T, 4, rotated>{});
-    if (vec == 4 && degree == 3) return body(Instance<WithTangent<Form<3>>, T, 4, rotated>{});
-  }
-  return body(Instance<WithTangent<Form<0>>, T, 1, rotated>{});
-}
+// The form for values without a tangent: GELU of 16-bit types may be coarse.
+template <template <int> class Form, int K, class T>
+using FormFor = std::conditional_t<Form<K>::has_coeff || sizeof(T) != 2, Form<K>, CoarseProduct<K>>;
 
-template <class Body>
-Status with_dtype(Dtype dtype, Body body) {
-  switch (dtype) {
-    case Dtype::f32:
-      return body(float{});
-    case Dtype::f64:
-      return body(double{});
-    case Dtype::bf16:
-      return body(bf16{});
-    default:
-      return body(f16{});
+template <template <int> class Form, bool rotated, bool tangents, class T, class Body>
+Status with_degree(const Features& f, int vec, Body body) {
+  if constexpr (tangents) {
+    if (f.u_tangent) {
+      if constexpr (std::is_same_v<T, float> || std::is_same_v<T, bf16>) {
+        if (vec == 4 && f.degree == 2) return body(Instance<WithTangent<Form<2>>, T, 4, rotated>{});
+        if (vec == 4 && f.degree == 3) return body(Instance<WithTangent<Form<3>>, T, 4, rotated>{});
+      }
+      return body(Instance<WithTangent<Form<0>>, T, 1, rotated>{});
+    }
   }
-}
-
-// Calls body(Instance{}) for these features. `rotated`: a thread must hold pairs of channels; `vec`: from the channel
-// tiles. tangents = false leaves out the instances with tangents.
-template <bool tangents = true, class Body>
-Status with_instance(const Features& f, bool rotated, int vec, Body body) {
-  return with_dtype(f.dtype, [&](auto type) {
-    using T = decltype(type);
-    if constexpr (tangents) {
-      if (f.u_tangent && f.form == Form::product)
-        return with_degree_and_tangent<Product, false, T>(f.degree, vec, body);
-      if (f.u_tangent && rotated) return with_degree_and_tangent<Power, true, T>(f.degree, vec, body);
-      if (f.u_tangent) return with_degree_and_tangent<Power, false, T>(f.degree, vec, body);
+  return with_vec<widest_vec(sizeof(T), rotated)>(vec, [&](auto elements) {
+    constexpr int Vec = decltype(elements)::value;
+    if constexpr (Vec > 1) {
+      if (f.degree == 2) return body(Instance<FormFor<Form, 2, T>, T, Vec, rotated>{});
+      if (f.degree == 3) return body(Instance<FormFor<Form, 3, T>, T, Vec, rotated>{});
+      return body(Instance<FormFor<Form, 4, T>, T, Vec, rotated>{});
     }
-    if (f.form == Form::product) {
-      if constexpr (sizeof(T) == 2)
-        return with_degree<CoarseProduct, false, T>(f.degree, vec, body);
-      else
-        return with_degree<Product, false, T>(f.degree, vec, body);
-    }
-    if (rotated) return with_degree<Power, true, T>(f.degree, vec, body);
-    return with_degree<Power, false, T>(f.degree, vec, body);
+    return body(Instance<FormFor<Form, 0, T>, T, 1, rotated>{});
   });
 }
 
+// Calls body(T{}) for this dtype, one of those whose numbers are added in Acc.
+template <class Acc, class Body>
+Status with_dtype(Dtype dtype, Body body) {
+  if constexpr (std::is_same_v<Acc, double>)
+    return body(double{});
+  else
+    return dtype == Dtype::bf16 ? body(bf16{}) : dtype == Dtype::f16 ? body(f16{}) : body(float{});
+}
+
+// Calls body(Instance{}) for these features, split into these tiles. tangents = false leaves out the instances with
+// tangents.
+template <class Acc, bool tangents = true, class Body>
+Status with_instance(const Features& f, const ChannelTiles& channel_tiles, Body body) {
+  return with_dtype<Acc>(f.dtype, [&](auto type) {
+    using T = decltype(type);
+    const int vec = channel_tiles.vec;
+    if (f.form == Form::product) return with_degree<Product, false, tangents, T>(f, vec, body);
+    if (channel_tiles.rotated_tiles) return with_degree<Power, true, tangents, T>(f, vec, body);
+    return with_degree<Power, false, tangents, T>(f, vec, body);
+  });
+}
+
+// A plan splits a call among kernels and takes their workspace: Plan<Acc>(args, memory), `arena`, and run(stream).
+//
 // The workspace bytes of a plan; 0 for arguments that will be refused. Pointers may be null at this point.
 template <template <class> class Plan, class Args>
 size_t planned_bytes(const Args& args, Dtype dtype) {
@@ -283,12 +278,20 @@ size_t planned_bytes(const Args& args, Dtype dtype) {
   return dtype == Dtype::f64 ? Plan<double>(args, nullptr).arena.used() : Plan<float>(args, nullptr).arena.used();
 }
 
-// Checks the arguments, then calls body(accumulator{}, aligned workspace).
-template <class Args, class Body>
-Status checked_run(const Args& args, Dtype dtype, void* memory, size_t bytes, Body body) {
+// Whether all these sizes fit in 32 bits.
+inline bool fit(std::initializer_list<int64_t> sizes) {
+  for (const int64_t n : sizes)
+    if (n > kMaxBlocks) return false;
+  return true;
+}
+
+// Checks the arguments, then runs the plan in the caller's workspace.
+template <template <class> class Plan, class Args>
+Status run_plan(const Args& args, Dtype dtype, void* memory, size_t bytes, void* stream) {
   if (const Status s = check(args); s != Status::ok) return s;
   if (!memory || bytes < workspace(args)) return Status::workspace_too_small;
-  return dtype == Dtype::f64 ? body(double{}, Arena::align(memory)) : body(float{}, Arena::align(memory));
+  memory = Arena::align(memory);
+  return dtype == Dtype::f64 ? Plan<double>(args, memory).run(stream) : Plan<float>(args, memory).run(stream);
 }
 
 }  // namespace pom::cuda

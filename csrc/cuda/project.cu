@@ -15,8 +15,7 @@ namespace {
 template <int half = kProductNumbers / 4>
 __device__ inline int sum_lanes(float (&x)[kProductNumbers / 2], int lane, int offset = 0) {
   const bool upper = lane & half / 2;
-  POM_UNROLL
-  for (int i = 0; i < half; ++i) {
+  POM_UNROLL for (int i = 0; i < half; ++i) {
     const float own = upper ? x[i + half] : x[i], other = upper ? x[i] : x[i + half];
     x[i] = own + __shfl_xor_sync(0xffffffffu, other, half / 2);
   }
@@ -32,13 +31,10 @@ struct Sum {
 
   Sum() = default;
   __device__ Sum(const ProjectKernelArgs& args, unsigned round, int group) : work(args, round, group) {
-    const float* const weights = args.token_weight ? args.token_weight + work.b * args.tokens : nullptr;
-    POM_UNROLL
-    for (int row = 0; row < 2; ++row) {
+    const float* const weights = args.weights(work.b);
+    POM_UNROLL for (int row = 0; row < 2; ++row) {
       const int64_t token = this->token(row);
-      of_token[row] = token >= work.piece.end ? 0.0f
-                      : weights               ? weights[token]
-                                              : 1.0f;
+      of_token[row] = token >= work.piece.end ? 0.0f : weights ? weights[token] : 1.0f;
     }
   }
   __device__ int64_t token(int row) const {
@@ -52,29 +48,25 @@ __device__ void sum_features(const ProjectKernelArgs& args, ProjectShared& share
                              float (&u)[kProductNumbers], int group, unsigned round_parity) {
   const int thread = int(threadIdx.x) % kWarpGroup, warp = thread / kWarp, lane = thread % kWarp;
   const Work& work = prepared.work;
-  float(*const sums)[kProductColumns] = shared.sums[group];
+  float (*const sums)[kProductColumns] = shared.sums[group];
   const Form form(0);
   constexpr int degree = decltype(form.degree)::capacity;
   if (work.piece.end - work.piece.begin < kProductRows) {  // other rows belong to other pieces, and may hold no numbers
-    POM_UNROLL
-    for (int i = 0; i < kProductNumbers; ++i)
+    POM_UNROLL for (int i = 0; i < kProductNumbers; ++i)
       if (prepared.token(i / 2 % 2) >= work.piece.end) u[i] = 0;
   }
   shared.coeff_full.wait(round_parity);
   const float* const coeffs = shared.coeff + 2 * (lane % 4) * degree;
   const float* const biases = shared.bias + 2 * (lane % 4);
   float x[kProductNumbers / 2];
-  POM_UNROLL
-  for (int pair = 0; pair < kProductNumbers / 4; ++pair) {  // neighbouring channels of two tokens
+  POM_UNROLL for (int pair = 0; pair < kProductNumbers / 4; ++pair) {  // neighbouring channels of two tokens
     float coeff[2 * degree], bias[2];
-    POM_UNROLL
-    for (int i = 0; i < degree; ++i) load_pair(coeffs + 8 * pair * degree + 2 * i, coeff + 2 * i);
-    load_pair(biases + 8 * pair, bias);
-    POM_UNROLL
-    for (int i = 0; i < 2; ++i) {
+    POM_UNROLL for (int i = 0; i < degree; ++i)
+      load_numbers<2>(coeffs + 8 * pair * degree + 2 * i, coeff + 2 * i);
+    load_numbers<2>(biases + 8 * pair, bias);
+    POM_UNROLL for (int i = 0; i < 2; ++i) {
       float sum = 0;
-      POM_UNROLL
-      for (int row = 0; row < 2; ++row) {
+      POM_UNROLL for (int row = 0; row < 2; ++row) {
         const float projected = u[4 * pair + 2 * row + i] + bias[i];
         float phi;
         form.value(&projected, coeff + i * degree, &phi);
@@ -84,23 +76,22 @@ __device__ void sum_features(const ProjectKernelArgs& args, ProjectShared& share
     }
   }
   const int offset = sum_lanes(x, lane);
-  POM_UNROLL
-  for (int i = 0; i < 8; i += 2) store_pair(x + i, sums[warp] + 4 * (i + offset) + 2 * (lane % 4));
+  POM_UNROLL for (int i = 0; i < 8; i += 2)
+    store_numbers<2>(sums[warp] + 4 * (i + offset) + 2 * (lane % 4), x + i);
   sync_threads(1 + group, kWarpGroup);
   if (thread == 0) shared.coeff_empty.arrive();
   const int own = 2 * thread;
   if (work.slot < args.all_slots && work.column + own < args.channels) {
     float total[2] = {};
-    POM_UNROLL
-    for (int other = 0; other < kGroupWarps; ++other) {
-      POM_UNROLL
-      for (int i = 0; i < 2; ++i) total[i] += sums[other][own + i];
+    POM_UNROLL for (int other = 0; other < kGroupWarps; ++other) {
+      POM_UNROLL for (int i = 0; i < 2; ++i)
+        total[i] += sums[other][own + i];
     }
-    store_pair(total, args.rows + int64_t(work.slot) * args.channels + work.column + own);
+    store_numbers<2>(args.rows + int64_t(work.slot) * args.channels + work.column + own, total);
   }
   sync_threads(1 + group, kWarpGroup);  // the sums may be overwritten
   if (warp > 0 || work.column > 0 || !args.weight_rows || work.slot >= args.all_slots) return;
-  const float* const weights = args.token_weight + work.b * args.tokens;
+  const float* const weights = args.weights(work.b);
   double weight = 0;
   for (int64_t token = work.piece.begin + lane; token < work.piece.end; token += kWarp)
     weight += double(weights[token]);
@@ -183,20 +174,19 @@ struct ProjectPlan {
   ProjectPlan(const ProjectStateArgs& args, void* workspace) : arena(workspace) {
     const Features& f = args.features;
     sums.pieces = Pieces(f.tokens, kPieceShift, args.groups.count, args.groups.offsets);
-    sums.tokens = f.tokens, sums.channels = int(f.width), sums.steps = int(ceil_div(args.dim, kDepth));
+    sums.call = args;
+    sums.channels = int(f.width), sums.steps = int(ceil_div(args.dim, kDepth));
     slots = f.batch * sums.pieces.slots();
     rounds = ceil_div(slots, kCluster * kGroups) * ceil_div(f.width, kProductColumns);
     sums.slots = unsigned(sums.pieces.slots()), sums.all_slots = unsigned(slots);
     sums.column_blocks = unsigned(ceil_div(f.width, kProductColumns)), sums.all_rounds = unsigned(rounds);
-    sums.bias = args.bias;
-    sums.coeff = static_cast<const float*>(f.coeff);
-    sums.token_weight = static_cast<const float*>(f.weight);
     sums.rows = arena.take<float>(slots * f.width);
     sums.weight_rows = f.weight ? arena.take<double>(slots) : nullptr;
   }
 };
 
 using ProjectKernel = void (*)(ProjectKernelArgs);
+constexpr Clusters kShape = {kCluster, kProjectThreads, kProjectBytes};
 
 // Prepares a kernel on the current device at its first use and counts the clusters that the device runs at a time.
 // Later calls look this up: the driver takes microseconds to count them.
@@ -213,26 +203,19 @@ Status prepare(ProjectKernel kernel, int& clusters) {
   if (const Status s = check_kernel(kernel, kProjectThreads); s != Status::ok) return s;
   const cudaFuncAttribute room = cudaFuncAttributeMaxDynamicSharedMemorySize;
   if (const Status s = checked(cudaFuncSetAttribute(kernel, room, int(kProjectBytes))); s != Status::ok) return s;
-  const Clusters shape = {kCluster, kProjectThreads, kProjectBytes};
-  if (const Status s = count_clusters(kernel, shape, clusters); s != Status::ok) return s;
+  if (const Status s = count_clusters(kernel, kShape, clusters); s != Status::ok) return s;
   prepared[{kernel, device}] = clusters;
   return Status::ok;
 }
 
-Status launch_project(ProjectKernel kernel, const ProjectKernelArgs& sums, int clusters, void* stream) {
-  const Clusters shape = {kCluster, kProjectThreads, kProjectBytes};
-  return launch_clusters(kernel, min(sums.all_rounds, clusters), shape, stream, sums);
-}
-
-template <class Body>
-Status with_project(const Features& f, Body body) {
-  auto with_type = [&](auto type) {
+ProjectKernel kernel_for(const Features& f) {
+  auto of_type = [&](auto type) -> ProjectKernel {
     using T = decltype(type);
-    if (f.degree == 2) return body(project_state_kernel<Power<2>, T>);
-    if (f.degree == 3) return body(project_state_kernel<Power<3>, T>);
-    return body(project_state_kernel<Power<4>, T>);
+    return f.degree == 2   ? project_state_kernel<Power<2>, T>
+           : f.degree == 3 ? project_state_kernel<Power<3>, T>
+                           : project_state_kernel<Power<4>, T>;
   };
-  return f.dtype == Dtype::bf16 ? with_type(bf16{}) : with_type(f16{});
+  return f.dtype == Dtype::bf16 ? of_type(bf16{}) : of_type(f16{});
 }
 
 Status check(const ProjectStateArgs& args) {
@@ -250,9 +233,7 @@ Status check(const ProjectStateArgs& args) {
                            .sizes({f.width, args.dim, args.x_batch_stride, args.x_token_stride})
                            .vec() == 8;
   const ProjectPlan plan(args, nullptr);
-  bool fits = true;  // all sizes fit in 32 bits, and so do the steps of all rounds
-  for (const int64_t n : {f.tokens, f.batch, f.width, args.dim, plan.slots, plan.rounds * plan.sums.steps})
-    fits = fits && n <= kMaxBlocks;
+  const bool fits = fit({f.tokens, f.batch, f.width, args.dim, plan.slots, plan.rounds * plan.sums.steps});
   const bool strided = (f.batch <= 1 || args.x_batch_stride > 0) && (f.tokens <= 1 || args.x_token_stride > 0);
   return aligned && fits && strided ? Status::ok : Status::bad_size;
 }
@@ -262,14 +243,14 @@ Status run(const ProjectStateArgs& args, void* workspace, void* stream) {
   const Features& f = args.features;
   if (f.batch * args.groups.count == 0) return Status::ok;
   int clusters;
-  const Status found = with_project(f, [&](auto kernel) { return prepare(kernel, clusters); });
-  if (found != Status::ok) return found;
+  const ProjectKernel kernel = kernel_for(f);
+  if (const Status s = prepare(kernel, clusters); s != Status::ok) return s;
   const int64_t token_stride = max(8, args.x_token_stride), batch_stride = max(8, args.x_batch_stride);
   const Tensor16 x = {args.x, args.dim, f.tokens, f.batch, token_stride, batch_stride};
   const Tensor16 weight = {args.weight, args.dim, f.width, 1, args.dim, args.dim * f.width};
   if (const Status s = make_tile_map(x, kProductRows, plan.sums.x); s != Status::ok) return s;
   if (const Status s = make_tile_map(weight, kShareRows, plan.sums.weight); s != Status::ok) return s;
-  const Status s = with_project(f, [&](auto kernel) { return launch_project(kernel, plan.sums, clusters, stream); });
+  const Status s = launch_clusters(kernel, min(plan.sums.all_rounds, clusters), kShape, stream, plan.sums);
   if (s != Status::ok) return s;
   const ReduceArgs<float> reduce = {plan.sums.pieces,      f.batch,    f.width, plan.sums.rows,
                                     plan.sums.weight_rows, args.prior, nullptr, args.out};
@@ -280,8 +261,7 @@ Status run(const ProjectStateArgs& args, void* workspace, void* stream) {
 
 bool projects(const ProjectStateArgs& args) {
   int clusters;
-  return check(args) == Status::ok &&
-         is_worth_a_try(with_project(args.features, [&](auto kernel) { return prepare(kernel, clusters); }));
+  return check(args) == Status::ok && is_worth_a_try(prepare(kernel_for(args.features), clusters));
 }
 
 size_t workspace(const ProjectStateArgs& args) {

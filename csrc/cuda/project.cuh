@@ -81,15 +81,19 @@ static_assert(kProjectBytes <= 227 << 10, "a block has no more");
 
 struct ProjectKernelArgs {
   TileMap x, weight;
+  ProjectStateArgs call;
   Pieces pieces;
-  int64_t tokens = 0;
   int channels = 0, steps = 0;                 // steps of kDepth inputs
   unsigned slots = 0, all_slots = 0;           // of one sample; of all samples
   unsigned column_blocks = 0, all_rounds = 0;  // of kProductColumns channels; these times fours of slots
-  const void* bias = nullptr;
-  const float *coeff = nullptr, *token_weight = nullptr;
-  float* rows = nullptr;          // (batch, slots, channels)
-  double* weight_rows = nullptr;  // (batch, slots); null if all weights are 1
+  float* rows = nullptr;                       // (batch, slots, channels)
+  double* weight_rows = nullptr;               // (batch, slots); null if all weights are 1
+
+  // Of the tokens of a sample; null if all are 1.
+  __device__ const float* weights(unsigned b) const {
+    const Features& f = call.features;
+    return f.weight ? static_cast<const float*>(f.weight) + b * f.tokens : nullptr;
+  }
 };
 
 // Calls body(round) for each round of this cluster: a few slots and 256 channels.
@@ -151,23 +155,23 @@ __device__ inline void copy_tokens(const ProjectKernelArgs& args, ProjectShared&
 template <class T, int degree>
 __device__ inline void copy_coefficients(const ProjectKernelArgs& args, ProjectShared& shared) {
   const int lane = int(threadIdx.x) % kWarp;
+  const float* const coeff = static_cast<const float*>(args.call.features.coeff);
   unsigned parity = 0;
   each_round(args, [&](unsigned round) {
     const int column = int(round % args.column_blocks) * kProductColumns;
     const int channels = int(min(kProductColumns, args.channels - column));  // a multiple of 8
     shared.coeff_empty.wait(parity ^ 1);
-    POM_UNROLL_4
-    for (int j = 0; j < kProductColumns * degree / 4; j += kWarp) {
+    POM_UNROLL_4 for (int j = 0; j < kProductColumns * degree / 4; j += kWarp) {
       const int i = 4 * (j + lane);
       float numbers[4] = {};
-      if (i < channels * degree) load_numbers<4>(args.coeff + int64_t(column) * degree + i, numbers);
+      if (i < channels * degree) load_numbers<4>(coeff + int64_t(column) * degree + i, numbers);
       store_numbers<4>(shared.coeff + i, numbers);
     }
     static_assert(kProductColumns == 8 * kWarp, "a lane's channels are one vector");
     float bias[8] = {};
-    if (args.bias && 8 * lane < channels) {
+    if (args.call.bias && 8 * lane < channels) {
       Packed<T, 8> packed;
-      packed.load(static_cast<const T*>(args.bias) + column + 8 * lane);
+      packed.load(static_cast<const T*>(args.call.bias) + column + 8 * lane);
       packed.unpack(bias);
     }
     store_numbers<8>(shared.bias + 8 * lane, bias);

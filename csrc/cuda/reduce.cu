@@ -15,10 +15,10 @@ __device__ double strided_sum(const Number* rows, int64_t stride, int64_t first,
   int64_t row = first;
   for (; row + (kAhead - 1) * step <= last; row += kAhead * step) {
     Number x[kAhead];
-    POM_UNROLL
-    for (int i = 0; i < kAhead; ++i) x[i] = rows[(row + i * step) * stride];
-    POM_UNROLL
-    for (int i = 0; i < kAhead; i += 4) sum += double(x[i]) + double(x[i + 1]) + (double(x[i + 2]) + double(x[i + 3]));
+    POM_UNROLL for (int i = 0; i < kAhead; ++i)
+      x[i] = rows[(row + i * step) * stride];
+    POM_UNROLL for (int i = 0; i < kAhead; i += 4)
+      sum += double(x[i]) + double(x[i + 1]) + (double(x[i + 2]) + double(x[i + 3]));
   }
   for (; row + 3 * step <= last; row += 4 * step) {
     const Number a = rows[row * stride], b = rows[(row + step) * stride], c = rows[(row + 2 * step) * stride],
@@ -26,15 +26,6 @@ __device__ double strided_sum(const Number* rows, int64_t stride, int64_t first,
     sum += double(a) + double(b) + (double(c) + double(d));
   }
   for (; row <= last; row += step) sum += double(rows[row * stride]);
-  return sum;
-}
-
-// Sums over the warps of a block; warp 0 holds the result.
-__device__ double sum_warps(double sum, double* shared) {
-  shared[threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.x < kWarp)
-    for (int warp = 1; warp < int(blockDim.x) / kWarp; ++warp) sum += shared[warp * kWarp + threadIdx.x];
   return sum;
 }
 
@@ -61,11 +52,9 @@ __device__ void scan_rows(const ReduceArgs<Acc>& args, int64_t b, int64_t channe
   for (int64_t i = begin; i < end; i += kAhead, at += kAhead * step) {
     const int count = int(min(kAhead, end - i));
     Acc x[kAhead];
-    POM_UNROLL
-    for (int j = 0; j < kAhead; ++j)
+    POM_UNROLL for (int j = 0; j < kAhead; ++j)
       if (j < count) x[j] = args.rows[at + j * step];
-    POM_UNROLL
-    for (int j = 0; j < kAhead; ++j) {
+    POM_UNROLL for (int j = 0; j < kAhead; ++j) {
       if (j >= count) break;
       sum += double(x[j]);
       write_state<Acc>(args.out, at + j * step, sum, remainder);
@@ -126,8 +115,11 @@ __global__ void __launch_bounds__(kScanWarps* kWarp)
   const int64_t column = int64_t(blockIdx.x) * kWarp + threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   double sum = 0;
   if (column < degree * width) sum = strided_sum(rows + column, degree * width, warp, count - 1, kScanWarps);
-  sum = sum_warps(sum, shared);
-  if (warp == 0 && column < degree * width) out[column % width * degree + column / width] = Acc(sum);
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp > 0 || column >= degree * width) return;
+  for (int other = 1; other < kScanWarps; ++other) sum += shared[other * kWarp + threadIdx.x];
+  out[column % width * degree + column / width] = Acc(sum);
 }
 
 }  // namespace
@@ -148,16 +140,17 @@ Status scan_groups(const ReduceArgs<Acc>& args, bool backwards, void* stream) {
 }
 
 template <class Acc>
-Status reduce_coeff(const Acc* rows, int64_t count, int64_t degree, int64_t width, Acc* out, void* stream) {
-  return launch(reduce_coeff_kernel<Acc>, ceil_div(degree * width, kWarp), kScanWarps * kWarp,
-                kScanWarps * kWarp * sizeof(double), stream, rows, count, degree, width, out);
+Status reduce_coeff(const Acc* rows, int64_t count, const Features& f, void* grad_coeff, void* stream) {
+  return launch(reduce_coeff_kernel<Acc>, ceil_div(f.degree * f.width, kWarp), kScanWarps * kWarp,
+                kScanWarps * kWarp * sizeof(double), stream, rows, count, f.degree, f.width,
+                static_cast<Acc*>(grad_coeff));
 }
 
 template Status reduce_groups(const ReduceArgs<float>&, void*);
 template Status reduce_groups(const ReduceArgs<double>&, void*);
 template Status scan_groups(const ReduceArgs<float>&, bool, void*);
 template Status scan_groups(const ReduceArgs<double>&, bool, void*);
-template Status reduce_coeff(const float*, int64_t, int64_t, int64_t, float*, void*);
-template Status reduce_coeff(const double*, int64_t, int64_t, int64_t, double*, void*);
+template Status reduce_coeff(const float*, int64_t, const Features&, void*, void*);
+template Status reduce_coeff(const double*, int64_t, const Features&, void*, void*);
 
 }  // namespace pom::cuda

@@ -14,40 +14,38 @@ bool is_one_group(const Groups& groups) { return groups.count == 1 && !groups.cu
 
 template <class Acc>
 struct StatePlan {
+  const StateArgs& args;
   Arena arena;
   Pieces pieces;
   PieceSums<Acc> sums;
 
   StatePlan(const StateArgs& args, void* workspace)
-      : arena(workspace),
+      : args(args),
+        arena(workspace),
         pieces(args.features.tokens, chunk_shift(args.features.tokens), args.groups.count, args.groups.offsets),
         sums(args.features, pieces, is_one_group(args.groups), arena) {}
+
+  Status run(void* stream) const {
+    const Features& f = args.features;
+    if (f.batch * args.groups.count == 0) return Status::ok;
+    const Status s = sums.launch(stream, args.prior, args.out);
+    if (s != Status::ok || is_one_group(args.groups)) return s;
+    const ReduceArgs<Acc> reduce = {pieces,           f.batch,    f.channels(), sums.rows,
+                                    sums.weight_rows, args.prior, nullptr,      args.out};
+    return args.groups.cumulative ? scan_groups(reduce, false, stream) : reduce_groups(reduce, stream);
+  }
 };
 
 template <class Acc>
-Status run(const StateArgs& args, void* workspace, void* stream) {
-  if (args.groups.mask) return masked_state<Acc>(args, workspace, stream);
-  const StatePlan<Acc> plan(args, workspace);
-  const Features& f = args.features;
-  if (f.batch * args.groups.count == 0) return Status::ok;
-  if (is_one_group(args.groups)) return plan.sums.launch(stream, args.prior, args.out);
-  if (const Status s = plan.sums.launch(stream); s != Status::ok) return s;
-  const ReduceArgs<Acc> reduce = {plan.pieces,           f.batch,    f.channels(), plan.sums.rows,
-                                  plan.sums.weight_rows, args.prior, nullptr,      args.out};
-  return args.groups.cumulative ? scan_groups(reduce, false, stream) : reduce_groups(reduce, stream);
-}
-
-template <class Acc>
 struct BackwardKernelArgs {
-  Features features;
+  StateBackwardArgs call;
   ChannelTiles channel_tiles;
   Pieces pieces;
   WorkPartition partition;
   int64_t channels = 0;
   const Acc* grad = nullptr;        // (batch, groups, C)
   const Acc* token_grad = nullptr;  // (batch, tokens, C); replaces `grad` with a dense mask
-  void* grad_u = nullptr;
-  Acc* coeff_rows = nullptr;  // (blocks of the partition, degree, width)
+  Acc* coeff_rows = nullptr;        // (blocks of the partition, degree, width)
 };
 
 template <class I>
@@ -67,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<I>)
   const int rows = kThreads / kLanes, row = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
   const BlockIndex block(args.channel_tiles.count);
   const Place place = args.channel_tiles.place(block.tile, lane);
-  const Features& f = args.features;
+  const Features& f = args.call.features;
   const Pieces& pieces = args.pieces;
   const unsigned slots = unsigned(pieces.slots()), end = args.partition.first(block.row + 1);
 
@@ -75,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<I>)
   for (unsigned index = args.partition.first(block.row); index < end;) {
     const unsigned b = index / slots, sample_end = unsigned(min(end, (b + 1) * slots));
     const Tokens tokens(f, b, place);
-    const typename Tokens::Rows du_rows(args.grad_u, b * f.tokens * args.channels, args.channels, place);
+    const typename Tokens::Rows du_rows(args.call.grad_u, b * f.tokens * args.channels, args.channels, place);
     typename Tokens::Raw raw[kUnroll];
     while (index < sample_end) {
       const Piece run = pieces.at(index - b * slots);
@@ -87,16 +85,15 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<I>)
       index = b * slots + unsigned(last) + 1;
       // 32 bits, to save registers.
       const int first = int(run.begin) + row, to = int(pieces.at(last, run.group).end);
-      for_tokens<kUnroll>(
-          first, to, rows, [&](int j, int64_t token) { tokens.load(token, raw[j]); },
-          [&](int j, int64_t token) {
-            Acc dphi[kNumbers], du[kNumbers];
-            if (args.token_grad) load_row<I::Vec, kRanges>(grad + token * args.channels, place, grad_row);
-            POM_UNROLL
-            for (int i = 0; i < kNumbers; ++i) dphi[i] = grad_row[i];
-            tokens.slope(token, raw[j], dphi, du, dc);
-            du_rows.store(token, du);
-          });
+      auto load = [&](int j, int64_t token) { tokens.load(token, raw[j]); };
+      for_tokens<kUnroll>(first, to, rows, load, [&](int j, int64_t token) {
+        Acc dphi[kNumbers], du[kNumbers];
+        if (args.token_grad) load_row<I::Vec, kRanges>(grad + token * args.channels, place, grad_row);
+        POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+          dphi[i] = grad_row[i];
+        tokens.slope(token, raw[j], dphi, du, dc);
+        du_rows.store(token, du);
+      });
     }
   }
   if constexpr (I::Form::has_coeff)
@@ -107,14 +104,12 @@ template <class Acc>
 struct StateBackwardPlan {
   Arena arena;
   BackwardKernelArgs<Acc> args;
-  Pieces groups;  // one row per group, for the scan of gradients
-  Acc* suffix;    // (batch, groups, C): gradient of each group's own tokens, for cumulative groups
+  Acc* suffix;  // (batch, groups, C): gradient of each group's own tokens, for cumulative groups
   std::optional<MaskProduct<Acc>> masked;  // dL/dφ of the tokens, with a dense mask
 
-  StateBackwardPlan(const StateBackwardArgs& call, void* workspace) : arena(workspace) {
+  StateBackwardPlan(const StateBackwardArgs& call, void* workspace) : arena(workspace), args{call} {
     const Features& f = call.features;
     const Alignment alignment = alignment_of(f).pointers({call.grad_u}).numbers({call.grad_total, call.grad_coeff});
-    args.features = f;
     args.channel_tiles = make_channel_tiles(f, f.rotary, alignment.vec());
     args.pieces = {f.tokens, chunk_shift(f.tokens), call.groups.mask ? 1 : call.groups.count, call.groups.offsets};
     args.channels = f.channels();
@@ -126,43 +121,36 @@ struct StateBackwardPlan {
       masked->out.total = token_grad;
       args.token_grad = token_grad;
     }
-    args.grad_u = call.grad_u;
-    groups = Pieces::rows(call.groups.count);
     suffix = call.groups.cumulative ? arena.take<Acc>(f.batch * call.groups.count * args.channels) : nullptr;
     args.grad = suffix ? suffix : static_cast<const Acc*>(call.grad_total);
     args.coeff_rows = f.form == Form::power ? arena.take<Acc>(args.partition.blocks * f.degree * f.width) : nullptr;
   }
-};
 
-template <class Acc>
-Status run(const StateBackwardArgs& call, void* workspace, void* stream) {
-  const StateBackwardPlan<Acc> plan(call, workspace);
-  const Features& f = call.features;
-  if (const Status s = check_partition(f.batch, plan.args.pieces); s != Status::ok) return s;
-  if (plan.suffix && f.batch > 0) {
-    ReduceArgs<Acc> suffix = {plan.groups, f.batch, f.channels(), static_cast<const Acc*>(call.grad_total)};
-    suffix.out.total = plan.suffix;
-    if (const Status s = scan_groups(suffix, true, stream); s != Status::ok) return s;
-  }
-  if (plan.masked) {
-    if (const Status s = plan.masked->launch(stream); s != Status::ok) return s;
-  }
-  const Status launched = with_instance(f, f.rotary.axes > 0, plan.args.channel_tiles.vec, [&](auto instance) {
-    using I = decltype(instance);
-    if constexpr (std::is_same_v<typename I::Acc, Acc>) {
-      BackwardKernelArgs<Acc> args = plan.args;
-      if (!I::Form::has_coeff)
-        args.partition = partition_work(args.partition.pieces, args.channel_tiles.count, kBackwardBlocks<I>);
-      return launch(state_backward_kernel<I>, int64_t(args.channel_tiles.count) * args.partition.blocks, kThreads,
-                    kCoeffBytes<I>, stream, args);
+  Status run(void* stream) const {
+    const StateBackwardArgs& call = args.call;
+    const Features& f = call.features;
+    if (const Status s = check_partition(f.batch, args.pieces); s != Status::ok) return s;
+    if (suffix && f.batch > 0) {
+      ReduceArgs<Acc> scan = {Pieces::rows(call.groups.count), f.batch, args.channels,
+                              static_cast<const Acc*>(call.grad_total)};
+      scan.out.total = suffix;
+      if (const Status s = scan_groups(scan, true, stream); s != Status::ok) return s;
     }
-    return Status::bad_dtype;
-  });
-  if (launched != Status::ok || f.form != Form::power) return launched;
-  const BackwardKernelArgs<Acc>& args = plan.args;
-  return reduce_coeff(args.coeff_rows, args.partition.blocks, f.degree, f.width, static_cast<Acc*>(call.grad_coeff),
-                      stream);
-}
+    if (masked) {
+      if (const Status s = masked->launch(stream); s != Status::ok) return s;
+    }
+    const Status launched = with_instance<Acc>(f, args.channel_tiles, [&](auto instance) {
+      using I = decltype(instance);
+      BackwardKernelArgs<Acc> kernel = args;
+      if (!I::Form::has_coeff)
+        kernel.partition = partition_work(args.partition.pieces, args.channel_tiles.count, kBackwardBlocks<I>);
+      return launch(state_backward_kernel<I>, int64_t(args.channel_tiles.count) * kernel.partition.blocks, kThreads,
+                    kCoeffBytes<I>, stream, kernel);
+    });
+    if (launched != Status::ok || f.form != Form::power) return launched;
+    return reduce_coeff(args.coeff_rows, args.partition.blocks, f, call.grad_coeff, stream);
+  }
+};
 
 }  // namespace
 
@@ -170,17 +158,15 @@ size_t workspace(const StateArgs& args) {
   return args.groups.mask ? planned_bytes<MaskedStatePlan>(args, args.features.dtype)
                           : planned_bytes<StatePlan>(args, args.features.dtype);
 }
-
-Status state(const StateArgs& args, void* workspace, size_t bytes, void* stream) {
-  return checked_run(args, args.features.dtype, workspace, bytes,
-                     [&](auto acc, void* memory) { return run<decltype(acc)>(args, memory, stream); });
-}
-
 size_t workspace(const StateBackwardArgs& args) { return planned_bytes<StateBackwardPlan>(args, args.features.dtype); }
 
+Status state(const StateArgs& args, void* workspace, size_t bytes, void* stream) {
+  return args.groups.mask ? run_plan<MaskedStatePlan>(args, args.features.dtype, workspace, bytes, stream)
+                          : run_plan<StatePlan>(args, args.features.dtype, workspace, bytes, stream);
+}
+
 Status state_backward(const StateBackwardArgs& args, void* workspace, size_t bytes, void* stream) {
-  return checked_run(args, args.features.dtype, workspace, bytes,
-                     [&](auto acc, void* memory) { return run<decltype(acc)>(args, memory, stream); });
+  return run_plan<StateBackwardPlan>(args, args.features.dtype, workspace, bytes, stream);
 }
 
 }  // namespace pom::cuda

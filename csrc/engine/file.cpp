@@ -43,15 +43,18 @@ uint32_t checksum(const char* data, size_t bytes) {
   return ~rest;
 }
 
-Header header_of(const pom_shape& shape) {
+// Calls body(offset, record, bytes) for the header and the record of each layer, as they lie in the file.
+template <class Body>
+void each_record(const pom_shape& shape, Body body) {
   Header header = {{},          kVersion,          sizeof(LayerRecord), shape.layer_count,
                    shape.batch, shape.evaluations, states_bytes(shape)};
   std::memcpy(header.magic, kMagic, sizeof kMagic);
-  return header;
-}
-
-LayerRecord record_of(const pom_layer& layer) {
-  return {layer.form, layer.degree, int32_t(size_of_acc(dtype(layer))), 0, layer.width, layer.kept};
+  body(0, &header, sizeof header);
+  for (int64_t i = 0; i < shape.layer_count; ++i) {
+    const pom_layer& l = shape.layers[i];
+    const LayerRecord record = {l.form, l.degree, int32_t(size_of_acc(dtype(l))), 0, l.width, l.kept};
+    body(sizeof header + size_t(i) * sizeof record, &record, sizeof record);
+  }
 }
 
 size_t bytes_before_states(const pom_shape& shape) {
@@ -71,14 +74,11 @@ Status check_file(const char* file, size_t bytes) {
 }
 
 bool same_shape(const char* file, size_t bytes, const pom_stream& stream) {
-  if (bytes != pom_stream_saved_bytes(&stream)) return false;
-  const Header header = header_of(stream.shape);
-  if (std::memcmp(file, &header, sizeof header) != 0) return false;
-  for (int64_t i = 0; i < stream.shape.layer_count; ++i) {
-    const LayerRecord record = record_of(stream.shape.layers[i]);
-    if (std::memcmp(file + sizeof header + size_t(i) * sizeof record, &record, sizeof record) != 0) return false;
-  }
-  return true;
+  bool same = bytes == pom_stream_saved_bytes(&stream);
+  each_record(stream.shape, [&](size_t at, const void* record, size_t size) {
+    same = same && std::memcmp(file + at, record, size) == 0;
+  });
+  return same;
 }
 
 }  // namespace
@@ -101,12 +101,7 @@ pom_status pom_stream_save(const pom_stream* stream, void* file, size_t bytes) {
   if (const Status s = copy(stream->place, states, memory_of(*stream), states_bytes(shape)); s != Status::ok)
     return int(s);
   if (const Status s = wait(stream->place); s != Status::ok) return int(s);
-  const Header header = header_of(shape);
-  std::memcpy(out, &header, sizeof header);
-  for (int64_t i = 0; i < shape.layer_count; ++i) {
-    const LayerRecord record = record_of(shape.layers[i]);
-    std::memcpy(out + sizeof header + size_t(i) * sizeof record, &record, sizeof record);
-  }
+  each_record(shape, [&](size_t at, const void* record, size_t size) { std::memcpy(out + at, record, size); });
   const size_t covered = pom_stream_saved_bytes(stream) - sizeof(uint32_t);
   const uint32_t sum = checksum(out, covered);
   std::memcpy(out + covered, &sum, sizeof sum);

@@ -4,7 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -33,7 +33,7 @@ struct DLManagedTensor {
   void* context;
   void (*deleter)(DLManagedTensor*);
 };
-constexpr int32_t kDLCpu = 1, kDLCuda = 2;
+constexpr int32_t kDLCuda = 2;
 constexpr uint8_t kDLUnsigned = 1, kDLFloat = 2, kDLBfloat = 4;
 
 inline std::string shown(const std::vector<int64_t>& shape) {
@@ -63,14 +63,7 @@ class Array {
       for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape[i];
     }
   }
-  Array(Array&& other)
-      : shape(std::move(other.shape)),
-        strides(std::move(other.strides)),
-        name_(other.name_),
-        capsule_(std::move(other.capsule_)),
-        managed_(other.managed_) {
-    other.managed_ = nullptr;
-  }
+  Array(const Array&) = delete;
   ~Array() {
     if (managed_ && managed_->deleter) managed_->deleter(managed_);
   }

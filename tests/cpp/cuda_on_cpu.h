@@ -260,6 +260,16 @@ namespace cuda_on_cpu {
 // The answer to all kernel launches and queries from now on, and the versions of driver and runtime.
 inline thread_local cudaError_t refusal = cudaSuccess;
 inline thread_local int driver = 13000, runtime = 13000;
+
+// Launches a kernel with the shared memory that it was allowed.
+template <class Kernel, class... Arguments>
+cudaError_t run(Kernel kernel, unsigned blocks, int threads, size_t shared_bytes, int cluster, Arguments... arguments) {
+  if (refusal != cudaSuccess) return refusal;
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  requested_shared = allowed_shared(function);
+  launch(blocks, threads, shared_bytes, [=] { kernel(arguments...); }, function, cluster);
+  return cudaSuccess;
+}
 }  // namespace cuda_on_cpu
 using cudaStream_t = void*;
 enum cudaMemcpyKind { cudaMemcpyDefault };
