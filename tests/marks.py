@@ -1,4 +1,4 @@
-"""Marks a test by what it needs: `build`, `browser`, `gpu`. The mark `slow` is in the test files themselves."""
+"""Marks a test by what it needs: `build`, `browser`, `gpu`; and as `slow` those that take most of the time."""
 
 import pytest
 
@@ -6,6 +6,40 @@ PLACES = {
     "build": ("tests/build/", "tests/export/"),
     "browser": ("tests/play/test_play_browser.py",),
     "gpu": ("tests/ops/test_cuda_graphs.py",),
+    "slow": (  # together eight of ten minutes of the tests that compile nothing
+        "tests/benchmarks/test_benchmark_compiled.py",
+        "tests/benchmarks/test_benchmark_forward_mode.py",
+        "tests/benchmarks/test_benchmark_one_step.py",
+        "tests/benchmarks/test_benchmarks.py::test_memory_is_that_of_one_call",
+        "tests/benchmarks/test_gpu_report",
+        "tests/cli/test_cli.py::test_demo_writes_all_its_files",
+        "tests/cli/test_cli.py::test_images_in_one_step",
+        "tests/cli/test_cli_video.py",
+        "tests/data/test_video_data.py::test_clips_follow_from_the_seed_and_the_index",
+        "tests/data/test_video_data.py::test_digits_start_in_the_middle_as_the_image_they_are",
+        "tests/layers/test_projected.py::test_derivatives",
+        "tests/layers/test_projected.py::test_transforms_of_a_direction",
+        "tests/models/test_frame_by_frame.py",
+        "tests/ops/test_autocast.py::test_models_train",
+        "tests/ops/test_compile.py",
+        "tests/ops/test_derivatives.py::test_against_finite_differences",
+        "tests/ops/test_derivatives.py::test_compiled",
+        "tests/ops/test_derivatives.py::test_every_entry_and_every_batch_of_them",
+        "tests/ops/test_determinism.py::test_memory_does_not_grow_with_the_tokens",
+        "tests/ops/test_dispatch.py::test_decisions_are_logged",
+        "tests/ops/test_fuzz.py",
+        "tests/ops/test_instruction_sets.py",
+        "tests/ops/test_mix.py::test_gradcheck",
+        "tests/ops/test_odd.py",
+        "tests/ops/test_state_object.py::test_100_000_merges_stay_accurate",
+        "tests/ops/test_torch.py::test_calls_leave_nothing_behind",
+        "tests/ops/test_torch.py::test_opcheck",
+        "tests/streaming/test_streaming.py::test_100_000_frames",
+        "tests/streaming/test_streaming.py::test_a_long_stream",
+        "tests/streaming/test_streaming.py::test_clean_context_draws",
+        "tests/streaming/test_streaming.py::test_shared_noise_frame_after_frame",
+        "tests/test_forward_mode.py::test_compiled",
+    ),
 }
 FIXTURES = {"build": "cmake_library"}
 
