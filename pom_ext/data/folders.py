@@ -29,11 +29,7 @@ class ImageFolder(ImageDataset):
         root = Path(root)
         if size < 1:
             raise ValueError(f"size: expected a positive number of pixels, got {size}")
-        if not root.is_dir():
-            raise ValueError(
-                f"data: expected a folder with one sub-folder per class, got {root}, which is not a folder"
-            )
-        folders = _class_folders(root)
+        folders = _class_folders(root, "a folder with one sub-folder per class")
         if not folders:
             raise ValueError(f"data: expected one sub-folder per class in {root}, found none")
         suffixes = set(Image.registered_extensions())
@@ -82,9 +78,7 @@ class VideoFolder(VideoDataset):
         root = Path(root)
         if min(frames, size, stride) < 1:
             raise ValueError(f"frames, size, stride: expected at least 1, got {frames}, {size} and {stride}")
-        if not root.is_dir():
-            raise ValueError(f"data: expected a folder of videos, got {root}, which is not a folder")
-        folders = _class_folders(root)
+        folders = _class_folders(root, "a folder of videos")
         self.classes, self.shape, self.stride = tuple(f.name for f in folders), (3, frames, size, size), stride
         span, longest = (frames - 1) * stride + 1, 0
         self.clips = []  # (file, first frame, label)
@@ -111,7 +105,10 @@ class VideoFolder(VideoDataset):
         return torch.stack(pictures, dim=1), torch.tensor(label)
 
 
-def _class_folders(root):
+def _class_folders(root, expected):
+    """The sub-folders of `root`, sorted; ValueError unless it is a folder."""
+    if not root.is_dir():
+        raise ValueError(f"data: expected {expected}, got {root}, which is not a folder")
     return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
