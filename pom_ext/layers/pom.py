@@ -196,7 +196,7 @@ class PoM(nn.Module):
             )
         groups: dict[str, Any] = {"frames": frames, "cu_seqlens": cu_seqlens}
         features = {"weight": weight, "rotary": rotary, "state": state}
-        if choose("layer", self._call(x, (self.gate_proj, self.out_proj), mode=mode)) == "one operation":
+        if choose("layer", LayerCall(self, x, mode)) == "one operation":
             tokens, gates = project(self.context_proj, context), project(self.gate_proj, x)
             options = {"form": self.form, "degree": self.degree, "n_sel_heads": self.n_sel_heads} | groups | features
             options |= {"mask": mask, "causal": causal, "gate_rotary": gate_rotary, "return_state": return_state}
@@ -221,7 +221,7 @@ class PoM(nn.Module):
         state: State | None = None,
     ) -> State:
         """The State of context tokens (B, N, dim); the other arguments as of `polynomial_state`."""
-        if choose("layer state", self._call(context, (self.context_proj,))) == "stored projection":
+        if choose("layer state", LayerCall(self, context)) == "stored projection":
             tokens = project(self.context_proj, context)
             options = {"form": self.form, "degree": self.degree, "frames": frames, "cu_seqlens": cu_seqlens}
             return polynomial_state(tokens, self.coeff, weight=weight, rotary=rotary, state=state, **options)
@@ -242,23 +242,20 @@ class PoM(nn.Module):
         rotary: Rotary | None = None,
     ) -> Tensor:
         """(B, M, dim): the readout of query tokens (B, M, dim); the other arguments as of `polynomial_readout`."""
-        projections, groups = (self.gate_proj, self.out_proj), state.total.shape[1]
+        groups = state.total.shape[1]
         even = cu_seqlens is None and not isinstance(frames, (list, tuple, torch.Tensor))
-        taken = choose("layer readout", self._call(x, projections, groups=groups, even=even))
+        taken = choose("layer readout", LayerCall(self, x, None, groups, even))
         if taken == "stored projection":
             gates, options = project(self.gate_proj, x), {"form": self.form, "n_sel_heads": self.n_sel_heads}
             y = polynomial_readout(gates, state, frames=frames, cu_seqlens=cu_seqlens, rotary=rotary, **options)
             return project(self.out_proj, y)
-        gate = Gate(None, self.n_sel_heads, rotary)
+        projections, gate = (self.gate_proj, self.out_proj), Gate(None, self.n_sel_heads, rotary)
         if taken == "streamed projection":
             offsets = query_offsets(x, groups, frames, cu_seqlens)
             return projected_readout(x, projections, state, gate, self.form, offsets, self._saves(x, state.total))
         # One frame length deals the queries evenly.
         offsets = None if is_integer(frames) else query_offsets(x, groups, frames, cu_seqlens)
         return folded_readout(x, projections, state, gate, self.form, offsets)
-
-    def _call(self, x: Tensor, projections: tuple[nn.Module, ...], **more: Any) -> LayerCall:
-        return LayerCall(x, projections, self.memory, width=self.state_width, n_heads=self.n_sel_heads, **more)
 
     def _saves(self, *inputs: Tensor) -> bool:
         """Whether projections are stored, because gradients will need them."""

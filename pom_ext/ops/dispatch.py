@@ -33,19 +33,15 @@ LEAST_ON_GPU = 4096
 
 
 class LayerCall(NamedTuple):
-    """A call of a layer, as far as its implementation depends on it.
+    """A call of a layer `PoM`, as far as its implementation depends on it.
 
-    x: (B, N, D) tokens. projections: those of the tokens, (context,) or (gate, out). memory: "store" or "recompute".
-    mode: "causal", "mask", "groups" or None. width: C. groups: of the state that is read. even: whether the queries are
-    dealt evenly to the groups, without offsets.
+    x: (B, N, D) tokens. mode: "causal", "mask", "groups" or None. groups: of the state that is read. even: whether the
+    queries are dealt evenly to the groups, without offsets.
     """
 
+    layer: Any
     x: Tensor
-    projections: tuple[nn.Module, ...]
-    memory: str = "store"
     mode: str | None = None
-    width: int = 0
-    n_heads: int = 1
     groups: int = 1
     even: bool = True
 
@@ -130,7 +126,7 @@ def _one_operation(call: LayerCall) -> list[str]:
     reasons = []
     if call.mode == "groups":
         reasons.append("frames and cu_seqlens have several groups")
-    if call.memory == "recompute":
+    if call.layer.memory == "recompute":
         reasons.append("memory='recompute' stores no projection")
     if not _folded(call):
         reasons.append("the readout can be folded into the output projection")
@@ -139,25 +135,34 @@ def _one_operation(call: LayerCall) -> list[str]:
 
 @implementation("layer readout", "folded into the output projection")
 def _folded(call: LayerCall) -> list[str]:
-    if call.n_heads == 1:
+    layer, x, _, groups, even = call
+    if layer.n_sel_heads == 1:
         return ["a gate per channel cannot be folded"]
     reasons = []
-    if not is_unmodified_linear(call.projections[1]):
+    if not is_unmodified_linear(layer.out_proj):
         reasons.append("the output projection is no plain nn.Linear: it has hooks, an adapter or quantised weights")
-    if not folding_pays(call.x, call.groups, call.width, call.n_heads, even=call.even):
+    if not folding_pays(x, groups, layer.state_width, layer.n_sel_heads, even=even):
         reasons.append("folding takes longer than the projection of so few queries")
     return reasons
 
 
-@implementation("layer state", "streamed projection")
-@implementation("layer readout", "streamed projection")
-def _streamed(call: LayerCall) -> list[str]:
+def _streamed(call: LayerCall, *projections: nn.Module) -> list[str]:
     reasons = []
-    if call.x.device.type != "cpu" and call.memory != "recompute":
+    if call.x.device.type != "cpu" and call.layer.memory != "recompute":
         reasons.append("on a GPU blocks are slower than one product; memory='recompute' takes them to save memory")
-    if not all_unmodified(call.x, *call.projections):
+    if not all_unmodified(call.x, *projections):
         reasons.append("a projection is no plain nn.Linear: it has hooks, an adapter or quantised weights")
     return reasons
+
+
+@implementation("layer state", "streamed projection")
+def _streamed_state(call: LayerCall) -> list[str]:
+    return _streamed(call, call.layer.context_proj)
+
+
+@implementation("layer readout", "streamed projection")
+def _streamed_readout(call: LayerCall) -> list[str]:
+    return _streamed(call, call.layer.gate_proj, call.layer.out_proj)
 
 
 @implementation("project_state on a GPU", "fused kernel")

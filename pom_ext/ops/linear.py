@@ -87,16 +87,21 @@ def is_unmodified_linear(projection: nn.Module) -> bool:
     """
     if type(projection) is not nn.Linear or "forward" in projection.__dict__ or _has_any_global_hook():
         return False
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    parameters = (projection.weight, projection.bias)
-    return not any(getattr(projection, name) for name in hooks) and not any(
-        map(is_traceable_wrapper_subclass, parameters)
-    )
+    hooked = projection._forward_hooks or projection._forward_pre_hooks
+    hooked = hooked or projection._backward_hooks or projection._backward_pre_hooks
+    # Twice as fast as projection.weight, which asks for attributes of other kinds first.
+    parameters = projection._parameters
+    return not hooked and not _is_wrapper(parameters["weight"]) and not _is_wrapper(parameters["bias"])
+
+
+def _is_wrapper(t: Tensor | None) -> bool:
+    """Whether this is a tensor that holds others, such as a quantised weight."""
+    return t is not None and type(t) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(t)
 
 
 def all_unmodified(x: Tensor, *projections: nn.Module) -> bool:
     """Whether operations may take the place of these projections of x."""
-    return not is_traceable_wrapper_subclass(x) and all(map(is_unmodified_linear, projections))
+    return not _is_wrapper(x) and all(map(is_unmodified_linear, projections))
 
 
 def cast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
@@ -113,14 +118,18 @@ def projection_arguments(x: Tensor, *projections: nn.Module) -> tuple[Any, ...]:
     Raises:
         TypeError: x and a projection differ in dtype, as torch.nn.functional.linear would say it.
     """
-    parameters: list[Any] = [t for projection in projections for t in (projection.weight, projection.bias)]
+    parameters: list[Any] = []
+    for projection in projections:
+        parameters += (projection.weight, projection.bias)
     x, *parameters = cast(x, *parameters)
-    for name, t in zip(("weight", "bias") * len(projections), parameters, strict=True):
-        if t is not None and t.dtype != x.dtype:
-            raise TypeError(
-                f"x: expected {t.dtype} as the {name} of the projection, got {x.dtype}; use .to() on either"
-            )
-    return x, *map(Projection, parameters[::2], parameters[1::2])
+    dtype, arguments = x.dtype, []
+    for i in range(0, len(parameters), 2):
+        weight, bias = parameters[i : i + 2]
+        if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+            name, t = ("weight", weight) if weight.dtype != dtype else ("bias", bias)
+            raise TypeError(f"x: expected {t.dtype} as the {name} of the projection, got {dtype}; use .to() on either")
+        arguments.append(Projection(weight, bias))
+    return x, *arguments
 
 
 def project(projection: nn.Module, x: Tensor) -> Tensor:
