@@ -25,7 +25,7 @@ TORCHES ?= 2.12.0 2.14.1
 POM_EXT_CUDA ?= gpu
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 ASKED = POM_EXT_CUDA=$(POM_EXT_CUDA) TORCH_CUDA_ARCH_LIST=$(TORCH_CUDA_ARCH_LIST) CUDA_HOME=$(CUDA_HOME)
-SOURCES := setup.py build_objects.py build_cuda.py build_note.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml $(wildcard tools/build/*.py) $(shell find csrc -type f)
 
 export POM_EXT_CUDA
 .PHONY: demo test test-cpp fuzz bench gpu-report wheel sdist check-wheel clean always
@@ -37,12 +37,13 @@ test: $(VENV)/built $(VENV)/browser
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 test-cpp: $(VENV)/built
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS) $(addprefix tests/test_,$(addsuffix .py,cpp cuda_on_cpu cmake engine export))
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/engine tests/export/test_export.py \
+	  $(addprefix tests/build/test_,$(addsuffix .py,cpp cuda_on_cpu cmake))
 
 fuzz: $(VENV)/built
 	for seed in 0 $(SEED); do \
 	  echo "seed $$seed"; \
-	  POM_EXT_FUZZ_CASES=20000 POM_EXT_FUZZ_SEED=$$seed $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/test_fuzz.py || exit 1; \
+	  POM_EXT_FUZZ_CASES=20000 POM_EXT_FUZZ_SEED=$$seed $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/ops/test_fuzz.py || exit 1; \
 	done
 
 bench: $(VENV)/built
@@ -51,7 +52,7 @@ bench: $(VENV)/built
 wheel: export TORCH_CUDA_ARCH_LIST := $(or $(TORCH_CUDA_ARCH_LIST),all)
 wheel: $(VENV)/environment
 	rm -f dist/*.whl
-	$(BIN)/python build_cuda.py
+	$(BIN)/python -m tools.build.cuda
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 sdist: $(VENV)/environment
@@ -75,7 +76,7 @@ $(VENV)/asked: always | $(VENV)/environment
 	@echo '$(ASKED)' | cmp --quiet - $@ 2>/dev/null || echo '$(ASKED)' >$@
 
 $(VENV)/built: $(VENV)/environment $(VENV)/asked $(SOURCES)
-	$(BIN)/python build_cuda.py
+	$(BIN)/python -m tools.build.cuda
 	$(BIN)/pip install --quiet --no-build-isolation --editable '.[train,play,test]'
 	touch $@
 

@@ -14,9 +14,9 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # pip runs this file from a path of its own
 
-import build_cuda
-from build_note import refuse_older_torch, write_note
-from build_objects import Job, compile_stale
+from tools.build import cuda as build_cuda
+from tools.build.note import refuse_older_torch, write_note
+from tools.build.objects import Job, compile_stale
 
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10: this build serves that torch and later ones
 INCLUDE = ["csrc", "csrc/include"]

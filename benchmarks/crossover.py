@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from pom_ext import PoM
+from pom_ext.media.figures import save_crossover
 from pom_ext.models import blocks, image_dit
-from pom_ext.plots import save_crossover
 
 from .baselines import Attention
 from .run import machine, machine_line, save

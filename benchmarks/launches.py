@@ -137,8 +137,8 @@ def all_cases():
 
 def projected(layer):
     """The state of a LayerCase: (batch, tokens, dim) to the sums of its projected tokens."""
-    from pom_ext import _blocks
-    from pom_ext.checks import FORMS
+    from pom_ext.ops import _blocks
+    from pom_ext.ops.checks import FORMS
 
     from .measure import forward
     from .ops import short

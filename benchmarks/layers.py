@@ -7,8 +7,9 @@ from unittest import mock
 
 import torch
 
-from pom_ext import PoM, _blocks
-from pom_ext.projected import project
+from pom_ext import PoM
+from pom_ext.ops import _blocks
+from pom_ext.ops.projected import project
 
 from .baselines import Attention, plain_layer
 from .measure import OURS, Setup, Target, as_tuple, forward, measure_times, training_step

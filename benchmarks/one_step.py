@@ -19,8 +19,8 @@ from pom_ext.data import MNIST
 from pom_ext.demo.classifier import accuracy, train_classifier
 from pom_ext.demo.images import MODEL, TRAIN
 from pom_ext.diffusion import build_objective
+from pom_ext.media.figures import save_grid
 from pom_ext.models import ImageDiT
-from pom_ext.plots import save_grid
 from pom_ext.sampling import sample
 from pom_ext.training import train
 

@@ -5,7 +5,8 @@ from math import prod
 
 import torch
 
-from pom_ext import State, polynomial_mix, polynomial_readout, polynomial_state, polynomial_update, reference
+from pom_ext import State, polynomial_mix, polynomial_readout, polynomial_state, polynomial_update
+from pom_ext.ops import reference
 
 from . import baselines
 from .measure import (

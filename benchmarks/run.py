@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 import pom_ext
-from pom_ext import _library
-from pom_ext.checkpoint import written_aside
+from pom_ext._io import atomic_write
+from pom_ext.ops import _library
 
 from . import cases, device, device_cases
 from .fatal import is_fatal
@@ -184,7 +184,7 @@ def outcome(case, clock, settings, bandwidth, speed):
 def save(content, path):
     """Write the JSON file anew. Where that fails, on a full disk say, the run goes on and a line tells why."""
     try:
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         print(f"--json: {path} could not be written: {error}", flush=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import written_aside
+from ._io import atomic_write
 
 FORMS = ("product", "power")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -89,7 +89,7 @@ class Stream:
             gate: (B, M, C), or (B, M, heads).
             coeff: (E, degree) float32 (float64 for float64), power form only.
             weight: (B, N) of every token; None: all one.
-            rotary, gate_rotary: (cos, sin, axes) as `pom_ext.rotary.rotary_table` makes them.
+            rotary, gate_rotary: (cos, sin, axes) as `pom_ext.ops.rotary_table` makes them.
             out: (B, M, C) array to write to; None makes a numpy array.
 
         Returns:
@@ -146,7 +146,7 @@ class Stream:
 
     def save(self, path):
         """Write a small file with a version and a checksum, whole or not at all."""
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             aside.write_bytes(self._stream.save())
 
     def load(self, path):

@@ -11,7 +11,7 @@ from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .checks import under_autocast
+from .ops.checks import under_autocast
 
 
 def _still(*tensors):

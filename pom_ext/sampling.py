@@ -3,8 +3,10 @@
 import torch
 from tqdm.auto import tqdm
 
-from .diffusion import FlowMatching, MeanFlow, guided_prediction, seeded_generator
-from .solvers import check_solver, denoise
+from ._random import seeded_generator
+from .diffusion import FlowMatching, MeanFlow
+from .diffusion.objectives import guided_prediction
+from .diffusion.solvers import check_solver, denoise
 from .streaming import VideoStream
 
 

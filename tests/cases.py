@@ -8,8 +8,8 @@ from itertools import product
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pom_ext import State, polynomial_mix, reference
-from pom_ext.rotary import Rotary, rotary_table
+from pom_ext import State, polynomial_mix
+from pom_ext.ops import Rotary, reference, rotary_table
 
 FORMS = ("product", "power")
 DEGREES = (1, 2, 3, 4, 5, 16)

@@ -11,7 +11,7 @@ import tested_library  # noqa: F401 -- before pom_ext
 import torch
 from hypothesis import settings
 
-from pom_ext import _library
+from pom_ext.ops import _library
 
 DEVICES = [device for device in _library.DEVICES if device == "cpu" or torch.cuda.is_available()]
 

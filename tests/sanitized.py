@@ -10,7 +10,7 @@ from itertools import product
 import tested_library  # noqa: F401 -- before pom_ext
 import torch
 from cases import FORMS, Case, draw_inputs, move, op_function, run_op, state_dtype
-from test_at_once import arguments, draw_readout_call, draw_state_call
+from fused_cases import arguments, draw_readout_call, draw_state_call
 
 from pom_ext import State, polynomial_update
 

@@ -24,7 +24,10 @@ OF_THE_SOURCE = (
     *("aoti", "build*", "cmake", "cpp", "cuda_code", "cuda_on_cpu", "export", "wheel"),
     *("benchmark*", "cuda_launches", "gpu_report*", "play_browser"),
 )
-OF_THE_ENGINE = ("--ignore=tests/test_engine.py", "--deselect=tests/test_readme.py::test_the_page_on_the_engine_runs")
+OF_THE_ENGINE = (
+    "--ignore=tests/engine/test_engine.py",
+    "--deselect=tests/test_readme.py::test_the_page_on_the_engine_runs",
+)
 
 
 def run(*command, cwd, env, check=True):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from torch.utils import cpp_extension
 
-from build_objects import Job, compile_stale
+from tools.build.objects import Job, compile_stale
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIABLE = "POM_EXT_TEST_LIBRARY"

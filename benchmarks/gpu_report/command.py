@@ -74,7 +74,7 @@ def settle(world, report, lines, status):
         if not ended:
             content.setdefault("wrong", []).append(f"{name}: {read.why_ended(lines, status)}")
         try:
-            with folder.written_aside(path) as aside:
+            with folder.atomic_write(path) as aside:
                 aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             report.unwritten(error)

@@ -12,7 +12,7 @@ from pathlib import Path
 from .run import ROOT
 
 # Without torch, which importing pom_ext takes.
-written_aside = runpy.run_path(str(ROOT / "pom_ext/files.py"))["written_aside"]
+atomic_write = runpy.run_path(str(ROOT / "pom_ext/_io.py"))["atomic_write"]
 FILES = ("report.json", "report.txt", "benchmark.json", "failed.txt", "log.txt")
 EARLIER = {"report.json": "earlier-report.json", "report.txt": "earlier-report.txt"}
 MARK = "pom_ext gpu-report"  # in report.json: whose files these are

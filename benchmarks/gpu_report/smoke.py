@@ -30,11 +30,12 @@ from cases import (
     state_dtype,
     with_gradients,
 )
+from fused_cases import arguments, draw_readout_call, draw_state_call, read, state_of
 from sanitized import update_twice
-from test_at_once import arguments, draw_readout_call, draw_state_call, read, state_of
 
-from pom_ext import State, polynomial_readout, polynomial_state, reference
-from pom_ext.checks import FORMS
+from pom_ext import State, polynomial_readout, polynomial_state
+from pom_ext.ops import reference
+from pom_ext.ops.checks import FORMS
 
 from .families import FAMILIES
 

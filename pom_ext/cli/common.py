@@ -31,7 +31,7 @@ def chosen_device(device):
     """The device asked for, or the best there is; ValueError where this build or machine lacks it."""
     import torch
 
-    from .. import _library
+    from ..ops import _library
 
     if device is None:
         return _library.default_device()

@@ -30,9 +30,10 @@ def sample(
     """Draw images from a checkpoint as a grid, one row per class."""
     import torch
 
-    from ..checkpoint import load_model
-    from ..diffusion import build_objective, noise_shift
-    from ..plots import save_grid
+    from ..diffusion import build_objective
+    from ..diffusion.objectives import noise_shift
+    from ..media.figures import save_grid
+    from ..models.checkpoint import load_model
     from ..sampling import sample as draw
 
     if per_label < 1:

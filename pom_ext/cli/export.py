@@ -25,7 +25,7 @@ def export(
 
         export_model(checkpoint, out)
     else:
-        from ..aoti import export_frame_step
+        from ..export import export_frame_step
 
         model, settings = load_video_model(checkpoint, device)
         export_frame_step(model, aoti, objective=objective_of(settings), context=settings["train"]["context"])

@@ -45,7 +45,7 @@ def doctor():
 
     Exit code 1 if the compiled library does not load, or does not fit what is here.
     """
-    from ..doctor import diagnose
+    from .doctor import diagnose
 
     fits = True
     try:

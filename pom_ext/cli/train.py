@@ -61,12 +61,12 @@ def train(
     """Train an image or a video model. Interrupt it at any time; --resume goes on from the last checkpoint."""
     import torch
 
-    from ..data import open_dataset
-    from ..diffusion import noise_shift
-    from ..plots import save_loss_curve
+    from ..data import open_dataset, open_video_dataset
+    from ..data.videos import is_video
+    from ..diffusion.objectives import noise_shift
+    from ..media.figures import save_loss_curve
     from ..training import TrainConfig
     from ..training import train as run_training
-    from ..video_data import is_video, open_video_dataset
 
     checkpoint = out / "model.safetensors"
     if checkpoint.exists() and not resume:
@@ -113,8 +113,9 @@ def _image_network(dataset, model, options):
 
 
 def _video_network(dataset, model, start, options):
-    from ..checkpoint import load_model
-    from ..models import VideoDiT, inflate, video_dit
+    from ..convert import inflate
+    from ..models import VideoDiT, video_dit
+    from ..models.checkpoint import load_model
 
     channels, frames, *size = dataset.shape
     if start is not None:

@@ -47,9 +47,10 @@ def stream(
     device: Device = None,
 ):
     """Draw a video frame after frame, each shown or written as soon as it is finished."""
+    from ..media import open_writer
+    from ..media.video import ffplay_command, tile
     from ..play import script
     from ..streaming import VideoStream
-    from ..video_files import ffplay_command, open_writer, tile
 
     network, settings = load_video_model(checkpoint, device)
     data, endless = settings["data"], out in ("-", "window")
@@ -167,7 +168,7 @@ def objective_of(settings):
 
 def load_video_model(checkpoint, device):
     """`load_model`, and ValueError where it is a model of images."""
-    from ..checkpoint import load_model
+    from ..models.checkpoint import load_model
 
     network, settings = load_model(checkpoint, device=chosen_device(device))
     if settings.get("architecture") != "VideoDiT":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import written_aside
+from .._io import atomic_write
 from .images import run_images
 from .report import markdown
 from .video import run_video
@@ -31,7 +31,7 @@ def run_demo(out="out/demo", *, image_seconds=150.0, video_seconds=300.0, per_cl
     report["video"] = run_video(out, model, seconds=video_seconds, per_class=streams, seed=seed)
     report["total_seconds"] = round(time.perf_counter() - begin, 1)
     for name, text in (("report.json", json.dumps(report, indent=2) + "\n"), ("report.md", markdown(report))):
-        with written_aside(out / name) as aside:
+        with atomic_write(out / name) as aside:
             aside.write_text(text, encoding="utf-8")
     return report
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..diffusion import seeded_generator
+from .._random import seeded_generator
 
 
 def build_classifier():

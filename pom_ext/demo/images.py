@@ -7,8 +7,8 @@ import torch
 
 from ..data import MNIST
 from ..diffusion import FlowMatching
+from ..media.figures import save_grid, save_loss_curve
 from ..models import ImageDiT
-from ..plots import save_grid, save_loss_curve
 from ..sampling import sample
 from ..training import TrainConfig, train
 from .classifier import accuracy, train_classifier

@@ -5,13 +5,15 @@ from dataclasses import asdict
 
 import torch
 
+from ..convert import inflate
+from ..data import MovingDigits
 from ..diffusion import FlowMatching
-from ..models import VideoDiT, inflate
-from ..plots import save_loss_curve, save_stream_costs
+from ..media import contact_sheet, write_video
+from ..media.figures import save_loss_curve, save_stream_costs
+from ..media.video import tile
+from ..models import VideoDiT
 from ..streaming import VideoStream
 from ..training import TrainConfig, train
-from ..video_data import MovingDigits
-from ..video_files import contact_sheet, tile, write_video
 from .classifier import train_classifier
 
 CLIP, STREAM = 8, 24  # frames: of a clip in training, and of the videos drawn

@@ -1,8 +1,7 @@
 """Diffusion transformers built on PoM."""
 
+from .cache import Past
 from .image import ImageDiT, image_dit
-from .inflate import inflate
-from .past import Past
 from .video import VideoDiT, video_dit
 
-__all__ = ["ImageDiT", "Past", "VideoDiT", "image_dit", "inflate", "video_dit"]
+__all__ = ["ImageDiT", "Past", "VideoDiT", "image_dit", "video_dit"]

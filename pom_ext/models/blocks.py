@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..checks import under_autocast
-from ..module import PoM
+from ..layers import PoM
+from ..ops.checks import under_autocast
 
 MAX_TIME = 1000  # diffusion time runs over [0, 1000)
 MIXERS = ("product", "power", "attention", "local")

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..checks import under_autocast
+from ..ops.checks import under_autocast
 from . import blocks
 from .blocks import AdaLN, Grid, TimeEmbedding, polynomial
+from .cache import FORGET_NOTHING, Forgetting, Past
 from .image import SIZES
-from .past import FORGET_NOTHING, Forgetting, Past
 from .video_blocks import (
     KERNEL,
     CrossAttention,

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..checks import accumulator
-from ..module import PoM
-from ..state import State
+from ..layers import PoM
+from ..ops import State
+from ..ops.checks import accumulator
 from .blocks import AdaLN, Attention, Block, Gate, Grid, attend, full_precision, unit_interval
-from .past import FORGET_NOTHING, Forgetting, KeyValues
+from .cache import FORGET_NOTHING, Forgetting, KeyValues
 
 KERNEL = 3  # frames that the local convolution sees: its own and the ones before
 

@@ -1,0 +1,58 @@
+"""A video model that starts from what an image model has learned."""
+
+import torch
+
+from ..models.image import ImageDiT
+from ..models.video import MIXERS, VideoDiT
+
+
+def inflate(model, *, length, size=None, frames=1):
+    """A `VideoDiT` with the weights of an `ImageDiT`, which predicts of a still video what that does of the picture.
+
+    The local convolution starts with the image model's weights on a frame itself and zeros on those before. Positions are
+    those of space alone, so that a stream has no end.
+
+    Args:
+        model: an `ImageDiT` without registers and local attention, with a width that 8 divides.
+        length: video frames of a clip in training.
+        size: (H, W) of the videos; None takes that of the images.
+        frames: video frames in one token, patch[0].
+
+    Returns:
+        VideoDiT in the dtype and on the device of the model.
+
+    Raises:
+        TypeError, ValueError: an image model that has no video counterpart.
+    """
+    if not isinstance(model, ImageDiT):
+        raise TypeError(f"model: expected an ImageDiT, got {type(model).__name__}")
+    if model.n_registers:
+        raise ValueError(f"model: expected n_registers=0, got {model.n_registers}; video models have no registers")
+    if model.config["two_times"]:
+        raise ValueError("model: expected two_times=False; video models have one time")
+    config = dict(model.config)
+    mixers = [config["mixer"]] if isinstance(config["mixer"], str) else config["mixer"]
+    if not set(mixers) <= set(MIXERS):
+        raise ValueError(f"model: expected mixers of {', '.join(MIXERS)}, got {config['mixer']}")
+    side, patch = config.pop("image_size"), config.pop("patch")
+    for name in ("n_registers", "window", "two_times"):
+        del config[name]
+    video = VideoDiT(
+        size=(side, side) if size is None else size,
+        length=length,
+        patch=(frames, patch, patch),
+        positions="space",
+        **config,
+    )
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name == "patch_in.weight":  # (D, h * w * C) -> (D, t * h * w * C), the mean of the frames of a token
+            tensor = tensor.repeat(1, frames) / frames
+        elif name.startswith("patch_out."):  # (h * w * C, ...) -> (t * h * w * C, ...)
+            tensor = torch.cat([tensor] * frames)
+        elif name.endswith("local_conv.conv.weight"):  # (D, 1, 3, 3) -> (D, 1, 3, 3, 3)
+            tensor = torch.stack([torch.zeros_like(tensor), torch.zeros_like(tensor), tensor], dim=2)
+        tensors[name] = tensor
+    weight = model.patch_in.weight
+    video.to(weight.device, weight.dtype).load_state_dict(tensors)
+    return video

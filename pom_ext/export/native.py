@@ -1,0 +1,121 @@
+"""Export: a VideoDiT checkpoint as a flat float32 safetensors file, for programs without torch (examples/stream.cpp)."""
+
+import torch
+from safetensors.torch import save_file
+
+from .._io import atomic_write
+from ..models.blocks import Grid, sincos_positions, time_frequencies
+from ..models.checkpoint import load_model
+
+FORMAT = "pom_ext video 1"  # raised whenever a program that reads the last one would go wrong
+
+
+def export_model(checkpoint, path):
+    """Write the averaged weights of a video model, as the engine takes them (csrc/include/pom/engine.h).
+
+    The file's metadata are numbers and words, its tensors float32: the projections of context and gate stacked, those of
+    all modulations of all layers stacked, their "1 +" within the bias, biases that a layer lacks as zeros.
+
+    Args:
+        checkpoint: a file that training wrote.
+        path: the file to write, whole or not at all.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: no checkpoint, or one of a model that the program cannot run.
+    """
+    model, settings = load_model(checkpoint)
+    _check_supported(checkpoint, model, settings)
+    tensors = {name: tensor.detach().float().contiguous() for name, tensor in _tensors(model).items()}
+    with atomic_write(path) as aside:
+        save_file(tensors, aside, metadata=_metadata(model, settings))
+
+
+def _check_supported(checkpoint, model, settings):
+    if settings.get("architecture") != "VideoDiT":
+        raise ValueError(f"checkpoint: expected a video model, {checkpoint} is one of images")
+    if "attention" in model.config["mixer"]:
+        raise ValueError("mixer: expected product or power in every layer; the engine has no attention")
+    if model.text_dim:
+        raise ValueError(f"text_dim: expected a model without text, got text_dim={model.text_dim}")
+    if model.positions != "space":
+        raise ValueError(f"positions: expected 'space', which has no end, got {model.positions!r}")
+    if settings["train"]["objective"] != "flow":
+        raise ValueError(f"objective: expected flow matching, 'flow', got {settings['train']['objective']!r}")
+
+
+def _metadata(model, settings):
+    mixers = [block.mixer for block in model.blocks]
+    values = {
+        "format": FORMAT,
+        "channels": model.in_channels,
+        "patch": model.patch,
+        "size": model.size,
+        "dim": model.dim,
+        "ffw": model.blocks[0].ffw[0].out_features,
+        "classes": model.n_classes,
+        "local_conv": int(model.config["local_conv"]),
+        "forms": [mixer.form for mixer in mixers],
+        "degrees": [mixer.degree for mixer in mixers],
+        "heads": [mixer.n_sel_heads for mixer in mixers],
+        "widths": [mixer.dim * mixer.expand for mixer in mixers],
+        "context": settings["train"]["context"],
+        "shift": settings["train"]["shift"],
+        "fps": settings["data"].get("fps", 8.0),
+    }
+    return {name: " ".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for name, v in values.items()}
+
+
+def _tensors(model):
+    """Names and tensors. D is the width of a token, P that of a patch, C of a state."""
+    grid = Grid(*(length // unit for length, unit in zip(model.size, model.patch[1:])))
+    tensors = {
+        "positions": sincos_positions(grid, model.dim, like=model.patch_in.weight)[0],  # (tokens, D)
+        "time.frequencies": time_frequencies(model.dim, like=model.patch_in.weight),  # (D / 2,)
+        **_linear("patch_in", model.patch_in),  # (D, P)
+        **_linear("time.in", model.time_embed.mlp[0]),  # (4 D, D)
+        **_linear("time.out", model.time_embed.mlp[2]),  # (D, 4 D)
+        **_stacked("modulation", *_modulations(model)),  # (6 D for every layer, then 2 D; D)
+        **_linear("patch_out", model.patch_out),  # (P, D)
+    }
+    if model.label_embed is not None:
+        tensors["labels"] = model.label_embed.weight  # (classes + 1, D)
+    for number, block in enumerate(model.blocks):
+        name, mixer = f"layers.{number}", block.mixer
+        tensors |= _stacked(f"{name}.mixer_in", mixer.context_proj, mixer.gate_proj)  # (C + gates, D)
+        tensors |= _linear(f"{name}.mixer_out", mixer.out_proj)  # (D, C)
+        if mixer.coeff is not None:
+            tensors[f"{name}.coeff"] = mixer.coeff  # (C, degree)
+        tensors |= _linear(f"{name}.ffw_in", block.ffw[0]) | _linear(f"{name}.ffw_out", block.ffw[2])
+        if block.local_conv is not None:
+            conv = block.local_conv.conv
+            weight = conv.weight.flatten(1).t()  # (27, D): frame, row, column; channels side by side
+            tensors |= {f"{name}.conv.weight": weight, f"{name}.conv.bias": conv.bias}
+    return tensors
+
+
+def _modulations(model):
+    """Layers whose outputs, one under the other, are what the blocks multiply with and add: (D, condition) each."""
+    for block in model.blocks:
+        for norm, gate in ((block.mixer_norm, block.mixer_gate), (block.ffw_norm, block.ffw_gate)):
+            yield _plus_one(norm.modulation, model.dim)
+            yield _plus_one(gate, model.dim)
+    yield _plus_one(model.norm_out.modulation, model.dim)
+
+
+def _plus_one(layer, rows):
+    """The layer with 1 added to its first outputs: scales and gates are 1 + what is learned."""
+    one = (torch.arange(len(layer.bias)) < rows).to(layer.bias)
+    made = torch.nn.Linear(layer.in_features, layer.out_features)
+    made.weight, made.bias = layer.weight, torch.nn.Parameter(layer.bias.detach() + one)
+    return made
+
+
+def _linear(name, layer):
+    return _stacked(name, layer)
+
+
+def _stacked(name, *layers):
+    """Weights, and biases, one under the other."""
+    bias = [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
+    return {f"{name}.weight": torch.cat([layer.weight for layer in layers]), f"{name}.bias": torch.cat(bias)}

@@ -1,0 +1,234 @@
+"""PoM: the polynomial mixer as a layer, the drop-in for multi-head attention."""
+
+import math
+
+import torch
+from torch import nn
+
+from ..ops import _library, polynomial_mix, polynomial_readout, polynomial_state, rotary_table
+from ..ops.checks import MAX_HEADS, check_form, check_tensor
+from ..ops.functional import only_one
+from ..ops.projected import (
+    are_plain,
+    folded_readout,
+    folding_pays,
+    is_plain,
+    project,
+    projected_readout,
+    projected_state,
+)
+from ..ops.rotary import AXES
+
+MEMORY = ("store", "recompute")
+
+
+class GroupedLinear(nn.Module):
+    """A linear map whose weight is block diagonal: group i of the inputs makes group i of the outputs.
+
+    weight: (groups, out_features / groups, in_features / groups)
+    """
+
+    def __init__(self, in_features, out_features, groups, bias=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, out_features // groups, in_features // groups))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        bound = math.sqrt(groups / in_features)
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x):  # (B, N, in) -> (B, N, out)
+        groups, _, width = self.weight.shape
+        tokens, weight = x.reshape(-1, groups, width).transpose(0, 1), self.weight.mT
+        if self.bias is None:
+            y = tokens @ weight
+        else:  # added before the one rounding of half precision, as nn.Linear does
+            y = torch.baddbmm(self.bias.view(groups, 1, -1), tokens, weight)
+        return y.transpose(0, 1).unflatten(0, x.shape[:-1]).flatten(-2)
+
+
+class PoM(nn.Module):
+    """Polynomial mixer: y = W_o (γ(W_g x) ⊙ H) + b_o, with H the mean polynomial feature of the context W_c c.
+
+    Args:
+        dim: width D of the tokens.
+        degree: degree of the polynomial, 1 to 16.
+        expand: width of one polynomial factor, in multiples of `dim`.
+        form: "product" (arXiv 2411.12663, davidpicard/HoMM `HoM`) or "power" (arXiv 2604.06129, davidpicard/pom `PoM`).
+        n_groups: groups of the context projection (block-diagonal weight).
+        n_sel_heads: 1 for a gate per channel, more for one scalar gate per head of channels.
+        bias: biases on the context and output projections; None takes the authors' default, True for product and
+            False for power. The gate of the power form always has one, as the authors' has.
+        rope: None, "1d", "2d" or "3d": rotary positions on the features and on the gate (power form).
+        memory: what training keeps for the gradients: "store" keeps the projections of all tokens, "recompute" only the
+            tokens, and projects again: a fifth more time, on a CPU block by block, so that they are never all there.
+
+    Raises:
+        ValueError: a size that does not divide, or a value outside the ranges above.
+    """
+
+    def __init__(self, dim, degree=2, expand=2, *, form="product", n_groups=1, n_sel_heads=1, bias=None, rope=None,
+                 memory="store"):  # fmt: skip
+        super().__init__()
+        check_form(form, degree)
+        if dim < 1 or expand < 1:
+            raise ValueError(f"dim and expand: expected positive integers, got dim={dim}, expand={expand}")
+        self.dim, self.degree, self.expand, self.form, self.rope = dim, degree, expand, form, rope
+        self.n_groups, self.n_sel_heads = n_groups, n_sel_heads
+        width = dim * expand * (degree if form == "product" else 1)  # C: channels of the state
+        if n_groups < 1 or dim % n_groups or width % n_groups:
+            raise ValueError(f"n_groups: expected a divisor of dim={dim}, got {n_groups}")
+        if not 1 <= n_sel_heads <= MAX_HEADS or width % n_sel_heads:
+            raise ValueError(
+                f"n_sel_heads: expected a divisor of the state width {width}, at most {MAX_HEADS}, got {n_sel_heads}"
+            )
+        if rope is not None:
+            if rope not in AXES:
+                raise ValueError(f"rope: expected None, '1d', '2d' or '3d', got {rope!r}")
+            if form != "power":
+                raise ValueError("rope: rotary positions are defined for form='power' only, got form='product'")
+            pairs = width if n_sel_heads == 1 else n_sel_heads
+            if pairs < 2 * AXES[rope]:
+                raise ValueError(f"rope: {rope!r} needs at least {2 * AXES[rope]} gates to rotate, got {pairs}")
+        if memory not in MEMORY:
+            raise ValueError(f"memory: expected 'store' or 'recompute', got {memory!r}")
+        self.memory = memory
+        bias = (form == "product") if bias is None else bias
+        self.state_width = width
+        if n_groups == 1:
+            self.context_proj = nn.Linear(dim, width, bias=bias)
+        else:
+            self.context_proj = GroupedLinear(dim, width, n_groups, bias=bias)
+        self.gate_proj = nn.Linear(dim, n_sel_heads if n_sel_heads > 1 else width, bias=bias or form == "power")
+        self.out_proj = nn.Linear(width, dim, bias=bias)
+        if form == "power":
+            # Starts as the activation itself, plus small higher powers for the training to grow.
+            coeff = torch.randn(width, degree) * 0.1
+            coeff[:, 0] += 1
+            self.coeff = nn.Parameter(coeff)
+        else:
+            self.register_parameter("coeff", None)
+
+    def extra_repr(self):
+        return (
+            f"dim={self.dim}, degree={self.degree}, expand={self.expand}, form={self.form!r}, "
+            f"n_groups={self.n_groups}, n_sel_heads={self.n_sel_heads}, rope={self.rope!r}, memory={self.memory!r}"
+        )
+
+    def _rotaries(self, x, context, positions, context_positions):
+        """Angle tables of the features and of the gate."""
+        if self.rope is None:
+            for name, given in (("positions", positions), ("context_positions", context_positions)):
+                if given is not None:
+                    raise ValueError(
+                        f"{name}: this layer has no rotary positions; build it with rope='1d', '2d' or '3d'"
+                    )
+            return None, None
+        axes = AXES[self.rope]
+        if context is x and context_positions is None:
+            context_positions = positions
+        tables = []
+        for name, given, tokens in (("context_positions", context_positions, context), ("positions", positions, x)):
+            if given is None:
+                if axes > 1:
+                    raise ValueError(f"{name}: rope={self.rope!r} needs the coordinates of the tokens, (N, {axes})")
+                given = torch.arange(tokens.shape[1], device=tokens.device)
+            expected = (tokens.shape[1],) if axes == 1 and given.dim() == 1 else (tokens.shape[1], axes)
+            if tuple(given.shape) != expected:
+                raise ValueError(f"{name}: expected shape {expected}, got {tuple(given.shape)}")
+            tables.append(given)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        width, heads = self.state_width, self.n_sel_heads
+        features = rotary_table(tables[0], width, axes, dtype=dtype)
+        if heads == 1:
+            return features, rotary_table(tables[1], width, axes, dtype=dtype)
+        stride = max(1, width // heads // 2 * axes)  # heads of one channel turn as the features do
+        return features, rotary_table(tables[1], heads, axes, stride, table_channels=width, dtype=dtype)
+
+    def forward(
+        self,
+        x,
+        context=None,
+        *,
+        weight=None,
+        mask=None,
+        causal=False,
+        frames=None,
+        cu_seqlens=None,
+        positions=None,
+        context_positions=None,
+        state=None,
+        return_state=False,
+    ):
+        """Mix. Every context mode of `polynomial_mix` is available here.
+
+        Args:
+            x: (B, M, dim) query tokens.
+            context: (B, N, dim) context tokens; None mixes x with itself.
+            weight: (B, N) weight of each context token, at least 0; a padding mask is one.
+            mask: (B, M, N) who sees whom; the one mode that is not linear in tokens.
+            causal: token m sees tokens 0..m.
+            frames: one frame length, or offsets 0, ..., N; a token of frame f sees frames 0..f.
+            cu_seqlens: offsets 0, ..., N of packed sequences that do not see each other.
+            positions, context_positions: (M,) or (M, axes) coordinates for `rope`.
+            state: `State` of what came before, seen by every query.
+            return_state: also return the `State` after the last context token.
+
+        Returns:
+            (B, M, dim), and the State if asked for.
+        """
+        _library.load()
+        context = x if context is None else context
+        check_tensor("x", x, ("B", "M", self.dim))
+        if context is not x:
+            check_tensor("context", context, (x.shape[0], "N", self.dim), like=x)
+        rotary, gate_rotary = self._rotaries(x, context, positions, context_positions)
+        grouped = frames is not None or cu_seqlens is not None
+        if (grouped or causal) and context.shape[1] != x.shape[1]:
+            raise ValueError(
+                "context: with causal, frames or cu_seqlens the queries are the context tokens, got "
+                f"{context.shape[1]} of these and {x.shape[1]} queries"
+            )
+        # On a GPU a short context and its queries are one kernel.
+        together = x.is_cuda and not grouped and self.memory == "store" and not self._folds(x, 1)
+        if causal or mask is not None or together:
+            mixed = polynomial_mix(
+                project(self.context_proj, context), project(self.gate_proj, x), self.coeff, form=self.form,
+                degree=self.degree, n_sel_heads=self.n_sel_heads, weight=weight, mask=mask, causal=causal, frames=frames,
+                cu_seqlens=cu_seqlens, rotary=rotary, gate_rotary=gate_rotary, state=state, return_state=return_state,
+            )  # fmt: skip
+            return (project(self.out_proj, mixed[0]), mixed[1]) if return_state else project(self.out_proj, mixed)
+        if return_state:
+            only_one(return_state=True, cu_seqlens=cu_seqlens)
+        state = self.state_of(context, weight=weight, frames=frames, cu_seqlens=cu_seqlens, rotary=rotary, state=state)
+        y = self.read(x, state, frames=frames, cu_seqlens=cu_seqlens, rotary=gate_rotary)
+        return (y, state.last()) if return_state else y
+
+    def state_of(self, context, **seen):
+        """The State of context tokens (B, N, dim), which may see each other as `polynomial_state` lets them."""
+        options = {"form": self.form, "degree": self.degree, **seen}
+        if self._fuses(context, self.context_proj):
+            return projected_state(context, self.context_proj, self.coeff, keep=self._keeps(context), **options)
+        return polynomial_state(project(self.context_proj, context), self.coeff, **options)
+
+    def read(self, x, state, **seen):
+        """What query tokens (B, M, dim) read of a State, in groups as of `polynomial_readout`: (B, M, dim)."""
+        options = {"form": self.form, "n_sel_heads": self.n_sel_heads, **seen}
+        even = seen.get("cu_seqlens") is None and not isinstance(seen.get("frames"), (list, tuple, torch.Tensor))
+        if self._folds(x, state.total.shape[1], even):
+            return folded_readout(x, self.gate_proj, self.out_proj, state, **options)
+        if self._fuses(x, self.gate_proj, self.out_proj):
+            keep = self._keeps(x, state.total)
+            return projected_readout(x, self.gate_proj, self.out_proj, state, keep=keep, **options)
+        return project(self.out_proj, polynomial_readout(project(self.gate_proj, x), state, **options))
+
+    def _folds(self, x, groups, even=True):
+        """Whether the readout is folded into the output projection."""
+        return is_plain(self.out_proj) and folding_pays(x, groups, self.state_width, self.n_sel_heads, even=even)
+
+    def _fuses(self, x, *projections):
+        """Whether one operation projects and sums, or reads and projects. On a GPU only where that is to save memory."""
+        return (x.device.type == "cpu" or self.memory == "recompute") and are_plain(x, *projections)
+
+    def _keeps(self, *inputs):
+        """Whether projections are stored, because there will be gradients that need them."""
+        differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.parameters()))
+        return differentiated and self.memory == "store"

@@ -1,0 +1,148 @@
+"""What is wrong with an argument, said before anything is computed: the name, what was expected, what was given."""
+
+import itertools
+
+import torch
+
+from .rotary import Rotary
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FORMS = ("product", "power")
+MAX_HEADS = 1024
+
+
+def accumulator(dtype):
+    """The dtype sums are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def under_autocast(tensor):
+    """Whether autocast chooses dtypes where the tensor is. Of the meta device torch cannot even be asked."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
+def is_integer(value):
+    """An int, or what stands for one while torch traces with dynamic shapes; True and False are none."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_form(form, degree=1):
+    if form not in FORMS:
+        raise ValueError(f"form: expected 'product' or 'power', got {form!r}")
+    if not is_integer(degree) or not 1 <= degree <= 16:
+        raise ValueError(f"degree: expected an integer from 1 to 16, got {degree!r}")
+
+
+def check_tensor(name, tensor, shape, dtypes=FLOATS, like=None):
+    """`shape` holds a size or a letter (any size) for every dimension."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if dtypes and tensor.dtype not in dtypes:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected {expected}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.dim() != len(shape) or any(isinstance(n, int) and n != m for n, m in zip(shape, tensor.shape)):
+        expected = ", ".join(map(str, shape))
+        raise ValueError(f"{name}: expected shape ({expected}), got {tuple(tensor.shape)}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {tensor.device}")
+
+
+def check_features(u, coeff, form, degree):
+    check_form(form, degree)
+    check_tensor("u", u, ("B", "N", "C"))
+    channels = u.shape[2]
+    if form == "product":
+        if coeff is not None:
+            raise ValueError("coeff: the product form has no coefficients; expected None")
+        if channels == 0 or channels % degree:
+            raise ValueError(f"u: expected a multiple of degree={degree} channels, got shape {tuple(u.shape)}")
+    else:
+        if channels == 0:
+            raise ValueError(f"u: expected at least one channel, got shape {tuple(u.shape)}")
+        if coeff is None:
+            raise ValueError(f"coeff: the power form needs coefficients of shape ({channels}, {degree}), got None")
+        check_tensor("coeff", coeff, (channels, degree), like=u)
+
+
+def check_weights(name, weights, shape, like):
+    """Weights or mask as the kernels read them: constants, not negative, in the accumulator's dtype."""
+    check_tensor(name, weights, shape, dtypes=(), like=like)
+    if weights.is_complex():
+        raise TypeError(f"{name}: expected real numbers or booleans, got {weights.dtype}")
+    if weights.requires_grad:
+        raise ValueError(f"{name}: no gradient is defined for it; expected requires_grad=False, pass {name}.detach()")
+    # The values of a traced tensor are not known, and looking at a GPU's would wait for it.
+    readable = weights.device.type == "cpu" and not torch.compiler.is_compiling() and type(weights) is torch.Tensor
+    if readable and weights.dtype != torch.bool and weights.numel() and bool((weights < 0).any()):
+        raise ValueError(f"{name}: expected no negative weight, got {weights.min().item()}")
+    return weights.to(accumulator(like.dtype)).contiguous()
+
+
+def offsets_tensor(name, offsets, tokens, like):
+    """Offsets 0, ..., tokens as an int64 tensor on the device of `like`."""
+    if isinstance(offsets, torch.Tensor):
+        if offsets.dim() != 1 or offsets.is_floating_point() or offsets.dtype == torch.bool or offsets.numel() == 0:
+            raise ValueError(
+                f"{name}: expected integer offsets 0, ..., {tokens} in one dimension, "
+                f"got {tuple(offsets.shape)} {offsets.dtype}"
+            )
+        if offsets.device.type != "cpu" or torch.compiler.is_compiling() or type(offsets) is not torch.Tensor:
+            return offsets.to(like.device, torch.int64)
+        values = offsets.tolist()
+    else:
+        if not isinstance(offsets, (list, tuple)) or not all(map(is_integer, offsets)):
+            raise TypeError(f"{name}: expected integer offsets 0, ..., {tokens} as a list or tensor, got {offsets!r}")
+        values = list(offsets)
+    if not values or values[0] != 0 or values[-1] != tokens:
+        raise ValueError(f"{name}: expected offsets from 0 to {tokens}, the number of context tokens, got {values}")
+    if any(b < a for a, b in itertools.pairwise(values)):
+        raise ValueError(f"{name}: expected offsets that never decrease, got {values}")
+    return torch.tensor(values, dtype=torch.int64, device=like.device)
+
+
+def frame_offsets(frames, tokens, like):
+    """Offsets of frames given as one length or as offsets. No frames are one without tokens: there is a state after it."""
+    if is_integer(frames):
+        if frames < 1 or tokens % frames:
+            raise ValueError(f"frames: expected a frame length that divides the {tokens} context tokens, got {frames}")
+        offsets = torch.arange(0, tokens + 1, frames, dtype=torch.int64, device=like.device)
+    else:
+        offsets = offsets_tensor("frames", frames, tokens, like)
+    return offsets if offsets.shape[0] > 1 else offsets.repeat(2)
+
+
+def check_gate(gate, channels, n_sel_heads, form):
+    check_form(form)
+    if not is_integer(n_sel_heads) or n_sel_heads < 1 or channels % n_sel_heads or n_sel_heads > MAX_HEADS:
+        raise ValueError(
+            f"n_sel_heads: expected a divisor of the state width {channels}, at most {MAX_HEADS}, got {n_sel_heads!r}"
+        )
+    check_tensor("gate", gate, ("B", "M", n_sel_heads if n_sel_heads > 1 else channels))
+
+
+def check_rotary(name, rotary, tokens, channels, form, like):
+    if rotary is None:
+        return
+    if not isinstance(rotary, Rotary):
+        raise TypeError(f"{name}: expected a pom_ext.ops.Rotary, got {type(rotary).__name__}")
+    if form != "power":
+        raise ValueError(f"{name}: rotary positions are defined for form='power' only, got form={form!r}")
+    for part in ("cos", "sin"):
+        check_tensor(f"{name}.{part}", getattr(rotary, part), (tokens, "axes * half"), (accumulator(like.dtype),), like)
+    pairs = rotary.cos.shape[1]
+    if pairs != rotary.sin.shape[1] or rotary.axes < 1 or pairs % rotary.axes or not 0 < 2 * pairs <= channels:
+        raise ValueError(
+            f"{name}: expected cos and sin with axes * half columns, at most {channels // 2}, "
+            f"got {tuple(rotary.cos.shape)}, {tuple(rotary.sin.shape)} and axes={rotary.axes}"
+        )
+
+
+def check_state(name, state, batch, channels, dtype, like, groups=1):
+    from .state import State
+
+    if not isinstance(state, State):
+        raise TypeError(f"{name}: expected a State, got {type(state).__name__}")
+    expected = (batch, groups, channels)
+    for field in ("total", "residual"):
+        check_tensor(f"{name}.{field}", getattr(state, field), expected, (accumulator(dtype),), like)
+    check_tensor(f"{name}.count", state.count, expected[:2], (torch.float64,), like)

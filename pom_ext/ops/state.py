@@ -1,0 +1,141 @@
+"""State: everything a polynomial mixer remembers of the tokens it has seen."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+FIELDS = ("total", "residual", "count")
+
+
+def two_sum(a, b):
+    """a + b rounded, and what rounding lost, exactly (Knuth, TAOCP 4.2.2)."""
+    total = a + b
+    b_part = total - a
+    lost = (a - (total - b_part)) + (b - b_part)
+    return total, torch.where(torch.isfinite(total), lost, 0)
+
+
+@dataclass(frozen=True)
+class State:
+    """The weighted sum of the features of the tokens seen, and their count.
+
+    States add: the state of a ++ b is the state of a plus the state of b, however long the stream.
+
+    total: (B, G, C) float32 (float64 for float64 inputs), the sum.
+    residual: (B, G, C), what `total` cannot hold: the sum is total + residual.
+    count: (B, G) float64, number of tokens or sum of their weights.
+    """
+
+    total: torch.Tensor
+    residual: torch.Tensor
+    count: torch.Tensor
+    _ticket: torch.Tensor | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def ticket(self):
+        """(B,) int32 zeros, by which the blocks of a GPU kernel that updates this state in place know the last of them.
+        Made when first asked for, shared with no other state, and zero again after every update."""
+        if self._ticket is None:
+            tickets = torch.zeros(self.total.shape[0], dtype=torch.int32, device=self.total.device)
+            object.__setattr__(self, "_ticket", tickets)
+        return self._ticket
+
+    @classmethod
+    def empty(cls, batch, width, groups=1, *, dtype=torch.float32, device=None):
+        """The state of no tokens."""
+        total = torch.zeros(batch, groups, width, dtype=dtype, device=device)
+        return cls(total, torch.zeros_like(total), torch.zeros(batch, groups, dtype=torch.float64, device=device))
+
+    def merge(self, other):
+        """The state of the tokens of both. One group on either side is added to every group of the other.
+
+        Raises:
+            ValueError: the states have different batch, width, dtype or device, or groups that do not go together.
+        """
+        if not isinstance(other, State):
+            raise TypeError(f"other: expected a State, got {type(other).__name__}")
+        a, b = self.total, other.total
+        groups_agree = a.shape[1] == b.shape[1] or 1 in (a.shape[1], b.shape[1])
+        if a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2] or not groups_agree:
+            raise ValueError(
+                f"other: states of shape {tuple(a.shape)} and {tuple(b.shape)} do not add; batch and width must be equal, "
+                "groups equal or one"
+            )
+        if a.dtype != b.dtype or a.device != b.device:
+            raise ValueError(
+                f"other: expected a state in {a.dtype} on {a.device}, got {b.dtype} on {b.device}; move it with .to()"
+            )
+        total, lost = two_sum(a, b)
+        total, residual = two_sum(total, lost + (self.residual + other.residual))
+        return State(total, residual, self.count + other.count)
+
+    __add__ = merge
+
+    def mean(self):
+        """H = (total + residual) / count, (B, G, C); 0 where the count is 0."""
+        count = self.count[..., None]
+        mean = (self.total.double() + self.residual.double()) / torch.where(count == 0, 1, count)
+        return torch.where(count == 0, 0, mean).to(self.total.dtype)
+
+    def last(self):
+        """The last group alone: with frames, everything seen up to the end."""
+        return self.map(lambda t: t[:, -1:])
+
+    def clone(self):
+        """A copy that shares no memory: a fork of the stream."""
+        return self.map(lambda t: t.clone(memory_format=torch.contiguous_format))
+
+    def detach(self):
+        return self.map(torch.detach)
+
+    def to(self, target):
+        """Moves to a device, or changes total and residual to a dtype (the count stays float64)."""
+        if isinstance(target, torch.dtype):
+            total = (self.total.double() + self.residual.double()).to(target)
+            rest = (self.total.double() - total.double()) + self.residual.double()
+            return State(total, rest.to(target), self.count.clone())
+        return self.map(lambda t: t.to(target))
+
+    def map(self, function):
+        """The State of function(total), function(residual) and function(count), such as a slice of the groups."""
+        return State(*(function(getattr(self, name)) for name in FIELDS))
+
+    @classmethod
+    def cat(cls, states, dim):
+        """States side by side: dim 0 along the batch, 1 along the groups."""
+        return cls(*(torch.cat([getattr(state, name) for state in states], dim) for name in FIELDS))
+
+    def state_dict(self):
+        return {name: getattr(self, name) for name in FIELDS}
+
+    @classmethod
+    def from_state_dict(cls, tensors):
+        """The inverse of `state_dict`; ValueError where a tensor is missing or the shapes do not belong together."""
+        if set(tensors) != set(FIELDS):
+            raise ValueError(f"tensors: expected {', '.join(FIELDS)}, got {', '.join(sorted(tensors)) or 'nothing'}")
+        state = cls(**tensors)
+        shapes = {name: tuple(tensors[name].shape) for name in FIELDS}
+        if len(shapes["total"]) != 3 or shapes["residual"] != shapes["total"] or shapes["count"] != shapes["total"][:2]:
+            raise ValueError(f"tensors: expected total and residual (B, G, C) and count (B, G), got {shapes}")
+        return state
+
+    def save(self, path):
+        """Writes a safetensors file, whole or not at all."""
+        from safetensors.torch import save_file
+
+        from .._io import atomic_write
+
+        with atomic_write(path) as aside:
+            save_file({name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}, aside)
+
+    @classmethod
+    def load(cls, path):
+        """Reads a file that `save` wrote; ValueError where it is broken or holds something else."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            return cls.from_state_dict(load(Path(path).read_bytes()))
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"path: {path} is not a complete state file ({error})") from None

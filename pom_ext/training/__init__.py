@@ -1,0 +1,5 @@
+"""The training loop."""
+
+from .trainer import TrainConfig, TrainResult, train
+
+__all__ = ["TrainConfig", "TrainResult", "train"]

@@ -1,0 +1,126 @@
+"""Training on video: both contexts, classes, actions or neither, resume, and the way back from a checkpoint."""
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from pom_ext._random import seeded_generator
+from pom_ext.diffusion.objectives import drop_labels
+from pom_ext.models import ImageDiT, VideoDiT
+from pom_ext.models.checkpoint import load_model, read_checkpoint
+from pom_ext.streaming import VideoStream
+from pom_ext.training import TrainConfig, train
+
+KINDS = {"classes": 2, "actions": 3, "none": 0}
+
+
+class Bar(Dataset):
+    """A bright column that steps to the right from frame to frame; with actions it stays, or steps left or right."""
+
+    shape = (1, 6, 8, 8)
+
+    def __init__(self, kind):
+        self.kind, self.classes, self.actions = kind, tuple("abc"[: KINDS[kind]]), kind == "actions"
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        steps = torch.tensor([0, -1, 1])
+        labels = torch.randint(0, 3, (6,), generator=seeded_generator(index))
+        places = index + (steps[labels].cumsum(0) if self.actions else torch.arange(6))
+        clip = torch.full(self.shape, -1.0)
+        clip[0, torch.arange(6), :, places % 8] = 1
+        return clip, labels if self.actions else torch.tensor(index % 2 if self.classes else 0)
+
+    def describe(self):
+        return {"shape": list(self.shape), "classes": list(self.classes), "actions": self.actions}
+
+
+def run(path, kind="classes", steps=6, resume=False, dataset=None, save_every=1000, **config):
+    torch.manual_seed(0)
+    model = VideoDiT(
+        1, (8, 8), 6, n_classes=KINDS[kind], patch=(1, 4, 4), dim=16, n_layers=1, n_heads=2, positions="space"
+    )
+    config = TrainConfig(**{"batch_size": 4, "warmup": 2, "lr": 1e-2, **config})
+    dataset = dataset or Bar(kind)
+    return train(model, dataset, path, config, steps=steps, resume=resume, save_every=save_every, progress=False)
+
+
+@pytest.mark.parametrize("context", ["clean", "shared"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_learns_the_videos_and_streams_go_on_from_the_file(kind, context, tmp_path):
+    path = tmp_path / "model.safetensors"
+    result = run(path, kind, steps=60, context=context)
+    assert sum(result.losses[-10:]) < 0.8 * sum(result.losses[:10])
+    model, settings = load_model(path)
+    assert isinstance(model, VideoDiT) and not model.training
+    assert settings["train"]["context"] == context and settings["data"]["actions"] == (kind == "actions")
+    for (name, tensor), expected in zip(model.state_dict().items(), result.model.state_dict().values(), strict=True):
+        assert torch.equal(tensor, expected), name
+    stream = VideoStream(model, [0] if model.n_classes else None, context=settings["train"]["context"], steps=2)
+    assert stream.next().shape == (1, 1, 1, 8, 8)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class InterruptedBar(Bar):
+    """Fails when the clip after `left` others is read."""
+
+    def __init__(self, kind, left):
+        super().__init__(kind)
+        self.left = left
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left < 0:
+            raise Interrupted
+        return super().__getitem__(index)
+
+
+def test_an_interrupted_run_resumes_to_the_very_same_losses(tmp_path):
+    whole = run(tmp_path / "whole.safetensors", "actions", given=1)
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(Interrupted):
+        run(path, "actions", dataset=InterruptedBar("actions", 4 * 5), save_every=2, given=1)
+    assert read_checkpoint(path)[1]["step"] == 4
+    with pytest.raises(ValueError, match="trained with another train: context is clean, given shared"):
+        run(path, "actions", resume=True, given=1, context="shared")
+    assert run(path, "actions", resume=True, given=1).losses == whole.losses
+
+
+def test_the_first_frames_given_do_not_count(tmp_path):
+    losses = [run(tmp_path / f"{given}.safetensors", steps=1, given=given).losses for given in (0, 5)]
+    assert losses[0] != losses[1]
+    with pytest.raises(ValueError, match="given: expected 0 to 5 of 6 frames, got 6"):
+        run(tmp_path / "6.safetensors", given=6)
+
+
+@pytest.mark.parametrize("options, message", [({"context": "both"}, "context: expected one"), ({"given": -1}, "given")])
+def test_bad_settings_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
+
+
+def test_models_and_videos_that_do_not_fit(tmp_path):
+    model = VideoDiT(1, (8, 8), 6, n_classes=3, patch=(1, 4, 4), dim=16, n_layers=1, n_heads=2)
+    with pytest.raises(ValueError, match="model: made for 3 classes, the data has 2"):
+        train(model, Bar("classes"), tmp_path / "x", steps=1, progress=False)
+    assert not (tmp_path / "x").exists()
+
+
+def test_actions_of_a_video_are_dropped_together():
+    labels = torch.arange(6000).view(1000, 6) % 5
+    dropped = drop_labels(labels, 9, 0.3, seeded_generator(0))
+    none = (dropped == 9).sum(1)
+    assert set(none.tolist()) == {0, 6}
+    assert abs((none == 6).double().mean() - 0.3) < 0.05
+
+
+def test_checkpoints_tell_images_from_videos(tmp_path):
+    from training_cases import run as run_images
+
+    run_images(tmp_path / "image.safetensors", steps=1)
+    assert isinstance(load_model(tmp_path / "image.safetensors")[0], ImageDiT)
