@@ -289,7 +289,7 @@ struct FoldedPlan {
     read.slots = unsigned(read.pieces.slots());
     read.queries = args.queries;
     read.dim = int(args.dim), read.heads = int(args.heads), read.out_dim = int(args.out_dim);
-    read.x = args.x, read.x_batch_stride = args.x_batch_stride, read.x_token_stride = args.x_token_stride;
+    read.x = args.x.data, read.x_batch_stride = args.x.batch_stride, read.x_token_stride = args.x.token_stride;
     read.gate_weight = args.gate_weight, read.gate_bias = args.gate_bias;
     read.folded = fold.folded;
     read.out_bias = args.out_bias;
@@ -322,15 +322,17 @@ Status with_kernels(const FoldedReadoutArgs& args, Body body) {
   return args.dtype == Dtype::bf16 ? with_type(bf16{}) : with_type(f16{});
 }
 
-Status check(const FoldedReadoutArgs& args) {
+Status check_fused(const FoldedReadoutArgs& args) {
+  if (args.x_tangent.data) return Status::no_tangents;
+  if (args.rotary.axes || args.x.channel_stride != 1) return Status::bad_size;
   if (args.dtype != Dtype::bf16 && args.dtype != Dtype::f16) return Status::bad_dtype;
   if (args.batch < 0 || args.queries < 1 || args.groups < 1 || args.dim < 1 || args.out_dim < 1) return Status::bad_size;
   if (args.heads < 1 || args.heads > kMostHeads || args.channels % args.heads) return Status::bad_size;
   if (args.channels < 1 || args.channels > kMostFolded || (args.channels / args.heads) % kRunLength) return Status::bad_size;
   if (!args.offsets && args.queries % args.groups) return Status::bad_size;
   const bool aligned = Alignment(args.dtype)
-                           .pointers({args.x, args.gate_weight, args.out_weight, args.out_bias, args.y})
-                           .sizes({args.dim, args.out_dim, args.x_batch_stride, args.x_token_stride})
+                           .pointers({args.x.data, args.gate_weight, args.out_weight, args.out_bias, args.y})
+                           .sizes({args.dim, args.out_dim, args.x.batch_stride, args.x.token_stride})
                            .vec() == 8;
   const FoldedPlan plan(args, nullptr);
   bool fits = true;  // in 32 bits
@@ -338,7 +340,7 @@ Status check(const FoldedReadoutArgs& args) {
     fits = fits && n <= kMaxBlocks;
   if (!aligned || !fits) return Status::bad_size;
   const StateView& s = args.state;
-  return args.batch && !(args.x && args.gate_weight && args.out_weight && args.y && s.total && s.residual && s.count)
+  return args.batch && !(args.x.data && args.gate_weight && args.out_weight && args.y && s.total && s.residual && s.count)
              ? Status::null_pointer
              : Status::ok;
 }
@@ -346,17 +348,17 @@ Status check(const FoldedReadoutArgs& args) {
 }  // namespace
 
 bool folds(const FoldedReadoutArgs& args) {
-  return check(args) == Status::ok &&
+  return check_fused(args) == Status::ok &&
          is_worth_a_try(with_kernels(args, [](auto, auto read) { return check_kernel(read, kReadThreads); }));
 }
 
 size_t workspace(const FoldedReadoutArgs& args) {
-  const Status s = check(args);
+  const Status s = check_fused(args);
   return s == Status::ok || s == Status::null_pointer ? FoldedPlan(args, nullptr).arena.used() : 0;
 }
 
 Status folded_readout(const FoldedReadoutArgs& args, void* workspace, size_t bytes, void* stream) {
-  if (const Status s = check(args); s != Status::ok) return s;
+  if (const Status s = check_fused(args); s != Status::ok) return s;
   if (!workspace || bytes < cuda::workspace(args)) return Status::workspace_too_small;
   const FoldedPlan plan(args, Arena::align(workspace));
   return with_kernels(args, [&](auto fold, auto read) {
