@@ -135,4 +135,64 @@ Status check_mix(const Args& args, const StateView& prior, const StateOut& out) 
 inline Status check(const MixArgs& args) { return check_mix(args, args.prior, args.out); }
 inline Status check(const UpdateArgs& args) { return check_mix(args, {}, args.state); }
 
+// The operations with projections, on a CPU.
+inline Status check(const ProjectStateArgs& args) {
+  Features f = args.features;
+  if (f.u_tangent) return Status::no_tangents;
+  f.u = args.x.data;
+  if (const Status s = check(StateArgs{f, args.groups, args.out, args.prior}); s != Status::ok) return s;
+  if (args.groups.mask || args.dim < 1) return Status::bad_size;
+  if (!args.weight || !args.prior_tangent.total != !args.prior_tangent.residual) return Status::null_pointer;
+  if (!args.tangent_out.total) return args.x_tangent.data && args.groups.count ? Status::null_pointer : Status::ok;
+  return args.tangent_out.residual && (args.x_tangent.data || f.batch * f.tokens == 0) ? Status::ok
+                                                                                       : Status::null_pointer;
+}
+
+inline Status check(const ProjectStateBackwardArgs& args) {
+  const ProjectStateArgs& state = args.state;
+  Features f = state.features;
+  if (f.u_tangent || state.x_tangent.data) return Status::no_tangents;
+  f.u = state.x.data;
+  if (const Status s = check(f); s != Status::ok) return s;
+  if (const Status s = check(state.groups, f); s != Status::ok) return s;
+  if (state.groups.mask || state.dim < 1) return Status::bad_size;
+  const bool tokens = f.batch * f.tokens > 0;
+  return !state.weight || (tokens && state.groups.count && !args.grad_total) ? Status::null_pointer : Status::ok;
+}
+
+// Gates that are still to be computed, with the form, the sizes and the positions of `args`.
+inline Gates gates_of(const FoldedReadoutArgs& args, int64_t channels, int64_t heads) {
+  return {args.form, args.dtype, args.batch, args.queries, channels, heads, args.x.data, 0, 0, args.rotary};
+}
+
+inline Status check_projected(const FoldedReadoutArgs& args, const Gates& gates, bool with_output) {
+  if (const Status s = check_readout(gates, args.groups, args.offsets, args.state); s != Status::ok) return s;
+  if (args.dim < 1 || args.out_dim < 1 || args.channels < 1 || (args.groups == 0 && args.queries))
+    return Status::bad_size;
+  if (!args.gate_weight || !args.out_weight) return Status::null_pointer;
+  if (!with_output || args.batch * args.queries == 0) return Status::ok;
+  const StateView& tangent = args.state_tangent;
+  const bool derived = !args.x_tangent.data || (args.y_tangent && tangent.total && tangent.residual);
+  return args.y && derived ? Status::ok : Status::null_pointer;
+}
+
+inline Status check(const ProjectReadoutArgs& args) {
+  return check_projected(args, gates_of(args, args.channels, args.heads), true);
+}
+
+inline Status check(const FoldedReadoutArgs& args) {
+  if (args.heads < 1 || args.channels % args.heads) return Status::bad_size;
+  return check_projected(args, gates_of(args, args.heads, 1), true);
+}
+
+inline Status check(const ProjectReadoutBackwardArgs& args) {
+  const ProjectReadoutArgs& readout = args.readout;
+  if (readout.x_tangent.data) return Status::no_tangents;
+  const Gates gates = gates_of(readout, readout.channels, readout.heads);
+  if (const Status s = check_projected(readout, gates, false); s != Status::ok) return s;
+  if (readout.batch * readout.queries > 0 && !(args.grad_y.data && args.grad_x)) return Status::null_pointer;
+  const bool total = readout.batch * readout.groups == 0 || args.grad_total;
+  return total && args.grad_gate_weight && args.grad_out_weight ? Status::ok : Status::null_pointer;
+}
+
 }  // namespace pom

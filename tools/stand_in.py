@@ -49,7 +49,7 @@ def jobs(folder, counted):
     groups = (
         ("cuda", sorted((ROOT / "csrc/cuda").glob("*.cu")), kernels),
         ("torch", (ROOT / "csrc/torch").glob("*.cpp"), torch),
-        ("cpu", (ROOT / "csrc/cpu").glob("*.cpp"), ["-std=c++17", *common]),  # linked, not called
+        ("cpu", (ROOT / "csrc/cpu").glob("*.cpp"), ["-std=c++17", *common]),  # called with projections alone
         ("stand_in", stand_in, optimised),
     )
     found = [

@@ -242,10 +242,7 @@ Status causal_mix(const CausalArgs& args, void* workspace, size_t bytes, const E
                      [&](auto acc, void* memory) { return run<decltype(acc)>(args, memory, executor); });
 }
 
-size_t workspace(const CausalBackwardArgs& args) {
-  return args.features.dtype == Dtype::f64 ? CausalBackwardPlan<double>(args, nullptr).arena.used()
-                                           : CausalBackwardPlan<float>(args, nullptr).arena.used();
-}
+size_t workspace(const CausalBackwardArgs& args) { return planned_bytes<CausalBackwardPlan>(args.features.dtype, args); }
 
 Status causal_mix_backward(const CausalBackwardArgs& args, void* workspace, size_t bytes, const Executor& executor) {
   return checked_run(args, args.features.dtype, workspace, bytes,

@@ -37,8 +37,7 @@ Status run(const Features& f, const Gates& g, const StateView& prior, const Stat
 }
 
 size_t workspace_of(const Features& f, const Gates& g) {
-  return f.dtype == Dtype::f64 ? MixPlan<double>(f, g, nullptr).arena.used()
-                               : MixPlan<float>(f, g, nullptr).arena.used();
+  return planned_bytes<MixPlan>(f.dtype, f, g);
 }
 
 }  // namespace

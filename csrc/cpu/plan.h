@@ -129,6 +129,12 @@ struct TileGroups {
   int64_t end(int64_t group) const { return tiles * (group + 1) / count; }
 };
 
+// The bytes that a plan takes, by the accumulator's type.
+template <template <class> class Plan, class... Args>
+size_t planned_bytes(Dtype dtype, const Args&... args) {
+  return dtype == Dtype::f64 ? Plan<double>(args..., nullptr).arena.used() : Plan<float>(args..., nullptr).arena.used();
+}
+
 // Checks, then body(accumulator{}, aligned workspace).
 template <class Args, class Body>
 Status checked_run(const Args& args, Dtype dtype, void* memory, size_t bytes, Body body) {

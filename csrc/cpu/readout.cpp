@@ -135,20 +135,14 @@ Status run(const ReadoutBackwardArgs& args, void* workspace, const Executor& exe
 
 }  // namespace
 
-size_t workspace(const ReadoutArgs& args) {
-  return args.gates.dtype == Dtype::f64 ? ForwardPlan<double>(args, nullptr).arena.used()
-                                        : ForwardPlan<float>(args, nullptr).arena.used();
-}
+size_t workspace(const ReadoutArgs& args) { return planned_bytes<ForwardPlan>(args.gates.dtype, args); }
 
 Status readout(const ReadoutArgs& args, void* workspace, size_t bytes, const Executor& executor) {
   return checked_run(args, args.gates.dtype, workspace, bytes,
                      [&](auto acc, void* memory) { return run<decltype(acc)>(args, memory, executor); });
 }
 
-size_t workspace(const ReadoutBackwardArgs& args) {
-  return args.gates.dtype == Dtype::f64 ? ReadoutBackwardPlan<double>(args, nullptr).arena.used()
-                                        : ReadoutBackwardPlan<float>(args, nullptr).arena.used();
-}
+size_t workspace(const ReadoutBackwardArgs& args) { return planned_bytes<ReadoutBackwardPlan>(args.gates.dtype, args); }
 
 Status readout_backward(const ReadoutBackwardArgs& args, void* workspace, size_t bytes, const Executor& executor) {
   return checked_run(args, args.gates.dtype, workspace, bytes,

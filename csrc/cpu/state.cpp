@@ -209,20 +209,14 @@ Status run(const StateBackwardArgs& args, void* workspace, const Executor& execu
 
 }  // namespace
 
-size_t workspace(const StateArgs& args) {
-  return args.features.dtype == Dtype::f64 ? StatePlan<double>(args, nullptr).arena.used()
-                                           : StatePlan<float>(args, nullptr).arena.used();
-}
+size_t workspace(const StateArgs& args) { return planned_bytes<StatePlan>(args.features.dtype, args); }
 
 Status state(const StateArgs& args, void* workspace, size_t bytes, const Executor& executor) {
   return checked_run(args, args.features.dtype, workspace, bytes,
                      [&](auto acc, void* memory) { return run<decltype(acc)>(args, memory, executor); });
 }
 
-size_t workspace(const StateBackwardArgs& args) {
-  return args.features.dtype == Dtype::f64 ? StateBackwardPlan<double>(args, nullptr).arena.used()
-                                           : StateBackwardPlan<float>(args, nullptr).arena.used();
-}
+size_t workspace(const StateBackwardArgs& args) { return planned_bytes<StateBackwardPlan>(args.features.dtype, args); }
 
 Status state_backward(const StateBackwardArgs& args, void* workspace, size_t bytes, const Executor& executor) {
   return checked_run(args, args.features.dtype, workspace, bytes,

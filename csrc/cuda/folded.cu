@@ -181,9 +181,9 @@ __global__ void __launch_bounds__(kHasTensorCores ? kReadThreads : kWarp, sixtee
     const int64_t query[] = {piece.begin + g, piece.begin + g + 8};
     const bool valid[] = {query[0] < piece.end, query[1] < piece.end};
 
-    const T *const x = static_cast<const T*>(call.x) + b * call.x_batch_stride, *rows[2];
+    const T *const x = static_cast<const T*>(call.x.data) + b * call.x.batch_stride, *rows[2];
     POM_UNROLL for (int i = 0; i < 2; ++i)
-      rows[i] = valid[i] ? x + query[i] * call.x_token_stride : nullptr;
+      rows[i] = valid[i] ? x + query[i] * call.x.token_stride : nullptr;
     float gates[kGates][4] = {};
     if (warp == 0 && call.gate_bias) {
       POM_UNROLL for (int i = 0; i < kGates; ++i) {
@@ -283,7 +283,9 @@ FoldedKernels kernels_for(const FoldedReadoutArgs& args) {
   return args.dtype == Dtype::bf16 ? of_type(bf16{}) : of_type(f16{});
 }
 
-Status check(const FoldedReadoutArgs& args) {
+Status check_fused(const FoldedReadoutArgs& args) {
+  if (args.x_tangent.data) return Status::no_tangents;
+  if (args.rotary.axes || args.x.channel_stride != 1) return Status::bad_size;
   if (args.dtype != Dtype::bf16 && args.dtype != Dtype::f16) return Status::bad_dtype;
   if (args.batch < 0 || args.queries < 1 || args.groups < 1 || args.dim < 1 || args.out_dim < 1)
     return Status::bad_size;
@@ -292,14 +294,14 @@ Status check(const FoldedReadoutArgs& args) {
     return Status::bad_size;
   if (!args.offsets && args.queries % args.groups) return Status::bad_size;
   const bool aligned = Alignment(args.dtype)
-                           .pointers({args.x, args.gate_weight, args.out_weight, args.out_bias, args.y})
-                           .sizes({args.dim, args.out_dim, args.x_batch_stride, args.x_token_stride})
+                           .pointers({args.x.data, args.gate_weight, args.out_weight, args.out_bias, args.y})
+                           .sizes({args.dim, args.out_dim, args.x.batch_stride, args.x.token_stride})
                            .vec() == 8;
   const FoldedPlan plan(args, nullptr);
   const bool fits = fit({args.queries, args.dim, args.out_dim, plan.slots, plan.rows * args.out_dim});
   if (!aligned || !fits) return Status::bad_size;
   const StateView& s = args.state;
-  return args.batch && !(args.x && args.gate_weight && args.out_weight && args.y && s.total && s.residual && s.count)
+  return args.batch && !(args.x.data && args.gate_weight && args.out_weight && args.y && s.total && s.residual && s.count)
              ? Status::null_pointer
              : Status::ok;
 }
@@ -307,17 +309,17 @@ Status check(const FoldedReadoutArgs& args) {
 }  // namespace
 
 bool folds(const FoldedReadoutArgs& args) {
-  return check(args) == Status::ok && is_worth_a_try(check_kernel(kernels_for(args).read, kReadThreads));
+  return check_fused(args) == Status::ok && is_worth_a_try(check_kernel(kernels_for(args).read, kReadThreads));
 }
 
 size_t workspace(const FoldedReadoutArgs& args) {
-  const Status s = check(args);
+  const Status s = check_fused(args);
   return s == Status::ok || s == Status::null_pointer ? FoldedPlan(args, nullptr).arena.used() : 0;
 }
 
 Status folded_readout(const FoldedReadoutArgs& args, void* workspace, size_t bytes, void* stream) {
   constexpr int kWarps = kThreads / kWarp;
-  if (const Status s = check(args); s != Status::ok) return s;
+  if (const Status s = check_fused(args); s != Status::ok) return s;
   if (!workspace || bytes < cuda::workspace(args)) return Status::workspace_too_small;
   const FoldedPlan plan(args, Arena::align(workspace));
   const FoldedKernels kernels = kernels_for(args);

@@ -218,23 +218,24 @@ ProjectKernel kernel_for(const Features& f) {
   return f.dtype == Dtype::bf16 ? of_type(bf16{}) : of_type(f16{});
 }
 
-Status check(const ProjectStateArgs& args) {
+Status check_fused(const ProjectStateArgs& args) {
   Features f = args.features;
-  f.u = args.x;
+  f.u = args.x.data;
   if (const Status s = pom::check(StateArgs{f, args.groups, args.out, args.prior}); s != Status::ok) return s;
   if (!args.weight) return Status::null_pointer;
+  if (args.x_tangent.data) return Status::no_tangents;
   if (f.dtype != Dtype::bf16 && f.dtype != Dtype::f16) return Status::bad_dtype;
   if (f.degree < 2 || f.degree > 4) return Status::bad_degree;
   if (f.form != Form::power || f.rotary.axes || f.u_tangent || args.groups.mask || f.tokens < 1 || args.dim < 1)
     return Status::bad_size;
   const bool aligned = Alignment(f.dtype)
-                           .pointers({args.x, args.weight, args.bias})
+                           .pointers({args.x.data, args.weight, args.bias})
                            .numbers({f.coeff})
-                           .sizes({f.width, args.dim, args.x_batch_stride, args.x_token_stride})
+                           .sizes({f.width, args.dim, args.x.batch_stride, args.x.token_stride})
                            .vec() == 8;
   const ProjectPlan plan(args, nullptr);
   const bool fits = fit({f.tokens, f.batch, f.width, args.dim, plan.slots, plan.rounds * plan.sums.steps});
-  const bool strided = (f.batch <= 1 || args.x_batch_stride > 0) && (f.tokens <= 1 || args.x_token_stride > 0);
+  const bool strided = args.x.channel_stride == 1 && (f.batch <= 1 || args.x.batch_stride > 0) && (f.tokens <= 1 || args.x.token_stride > 0);
   return aligned && fits && strided ? Status::ok : Status::bad_size;
 }
 
@@ -245,8 +246,8 @@ Status run(const ProjectStateArgs& args, void* workspace, void* stream) {
   int clusters;
   const ProjectKernel kernel = kernel_for(f);
   if (const Status s = prepare(kernel, clusters); s != Status::ok) return s;
-  const int64_t token_stride = max(8, args.x_token_stride), batch_stride = max(8, args.x_batch_stride);
-  const Tensor16 x = {args.x, args.dim, f.tokens, f.batch, token_stride, batch_stride};
+  const int64_t token_stride = max(8, args.x.token_stride), batch_stride = max(8, args.x.batch_stride);
+  const Tensor16 x = {args.x.data, args.dim, f.tokens, f.batch, token_stride, batch_stride};
   const Tensor16 weight = {args.weight, args.dim, f.width, 1, args.dim, args.dim * f.width};
   if (const Status s = make_tile_map(x, kProductRows, plan.sums.x); s != Status::ok) return s;
   if (const Status s = make_tile_map(weight, kShareRows, plan.sums.weight); s != Status::ok) return s;
@@ -261,16 +262,16 @@ Status run(const ProjectStateArgs& args, void* workspace, void* stream) {
 
 bool projects(const ProjectStateArgs& args) {
   int clusters;
-  return check(args) == Status::ok && is_worth_a_try(prepare(kernel_for(args.features), clusters));
+  return check_fused(args) == Status::ok && is_worth_a_try(prepare(kernel_for(args.features), clusters));
 }
 
 size_t workspace(const ProjectStateArgs& args) {
-  const Status s = check(args);
+  const Status s = check_fused(args);
   return s == Status::ok || s == Status::null_pointer ? ProjectPlan(args, nullptr).arena.used() : 0;
 }
 
 Status project_state(const ProjectStateArgs& args, void* workspace, size_t bytes, void* stream) {
-  if (const Status s = check(args); s != Status::ok) return s;
+  if (const Status s = check_fused(args); s != Status::ok) return s;
   if (!workspace || bytes < cuda::workspace(args)) return Status::workspace_too_small;
   return run(args, Arena::align(workspace), stream);
 }

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -15,6 +16,8 @@ namespace pom_torch {
 
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
+template <size_t count>
+using Tensors = std::array<Tensor, count>;  // the results of an operation
 
 // The arguments of a call, each of which is read once and then belongs to the reader. Torch frees none of them: all
 // must be read before the first is checked, or an error would leak the rest.
@@ -48,9 +51,9 @@ struct Reader<T, std::void_t<decltype(T::read(std::declval<Arguments&>()))>> {
   static T read(Arguments& arguments) { return T::read(arguments); }
 };
 
-template <class... Results>
-void write(StableIValue* stack, const std::tuple<Results...>& results) {
-  std::apply([&](const auto&... result) { ((*stack++ = torch::stable::detail::from(result)), ...); }, results);
+template <size_t count>
+void write(StableIValue* stack, const Tensors<count>& results) {
+  for (const Tensor& result : results) *stack++ = torch::stable::detail::from(result);
 }
 inline void write(StableIValue* stack, const Tensor& result) { *stack = torch::stable::detail::from(result); }
 inline void write(StableIValue* stack, bool result) { *stack = torch::stable::detail::from(result); }

@@ -32,13 +32,12 @@ struct Operation {
   using Cuda = pom::Status (*)(const Args&, void* workspace, size_t bytes, void* stream);
 };
 
-inline const pom::Executor kTorchThreads = {
-    [](void*, int64_t n, void (*body)(void*, int64_t), void* argument) {
-      torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) body(argument, i);
-      });
-    },
-    nullptr};
+inline const pom::Executor kTorchThreads = {[](void*, int64_t n, void (*body)(void*, int64_t), void* argument) {
+                                              torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+                                                for (int64_t i = begin; i < end; ++i) body(argument, i);
+                                              });
+                                            },
+                                            nullptr};
 
 inline std::string name_of(const Tensor& t) {
   return t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
@@ -73,11 +72,12 @@ void call_cuda(const Args& args, const Tensor& like, typename Operation<Args>::C
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   const int64_t bytes = pom::cuda::workspace(args);
   Tensor workspace = new_workspace(like, bytes);
-  const pom::Status status = operation(args, workspace.mutable_data_ptr(), bytes, current_stream(like.get_device_index()));
+  const pom::Status status =
+      operation(args, workspace.mutable_data_ptr(), bytes, current_stream(like.get_device_index()));
   std::string details;
   if (status == pom::Status::no_device_code || status == pom::Status::device_error)
-    details = std::string(" (") + pom::cuda::error() + " on " + name_of(like) +
-              "; built for " POM_CUDA_ARCHITECTURES ")";
+    details =
+        std::string(" (") + pom::cuda::error() + " on " + name_of(like) + "; built for " POM_CUDA_ARCHITECTURES ")";
   if (status == pom::Status::no_device_code)
     details += ". In the source folder, `pip install --no-build-isolation -e .` builds for the GPUs that are visible";
   STD_TORCH_CHECK(status == pom::Status::ok, pom::message(status), details);
@@ -92,22 +92,25 @@ void call_cuda(const Args& args, const Tensor& like, typename Operation<Args>::C
 }
 #endif
 
+template <class Args>
+void call_cpu(const Args& args, const Tensor& like, typename Operation<Args>::Cpu operation) {
+  const int64_t bytes = pom::cpu::workspace(args);
+  Tensor workspace = new_workspace(like, bytes);
+  const pom::Status status = operation(args, workspace.mutable_data_ptr(), bytes, kTorchThreads);
+  STD_TORCH_CHECK(status == pom::Status::ok, pom::message(status));
+}
+
 // Runs the operation of the device that `like` is on, with a workspace of that device.
 template <class Args>
-void call(const Args& args, const Tensor& like, typename Operation<Args>::Cpu cpu,
-          typename Operation<Args>::Cuda cuda) {
+void call(const Args& args, const Tensor& like, [[maybe_unused]] typename Operation<Args>::Cpu cpu,
+          [[maybe_unused]] typename Operation<Args>::Cuda cuda) {
 #if defined(POM_CUDA_ON_CPU)
-  (void)cpu;
   call_cuda(args, like, cuda);
 #else
 #ifdef POM_CUDA
   if (!like.is_cpu()) return call_cuda(args, like, cuda);
 #endif
-  (void)cuda;
-  const int64_t bytes = pom::cpu::workspace(args);
-  Tensor workspace = new_workspace(like, bytes);
-  const pom::Status status = cpu(args, workspace.mutable_data_ptr(), bytes, kTorchThreads);
-  STD_TORCH_CHECK(status == pom::Status::ok, pom::message(status));
+  call_cpu(args, like, cpu);
 #endif
 }
 

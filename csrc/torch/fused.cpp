@@ -3,15 +3,14 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <tuple>
+#include "torch/projections.h"
 
-#include "torch/tensors.h"
-
-#define POM_FUSED_STATE                                                                                             \
+#define POM_FUSED_STATE                                                                                     \
   "(Tensor x, Tensor context_weight, Tensor? context_bias, Tensor coeff, Tensor? weight, Tensor? offsets, " \
   "bool cumulative, " POM_PRIOR ", int degree)"
-#define POM_FUSED_READOUT                                                                                    \
-  "(Tensor x, Tensor gate_weight, Tensor? gate_bias, " POM_STATE ", Tensor out_weight, Tensor? out_bias, " \
+#define POM_FUSED_READOUT                                        \
+  "(Tensor x, Tensor gate_weight, Tensor? gate_bias, " POM_STATE \
+  ", Tensor out_weight, Tensor? out_bias, "                      \
   "Tensor? offsets, int form)"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pom_ext, m) {
@@ -27,123 +26,34 @@ namespace {
 
 using namespace pom_torch;
 
-// The weight (out, in) of a projection and its bias, as they lie in memory without gaps.
-struct Projection {
-  Tensor weight;
-  Optional bias;
-  Projection(const Tensor& weight_, const Optional& bias_, const Tensor& like, int64_t inputs, const char* name)
-      : weight(torch::stable::contiguous(weight_)),
-        bias(bias_ ? Optional(torch::stable::contiguous(*bias_)) : Optional()) {
-    STD_TORCH_CHECK(weight.dim() == 2, name, ": expected a matrix");
-    expect_shape(weight, {weight.size(0), inputs}, name);
-    if (bias) expect_shape(*bias, {weight.size(0)}, name);
-    for (const Tensor* t : {&weight, bias ? &*bias : &weight}) {
-      expect_device(*t, like, name);
-      STD_TORCH_CHECK(t->scalar_type() == like.scalar_type(), name, ": expected the dtype of x");
-    }
-  }
-  const void* bias_data() const { return bias ? bias->const_data_ptr() : nullptr; }
-};
-
-Tensor checked_tokens(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 3, "x: expected (B, N, D)");
-  return channels_together(x);
-}
-
-struct FusedStateInputs {
-  Tensor x, context_weight;
-  Optional context_bias;
-  Tensor coeff;
-  Optional weight, offsets;
-  bool cumulative;
+struct FusedState {
+  ProjectedInputs in;
   PriorInputs prior;
-  int64_t degree;
-  static FusedStateInputs read(Arguments& from) {
-    return {from.tensor(),   from.tensor(),  from.optional(),         from.tensor(), from.optional(),
-            from.optional(), from.boolean(), PriorInputs::read(from), from.integer()};
+  static FusedState read(Arguments& from) {
+    ProjectedInputs in = {
+        from.tensor(),   from.tensor(), from.optional(), from.tensor(), from.optional(), {}, {}, 0, kPower, 0,
+        from.optional(), from.boolean()};
+    const PriorInputs prior = PriorInputs::read(from);
+    in.degree = from.integer();
+    return {in, prior};
   }
+  static constexpr int64_t kPower = int64_t(pom::Form::power);
 };
 
-struct ProjectStateCall {
-  Tensor x;
-  Projection projection;
-  DenseArg coeff, weight, offsets;
-  Prior prior;
-  pom::ProjectStateArgs args;
-
-  explicit ProjectStateCall(const FusedStateInputs& in)
-      : x(checked_tokens(in.x)),
-        projection(in.context_weight, in.context_bias, x, x.size(2), "context_weight"),
-        coeff(in.coeff, x, acc_of(x), {in.context_weight.size(0), in.degree}, "coeff"),
-        weight(in.weight, x, acc_of(x), {x.size(0), x.size(1)}, "weight"),
-        offsets(in.offsets, x, ScalarType::Long, {in.offsets ? in.offsets->size(0) : 0}, "offsets"),
-        prior(in.prior, x, in.context_weight.size(0)) {
-    pom::Features& f = args.features;
-    f.form = pom::Form::power;
-    f.degree = int(in.degree);
-    f.dtype = dtype_of(x, "x");
-    f.batch = x.size(0);
-    f.tokens = x.size(1);
-    f.width = in.context_weight.size(0);
-    f.coeff = coeff.data();
-    f.weight = weight.data();
-    args.x = x.const_data_ptr();
-    args.dim = x.size(2);
-    args.x_batch_stride = x.stride(0);
-    args.x_token_stride = x.stride(1);
-    args.weight = projection.weight.const_data_ptr();
-    args.bias = projection.bias_data();
-    args.groups.offsets = checked_offsets(offsets, x.size(1));
-    args.groups.count = in.offsets ? in.offsets->size(0) - 1 : 1;
-    args.groups.cumulative = in.cumulative;
-    args.prior = prior.view;
-  }
-};
-
-struct FusedReadoutInputs {
-  Tensor x, gate_weight;
-  Optional gate_bias;
-  StateInputs state;
-  Tensor out_weight;
-  Optional out_bias, offsets;
-  int64_t form;
-  static FusedReadoutInputs read(Arguments& from) {
-    return {from.tensor(), from.tensor(),   from.optional(), StateInputs::read(from),
-            from.tensor(), from.optional(), from.optional(), from.integer()};
-  }
-};
-
-struct FoldedReadoutCall {
-  Tensor x;
-  Projection gates, out;
-  State state;
-  DenseArg offsets;
-  pom::FoldedReadoutArgs args;
-
-  explicit FoldedReadoutCall(const FusedReadoutInputs& in)
-      : x(checked_tokens(in.x)),
-        gates(in.gate_weight, in.gate_bias, x, x.size(2), "gate_weight"),
-        out(in.out_weight, in.out_bias, x, in.state.total.size(2), "out_weight"),
-        state(in.state, x),
-        offsets(in.offsets, x, ScalarType::Long, {in.state.total.size(1) + 1}, "offsets") {
-    args.form = form_of(in.form);
-    args.dtype = dtype_of(x, "x");
-    args.batch = x.size(0);
-    args.queries = x.size(1);
-    args.dim = x.size(2);
-    args.heads = in.gate_weight.size(0);
-    args.channels = in.state.total.size(2);
-    args.out_dim = in.out_weight.size(0);
-    args.x = x.const_data_ptr();
-    args.x_batch_stride = x.stride(0);
-    args.x_token_stride = x.stride(1);
-    args.gate_weight = gates.weight.const_data_ptr();
-    args.gate_bias = gates.bias_data();
-    args.out_weight = out.weight.const_data_ptr();
-    args.out_bias = out.bias_data();
-    args.groups = in.state.total.size(1);
-    args.offsets = checked_offsets(offsets, x.size(1));
-    args.state = state.view;
+struct FusedReadout {
+  ReadingInputs in;
+  static FusedReadout read(Arguments& from) {
+    return {{from.tensor(),
+             from.tensor(),
+             from.optional(),
+             StateInputs::read(from),
+             from.tensor(),
+             from.optional(),
+             from.optional(),
+             {},
+             {},
+             0,
+             from.integer()}};
   }
 };
 
@@ -158,33 +68,35 @@ bool supports(const Tensor& x, const Args& args, bool (*question)(const Args&)) 
   return question(args);
 }
 
-bool supports_fused_project_state(const FusedStateInputs& in) {
-  ProjectStateCall state(in);
+bool supports_fused_project_state(const FusedState& state) {
+  Projected projected(state.in, TokenArg::of_gpu(state.in.x));
+  const Prior prior(state.prior, state.in.x, projected.channels());
   double unused;  // the outputs: nobody looks at them
-  state.args.out = {&unused, &unused, &unused};
-  return supports(in.x, state.args, pom::cuda::projects);
+  projected.args.prior = prior.view, projected.args.out = {&unused, &unused, &unused};
+  return supports(state.in.x, projected.args, pom::cuda::projects);
 }
 
-std::tuple<Tensor, Tensor, Tensor> fused_project_state(const FusedStateInputs& in) {
-  ProjectStateCall state(in);
-  NewState out(in.x, in.x.size(0), state.args.groups.count, in.context_weight.size(0));
-  state.args.out = out.out;
-  call_cuda(state.args, in.x, pom::cuda::project_state);
+Tensors<3> fused_project_state(const FusedState& state) {
+  const Tensor& x = state.in.x;
+  Projected projected(state.in, TokenArg::of_gpu(x));
+  const Prior prior(state.prior, x, projected.channels());
+  NewState out(x, x.size(0), projected.args.groups.count, projected.channels());
+  projected.args.prior = prior.view, projected.args.out = out.out;
+  call_cuda(projected.args, x, pom::cuda::project_state);
   return {out.total, out.residual, out.count};
 }
 
-bool supports_fused_folded_readout(const FusedReadoutInputs& in) {
-  FoldedReadoutCall readout(in);
+bool supports_fused_folded_readout(const FusedReadout& readout) {
+  const Reading reading(readout.in, TokenArg::of_gpu(readout.in.x));
   alignas(16) char unused[16];
-  readout.args.y = unused;
-  return supports(in.x, readout.args, pom::cuda::folds);
+  return supports(readout.in.x, reading.args(readout.in.gate_weight.size(0), unused), pom::cuda::folds);
 }
 
-Tensor fused_folded_readout(const FusedReadoutInputs& in) {
-  FoldedReadoutCall readout(in);
-  Tensor y = new_result(in.x, {in.x.size(0), in.x.size(1), in.out_weight.size(0)}, in.x.scalar_type());
-  readout.args.y = y.mutable_data_ptr();
-  call_cuda(readout.args, in.x, pom::cuda::folded_readout);
+Tensor fused_folded_readout(const FusedReadout& readout) {
+  const Reading reading(readout.in, TokenArg::of_gpu(readout.in.x));
+  Tensor y = reading.new_y();
+  call_cuda(reading.args(readout.in.gate_weight.size(0), y.mutable_data_ptr()), readout.in.x,
+            pom::cuda::folded_readout);
   return y;
 }
 

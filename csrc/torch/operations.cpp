@@ -1,8 +1,7 @@
-// The operations as torch sees them: schemas, results made and filled. Like all of this folder it knows torch through its
-// stable ABI alone, so that one build serves later versions of torch and Python.
+// The operations as torch sees them: their schemas, and results allocated and filled. This folder alone knows torch, and
+// of torch only the stable ABI, so that one build serves later versions of torch and Python.
 
 #include <string>
-#include <tuple>
 
 #include "cpu/kernels.h"
 #include "torch/tensors.h"
@@ -11,7 +10,7 @@ namespace {
 
 using namespace pom_torch;
 
-std::tuple<Tensor, Tensor, Tensor> state(const FeatureInputs& in, const GroupInputs& group, const PriorInputs& before) {
+Tensors<3> state(const FeatureInputs& in, const GroupInputs& group, const PriorInputs& before) {
   const Features features(in);
   const Groups groups(group, features);
   const Prior prior(before, in.u, in.u.size(2));
@@ -42,11 +41,10 @@ void add_to_state(const FeatureInputs& in, const PriorInputs& before, bool empty
   const Prior prior(before, in.u, in.u.size(2));
   STD_TORCH_CHECK(empty || !before.total, "prior: expected None, since the state is added to");
   const StateInPlace state(state_, in.u, in.u.size(2));
-  call(pom::StateArgs{features.args, {}, state.out, empty ? prior.view : state.state.view}, in.u,
-       POM_OPERATION(state));
+  call(pom::StateArgs{features.args, {}, state.out, empty ? prior.view : state.state.view}, in.u, POM_OPERATION(state));
 }
 
-std::tuple<Tensor, Tensor> state_backward(const Tensor& grad_total, const FeatureInputs& in, const GroupInputs& group) {
+Tensors<2> state_backward(const Tensor& grad_total, const FeatureInputs& in, const GroupInputs& group) {
   const Features features(in);
   const Groups groups(group, features);
   const DenseArg grad(grad_total, in.u, acc_of(in.u), {in.u.size(0), groups.args.count, in.u.size(2)}, "grad_total");
@@ -58,12 +56,12 @@ std::tuple<Tensor, Tensor> state_backward(const Tensor& grad_total, const Featur
 }
 
 // Gates, and the state that they read.
-struct Reading {
+struct Readout {
   Gates gates;
   State state;
   DenseArg offsets;
   int64_t groups;
-  Reading(const GateInputs& gate, int64_t form, const StateInputs& state, const Optional& offsets)
+  Readout(const GateInputs& gate, int64_t form, const StateInputs& state, const Optional& offsets)
       : gates(gate, form, state.total.size(2)),
         state(state, gate.gate),
         offsets(offsets, gate.gate, ScalarType::Long, {state.total.size(1) + 1}, "offsets"),
@@ -73,7 +71,7 @@ struct Reading {
 
 Tensor readout(const GateInputs& gate, int64_t form, const StateInputs& state, const Optional& total_tangent,
                const Optional& residual_tangent, const Optional& offsets) {
-  const Reading in(gate, form, state, offsets);
+  const Readout in(gate, form, state, offsets);
   const int64_t channels = in.gates.args.channels;
   const State tangent({total_tangent, residual_tangent, {}}, gate.gate, in.groups, channels);
   Tensor y = new_result(gate.gate, {gate.gate.size(0), gate.gate.size(1), channels}, gate.gate.scalar_type());
@@ -82,9 +80,9 @@ Tensor readout(const GateInputs& gate, int64_t form, const StateInputs& state, c
   return y;
 }
 
-std::tuple<Tensor, Tensor> readout_backward(const Tensor& grad_y, const GateInputs& gate, int64_t form,
-                                            const StateInputs& state, const Optional& offsets) {
-  const Reading in(gate, form, state, offsets);
+Tensors<2> readout_backward(const Tensor& grad_y, const GateInputs& gate, int64_t form, const StateInputs& state,
+                            const Optional& offsets) {
+  const Readout in(gate, form, state, offsets);
   const OutputGrad dy(grad_y, in.gates);
   Tensor grad_gate = new_like(gate.gate), grad_total = new_like(state.total);
   call(pom::ReadoutBackwardArgs{in.gates.args, in.groups, in.offset_data(), in.state.view, dy.tensor.const_data_ptr(),
@@ -101,11 +99,10 @@ struct Mixed {
   Mixed(const Tensor& u, const Tensor& gate)
       : out(u, u.size(0), 1, u.size(2)),
         y(new_result(gate, {gate.size(0), gate.size(1), u.size(2)}, gate.scalar_type())) {}
-  std::tuple<Tensor, Tensor, Tensor, Tensor> results() const { return {y, out.total, out.residual, out.count}; }
+  Tensors<4> results() const { return {y, out.total, out.residual, out.count}; }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> mix(const FeatureInputs& feature, const GateInputs& gate,
-                                               const PriorInputs& prior) {
+Tensors<4> mix(const FeatureInputs& feature, const GateInputs& gate, const PriorInputs& prior) {
   const MixInputs in(feature, gate, prior);
   Mixed mixed(feature.u, gate.gate);
   call(pom::MixArgs{in.features.args, in.gates.args, in.prior.view, mixed.y.mutable_data_ptr(), mixed.out.out},
@@ -113,8 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mix(const FeatureInputs& feature, con
   return mixed.results();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> causal_mix(const FeatureInputs& feature, const GateInputs& gate,
-                                                      const PriorInputs& prior) {
+Tensors<4> causal_mix(const FeatureInputs& feature, const GateInputs& gate, const PriorInputs& prior) {
   const MixInputs in(feature, gate, prior);
   Mixed mixed(feature.u, gate.gate);
   call(pom::CausalArgs{in.features.args, in.gates.args, in.prior.view, mixed.y.mutable_data_ptr(), mixed.out.out},
@@ -122,9 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_mix(const FeatureInputs& featu
   return mixed.results();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> causal_mix_backward(const Tensor& grad_y, const Optional& grad_total,
-                                                               const FeatureInputs& feature, const GateInputs& gate,
-                                                               const PriorInputs& prior) {
+Tensors<4> causal_mix_backward(const Tensor& grad_y, const Optional& grad_total, const FeatureInputs& feature,
+                               const GateInputs& gate, const PriorInputs& prior) {
   const MixInputs in(feature, gate, prior);
   const Tensor& u = feature.u;
   const OutputGrad dy(grad_y, in.gates);
@@ -182,22 +177,21 @@ std::string cuda_versions() {
 
 STABLE_TORCH_LIBRARY(pom_ext, m) {
   m.def("state(" POM_FEATURES ", " POM_GROUPS ", " POM_PRIOR ") -> (" POM_STATE ")");
-  m.def(
-      "state_backward(Tensor grad_total, " POM_FEATURES ", " POM_GROUPS ") -> (Tensor grad_u, Tensor grad_coeff)");
-  m.def(
-      "add_to_state(" POM_FEATURES ", Tensor? prior_total, Tensor? prior_residual, Tensor? prior_count, bool empty, "
-      POM_STATE_IN_PLACE ") -> ()");
-  m.def(
-      "readout(" POM_GATES ", int form, " POM_STATE ", Tensor? total_tangent, Tensor? residual_tangent, "
-      "Tensor? offsets) -> Tensor");
-  m.def(
-      "readout_backward(Tensor grad_y, " POM_GATES ", int form, " POM_STATE ", Tensor? offsets) "
-      "-> (Tensor grad_gate, Tensor grad_total)");
+  m.def("state_backward(Tensor grad_total, " POM_FEATURES ", " POM_GROUPS ") -> (Tensor grad_u, Tensor grad_coeff)");
+  m.def("add_to_state(" POM_FEATURES
+        ", Tensor? prior_total, Tensor? prior_residual, Tensor? prior_count, bool empty, " POM_STATE_IN_PLACE
+        ") -> ()");
+  m.def("readout(" POM_GATES ", int form, " POM_STATE
+        ", Tensor? total_tangent, Tensor? residual_tangent, "
+        "Tensor? offsets) -> Tensor");
+  m.def("readout_backward(Tensor grad_y, " POM_GATES ", int form, " POM_STATE
+        ", Tensor? offsets) "
+        "-> (Tensor grad_gate, Tensor grad_total)");
   m.def("mix(" POM_FEATURES ", " POM_GATES ", " POM_PRIOR ") -> (Tensor y, " POM_STATE ")");
   m.def("causal_mix(" POM_FEATURES ", " POM_GATES ", " POM_PRIOR ") -> (Tensor y, " POM_STATE ")");
-  m.def(
-      "causal_mix_backward(Tensor grad_y, Tensor? grad_total, " POM_FEATURES ", " POM_GATES ", " POM_PRIOR ") "
-      "-> (Tensor grad_u, Tensor grad_gate, Tensor grad_coeff, Tensor grad_total)");
+  m.def("causal_mix_backward(Tensor grad_y, Tensor? grad_total, " POM_FEATURES ", " POM_GATES ", " POM_PRIOR
+        ") "
+        "-> (Tensor grad_u, Tensor grad_gate, Tensor grad_coeff, Tensor grad_total)");
   m.def("update(" POM_FEATURES ", " POM_GATES ", " POM_STATE_IN_PLACE ", Tensor(d!) arrival_counter) -> Tensor");
   m.def("instruction_set() -> str");
   m.def("cuda_architectures() -> str");

@@ -68,7 +68,7 @@ inline Tensor channels_together(const Tensor& t) {
 struct DenseArg {
   Optional tensor;
   DenseArg(const Optional& t, const Tensor& like, ScalarType dtype, std::initializer_list<int64_t> shape,
-        const char* name) {
+           const char* name) {
     if (!t) return;
     expect_device(*t, like, name);
     STD_TORCH_CHECK(t->scalar_type() == dtype, name, ": unexpected dtype");
@@ -114,7 +114,7 @@ struct Tangent {
   }
 };
 
-#define POM_FEATURES                                                                                        \
+#define POM_FEATURES                                                                                              \
   "Tensor u, Tensor? coeff, Tensor? u_tangent, Tensor? coeff_tangent, Tensor? weight, Tensor? cos, Tensor? sin, " \
   "int axes, int form, int degree"
 struct FeatureInputs {
@@ -126,6 +126,17 @@ struct FeatureInputs {
             from.optional(), from.optional(), from.integer(),  from.integer(),  from.integer()};
   }
 };
+
+// The polynomial of tokens with that many channels.
+inline void set_polynomial(pom::Features& features, int64_t form, int64_t degree, int64_t channels, const char* name) {
+  features.form = form_of(form);
+  STD_TORCH_CHECK(degree >= 1 && degree <= 16, "degree: expected 1 to 16, got ", degree);
+  const int64_t factors = features.form == pom::Form::product ? degree : 1;
+  STD_TORCH_CHECK(channels > 0 && channels % factors == 0, name, ": ", channels,
+                  " channels are not a multiple of degree ", degree);
+  features.degree = int(degree);
+  features.width = channels / factors;
+}
 
 struct Features {
   Tensor u;
@@ -142,17 +153,10 @@ struct Features {
         coeff_tangent(in.coeff_tangent, in.u, acc_of(in.u), {in.u.size(2), in.degree}, "coeff_tangent"),
         weight(in.weight, in.u, acc_of(in.u), {in.u.size(0), in.u.size(1)}, "weight"),
         angles(in.cos, in.sin, in.axes, in.u.size(1), in.u) {
-    const int64_t degree = in.degree;
-    args.form = form_of(in.form);
-    STD_TORCH_CHECK(degree >= 1 && degree <= 16, "degree: expected 1 to 16, got ", degree);
-    const int64_t factors = args.form == pom::Form::product ? degree : 1;
-    STD_TORCH_CHECK(u.size(2) > 0 && u.size(2) % factors == 0, "u: ", u.size(2),
-                    " channels are not a multiple of degree ", degree);
-    args.degree = int(degree);
+    set_polynomial(args, in.form, in.degree, u.size(2), "u");
     args.dtype = dtype_of(u, "u");
     args.batch = u.size(0);
     args.tokens = u.size(1);
-    args.width = u.size(2) / factors;
     args.u = u.const_data_ptr();
     args.u_batch_stride = u.stride(0);
     args.u_token_stride = u.stride(1);
@@ -229,8 +233,7 @@ struct State {
 // A state that tokens are added to, with one group, or none.
 struct Prior : State {
   Prior(const PriorInputs& in, const Tensor& like, int64_t channels) : State(in, like, 1, channels) {
-    STD_TORCH_CHECK(bool(in.total) == bool(in.residual) && bool(in.total) == bool(in.count),
-                    "prior: incomplete state");
+    STD_TORCH_CHECK(bool(in.total) == bool(in.residual) && bool(in.total) == bool(in.count), "prior: incomplete state");
   }
 };
 
@@ -246,8 +249,7 @@ struct NewState {
   }
 };
 
-#define POM_GATES \
-  "Tensor gate, Tensor? gate_tangent, Tensor? gate_cos, Tensor? gate_sin, int gate_axes, int heads"
+#define POM_GATES "Tensor gate, Tensor? gate_tangent, Tensor? gate_cos, Tensor? gate_sin, int gate_axes, int heads"
 struct GateInputs {
   Tensor gate;
   Optional tangent, cos, sin;

@@ -120,6 +120,8 @@ def test_only_the_api_is_exported_and_versioned(built, has_cuda):
     operations |= {f"{name}_backward" for name in ("state", "readout", "causal_mix")}
     devices = ("cpu", "cuda") if has_cuda else ("cpu",)
     wanted = {"pom::message"} | {f"pom::{device}::{name}" for device in devices for name in operations}
+    projected = ("project_state", "project_state_backward", "project_readout", "project_readout_backward")
+    wanted |= {f"pom::cpu::{name}" for name in (*projected, "folded_readout")}
     of_a_gpu = {"error", "versions", "projects", "project_state", "folds", "folded_readout"}
     assert rest == wanted | ({f"pom::cuda::{name}" for name in of_a_gpu} if has_cuda else set())
 

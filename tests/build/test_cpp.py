@@ -16,7 +16,10 @@ LIBRARY = sorted(
     [ROOT / "csrc/status.cpp", *(ROOT / "csrc/cpu").glob("*.cpp"), *(ROOT / "csrc/engine").glob("*.cpp")],
     key=lambda file: file.stem != "kernels",
 )
-PROGRAMS = ("test_api", "test_mix", "test_status", "test_engine", "test_engine_refusals")
+PROGRAMS = (
+    *("test_api", "test_mix", "test_status", "test_engine", "test_engine_refusals"),
+    *("test_project_cpu", "test_folded_cpu"),
+)
 
 
 def supported_instruction_sets():

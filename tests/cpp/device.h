@@ -75,6 +75,22 @@ inline void run_reversed(void*, int64_t n, void (*body)(void*, int64_t), void* a
 using Order = pom::Executor;
 inline Order in_order(bool ascending) { return ascending ? Order{} : Order{run_reversed}; }
 
+inline pom::Status call(const pom::ProjectStateArgs& args, void* memory, size_t bytes, const Order& order) {
+  return device::project_state(args, memory, bytes, order);
+}
+inline pom::Status call(const pom::ProjectStateBackwardArgs& args, void* memory, size_t bytes, const Order& order) {
+  return device::project_state_backward(args, memory, bytes, order);
+}
+inline pom::Status call(const pom::ProjectReadoutArgs& args, void* memory, size_t bytes, const Order& order) {
+  return device::project_readout(args, memory, bytes, order);
+}
+inline pom::Status call(const pom::ProjectReadoutBackwardArgs& args, void* memory, size_t bytes, const Order& order) {
+  return device::project_readout_backward(args, memory, bytes, order);
+}
+inline pom::Status call(const pom::FoldedReadoutArgs& args, void* memory, size_t bytes, const Order& order) {
+  return device::folded_readout(args, memory, bytes, order);
+}
+
 #endif
 
 // Calls the operation that takes these arguments.

@@ -92,9 +92,7 @@ struct FoldedInputs {
             c.heads,
             c.channels(),
             c.out_dim,
-            x.buffer.data(),
-            x.batch_stride,
-            x.token_stride,
+            {x.buffer.data(), x.batch_stride, x.token_stride},
             gate_weight.data(),
             c.biases ? gate_bias.data() : nullptr,
             out_weight.data(),
@@ -195,9 +193,12 @@ void test_refusals() {
   refuses("60 inputs", Status::bad_size, [](Args& a) { a.dim = 60; });
   refuses("36 outputs", Status::bad_size, [](Args& a) { a.out_dim = 36; });
   refuses("groups of unequal length", Status::bad_size, [](Args& a) { a.groups = 2; });
-  refuses("rows at odd places", Status::bad_size, [](Args& a) { a.x_token_stride = 65; });
-  refuses("an odd address", Status::bad_size, [](Args& a) { a.x = static_cast<const char*>(a.x) + 2; });
-  refuses("no queries' memory", Status::null_pointer, [](Args& a) { a.x = nullptr; });
+  refuses("rows at odd places", Status::bad_size, [](Args& a) { a.x.token_stride = 65; });
+  refuses("an odd address", Status::bad_size, [](Args& a) { a.x.data = static_cast<const char*>(a.x.data) + 2; });
+  refuses("channels apart", Status::bad_size, [](Args& a) { a.x.channel_stride = 2; });
+  refuses("rotary positions", Status::bad_size, [](Args& a) { a.rotary.axes = 1; });
+  refuses("a direction", Status::no_tangents, [](Args& a) { a.x_tangent = a.x; });
+  refuses("no queries' memory", Status::null_pointer, [](Args& a) { a.x.data = nullptr; });
   refuses("no state", Status::null_pointer, [](Args& a) { a.state.count = nullptr; });
   refuses("no result", Status::null_pointer, [](Args& a) { a.y = nullptr; });
 

@@ -21,12 +21,12 @@ struct ProjectCase {
 };
 
 // A case's groups, weights and coefficients, with tokens that are projected.
-struct Tokens {
+struct TokenInputs {
   Inputs in;
   Rows x;
   Buffer weight, bias;
 
-  explicit Tokens(const ProjectCase& p) : in(p.c) {
+  explicit TokenInputs(const ProjectCase& p) : in(p.c) {
     const auto [batch, tokens, width] = p.c.shape;
     Array numbers = draw(batch * tokens * p.dim, -1, 1.2), weights = draw(width * p.dim, -1, 1), biases(width);
     for (double& w : weights) w *= 4 / std::sqrt(double(p.dim));
@@ -44,21 +44,13 @@ struct Tokens {
   ProjectStateArgs args(const ProjectCase& p, const StateOut& out, const StateView& prior = {}) const {
     Features features = in.features;
     features.u = nullptr;
-    return {features,
-            x.buffer.data(),
-            p.dim,
-            x.batch_stride,
-            x.token_stride,
-            weight.data(),
-            p.bias ? bias.data() : nullptr,
-            in.groups,
-            out,
-            prior};
+    return {features, {x.buffer.data(), x.batch_stride, x.token_stride}, p.dim, weight.data(),
+            p.bias ? bias.data() : nullptr, in.groups, out, prior};
   }
 };
 
 void test(const ProjectCase& p) {
-  const Tokens tokens(p);
+  const TokenInputs tokens(p);
   StateBuffers out(Dtype::f32, p.c.shape.batch * tokens.in.p.groups, p.c.shape.width);
   Before prior(Dtype::f32, p.c.shape.batch, p.c.shape.width, false);
   const ProjectStateArgs args = tokens.args(p, out.view(), p.c.prior ? prior.view() : StateView{});
@@ -96,7 +88,7 @@ void test_instances() {
 // A token reaches its own group alone, whatever its value.
 void test_no_numbers() {
   ProjectCase p = {{Form::power, 3, Dtype::bf16, Context::offsets, false, false, {1, 200, 16}}, 64, true};
-  Tokens tokens(p);
+  TokenInputs tokens(p);
   const int64_t groups = tokens.in.p.groups, first = tokens.in.offsets[1], end = tokens.in.offsets[2];
   expect(end - first > 0 && end % 64, "the group with tokens 0 … %d ends within a piece", int(end));
   for (int64_t i = first * p.dim; i < end * p.dim; ++i)
@@ -112,7 +104,7 @@ void test_no_numbers() {
 // The call reports what is wrong with the device, and nothing else is tried.
 void test_an_old_driver() {
   const ProjectCase p = {{Form::power, 3, Dtype::bf16, Context::whole, false, false, {1, 70, 16}}, 64, true};
-  const Tokens tokens(p);
+  const TokenInputs tokens(p);
   StateBuffers out(Dtype::f32, 1, 16);
   const ProjectStateArgs args = tokens.args(p, out.view());
   const size_t bytes = pom::cuda::workspace(args);
@@ -132,7 +124,7 @@ void test_an_old_driver() {
 // Calls that the kernel does not support are refused, and leave the output alone.
 void test_refusals() {
   const ProjectCase p = {{Form::power, 3, Dtype::bf16, Context::whole, false, false, {1, 70, 16}}, 64, true};
-  const Tokens tokens(p);
+  const TokenInputs tokens(p);
   StateBuffers out(Dtype::f32, 1, 16);
   auto refuses = [&](const char* what, Status wanted, auto change) {
     ProjectStateArgs args = tokens.args(p, out.view());
@@ -153,11 +145,13 @@ void test_refusals() {
   refuses("no tokens", Status::bad_size, [](Args& a) { a.features.tokens = 0; });
   refuses("12 channels", Status::bad_size, [](Args& a) { a.features.width = 12; });
   refuses("60 inputs", Status::bad_size, [](Args& a) { a.dim = 60; });
-  refuses("rows at odd places", Status::bad_size, [](Args& a) { a.x_token_stride = 65; });
-  refuses("one row for all tokens", Status::bad_size, [](Args& a) { a.x_token_stride = 0; });
-  refuses("an odd address", Status::bad_size, [](Args& a) { a.x = static_cast<const char*>(a.x) + 2; });
-  refuses("no tokens' memory", Status::null_pointer, [](Args& a) { a.x = nullptr; });
+  refuses("rows at odd places", Status::bad_size, [](Args& a) { a.x.token_stride = 65; });
+  refuses("one row for all tokens", Status::bad_size, [](Args& a) { a.x.token_stride = 0; });
+  refuses("an odd address", Status::bad_size, [](Args& a) { a.x.data = static_cast<const char*>(a.x.data) + 2; });
+  refuses("no tokens' memory", Status::null_pointer, [](Args& a) { a.x.data = nullptr; });
   refuses("no weight", Status::null_pointer, [](Args& a) { a.weight = nullptr; });
+  refuses("channels apart", Status::bad_size, [](Args& a) { a.x.channel_stride = 2; });
+  refuses("a direction", Status::no_tangents, [](Args& a) { a.x_tangent = a.x; });
   refuses("half a prior state", Status::null_pointer, [](Args& a) { a.prior.total = a.weight; });
   refuses("no coefficients", Status::null_pointer, [](Args& a) { a.features.coeff = nullptr; });
 
@@ -171,7 +165,7 @@ void test_refusals() {
 // Errors for a tensor that the driver refuses, and for a driver without tensor maps. Neither outlasts its cause.
 void test_words_of_the_driver() {
   const ProjectCase p = {{Form::power, 3, Dtype::bf16, Context::whole, false, false, {1, 70, 16}}, 64, true};
-  const Tokens tokens(p);
+  const TokenInputs tokens(p);
   StateBuffers out(Dtype::f32, 1, 16);
   const ProjectStateArgs args = tokens.args(p, out.view());
   Workspace memory(pom::cuda::workspace(args));
@@ -199,7 +193,7 @@ void test_words_of_the_driver() {
 // Each device is asked about a kernel, and its memory limit set, once: by the first of several threads.
 void test_questions() {
   const ProjectCase p = {{Form::power, 3, Dtype::bf16, Context::whole, false, false, {1, 70, 16}}, 64, true};
-  const Tokens tokens(p);
+  const TokenInputs tokens(p);
   StateBuffers out(Dtype::f32, 1, 16);
   const ProjectStateArgs args = tokens.args(p, out.view());
   auto questions = [&](auto ask) {

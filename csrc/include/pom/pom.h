@@ -16,6 +16,8 @@
 #pragma GCC visibility push(default)
 #endif
 
+struct pom_linear;  // of pom/engine.h
+
 namespace pom {
 
 enum class Form : int { product, power };
@@ -197,16 +199,66 @@ struct UpdateArgs {
   void* y = nullptr;
 };
 
+// Tokens that are projected, or null. On a CPU the channels may have a stride too.
+struct Tokens {
+  const void* data = nullptr;
+  int64_t batch_stride = 0, token_stride = 0, channel_stride = 1;
+};
+
+// A matrix, or a batch of them, with any strides.
+struct Matrix {
+  const void* data = nullptr;
+  int64_t row_stride = 0, column_stride = 1, batch_stride = 0;
+};
+
+// y (rows, outputs) = x (rows, inputs) weight (outputs, inputs)ᵀ + bias. With a batch, that many products without bias.
+struct MatrixProduct {
+  Dtype dtype = Dtype::f32;
+  int64_t batch = 0, rows = 0, inputs = 0, outputs = 0;
+  Matrix x, weight;
+  const void* bias = nullptr;  // dtype (outputs), or null
+};
+
+// How the CPU's operations with projections multiply matrices: by `function`, or by plain loops if all are null.
+struct Linear {
+  static constexpr int kSlots = 3;
+  // A pom_linear_function of pom/engine.h, which reads dense matrices: others are copied first.
+  int32_t (*function)(void* context, const pom_linear* map) = nullptr;
+  void* context = nullptr;
+  // In place of `function`, for a library that reads matrices where they are and makes room for its results: returns y,
+  // dense, which it keeps until the next product of the same slot. Errors are exceptions.
+  const void* (*multiply)(void* context, const MatrixProduct& product, int slot) = nullptr;
+  // sums (columns), acc, of the rows of a matrix. Null: by plain loops.
+  void (*column_sums)(void* context, Dtype dtype, const Matrix& matrix, int64_t rows, int64_t columns,
+                      void* sums) = nullptr;
+};
+
 // The state of tokens before their projection, u = x weightᵀ + bias, which is never stored.
 struct ProjectStateArgs {
-  Features features;        // without u
-  const void* x = nullptr;  // dtype (batch, tokens, dim)
-  int64_t dim = 0, x_batch_stride = 0, x_token_stride = 0;
+  Features features;  // without u
+  Tokens x;           // dtype (batch, tokens, dim)
+  int64_t dim = 0;
   const void* weight = nullptr;  // dtype (C, dim)
   const void* bias = nullptr;    // dtype (C), or null
-  Groups groups;
+  Groups groups;                 // without a mask
   StateOut out;
   StateView prior = {};  // as of StateArgs
+  // On a CPU alone:
+  Linear linear = {};
+  Tokens x_tangent = {};         // a direction of x
+  StateView prior_tangent = {};  // a direction of prior, without count, or null pointers for none
+  StateOut tangent_out = {};     // the derivative of out, without count
+};
+
+struct ProjectStateBackwardArgs {
+  ProjectStateArgs state;            // without out, prior and tangents
+  const void* grad_total = nullptr;  // acc (batch, groups, C)
+  const void* saved = nullptr;       // dtype (batch, tokens, C): u, or null to compute it again
+  // Null for what is not needed:
+  void* grad_x = nullptr;       // dtype (batch, tokens, dim)
+  void* grad_weight = nullptr;  // dtype (C, dim)
+  void* grad_bias = nullptr;    // dtype (C)
+  void* grad_coeff = nullptr;   // acc (C, degree), power form only
 };
 
 // The readout of queries that are projected to one gate per head, through a projection of its own:
@@ -215,8 +267,7 @@ struct FoldedReadoutArgs {
   Form form = Form::power;  // of the gates
   Dtype dtype = Dtype::bf16;
   int64_t batch = 0, queries = 0, dim = 0, heads = 1, channels = 0, out_dim = 0;
-  const void* x = nullptr;  // dtype (batch, queries, dim)
-  int64_t x_batch_stride = 0, x_token_stride = 0;
+  Tokens x;                           // dtype (batch, queries, dim)
   const void* gate_weight = nullptr;  // dtype (heads, dim)
   const void* gate_bias = nullptr;    // dtype (heads), or null
   const void* out_weight = nullptr;   // dtype (out_dim, channels)
@@ -225,6 +276,28 @@ struct FoldedReadoutArgs {
   const int64_t* offsets = nullptr;  // as of ReadoutArgs
   StateView state;                   // (batch, groups, channels)
   void* y = nullptr;                 // dtype (batch, queries, out_dim)
+  // On a CPU alone:
+  Linear linear = {};
+  Rotary rotary = {};     // over the gates
+  Tokens x_tangent = {};  // a direction of x and, without count, of the state: y_tangent is the derivative of y
+  StateView state_tangent = {};
+  void* y_tangent = nullptr;  // dtype (batch, queries, out_dim)
+};
+
+// The same for any gates, one per channel if heads is 1, which multiply the mean before it is projected.
+struct ProjectReadoutArgs : FoldedReadoutArgs {
+  const void* saved = nullptr;  // dtype (batch, queries, gates): the projected gates, or null to compute them
+};
+
+struct ProjectReadoutBackwardArgs {
+  ProjectReadoutArgs readout;        // without y and tangents
+  Tokens grad_y;                     // dtype (batch, queries, out_dim)
+  void* grad_x = nullptr;            // dtype (batch, queries, dim)
+  void* grad_gate_weight = nullptr;  // dtype (gates, dim)
+  void* grad_gate_bias = nullptr;    // dtype (gates), or null if not needed
+  void* grad_total = nullptr;        // acc (batch, groups, channels)
+  void* grad_out_weight = nullptr;   // dtype (out_dim, channels)
+  void* grad_out_bias = nullptr;     // dtype (out_dim), or null if not needed
 };
 
 namespace cpu {
@@ -247,6 +320,22 @@ Status causal_mix_backward(const CausalBackwardArgs& args, void* workspace, size
                            const Executor& executor = {});
 Status mix(const MixArgs& args, void* workspace, size_t bytes, const Executor& executor = {});
 Status update(const UpdateArgs& args, void* workspace, size_t bytes, const Executor& executor = {});
+
+// A block of tokens at a time, whose projections stay in the processor's cache. A status of `linear` other than ok is
+// passed on; outputs may then be written in part.
+size_t workspace(const ProjectStateArgs& args);
+size_t workspace(const ProjectStateBackwardArgs& args);
+size_t workspace(const ProjectReadoutArgs& args);
+size_t workspace(const ProjectReadoutBackwardArgs& args);
+size_t workspace(const FoldedReadoutArgs& args);
+
+Status project_state(const ProjectStateArgs& args, void* workspace, size_t bytes, const Executor& executor = {});
+Status project_state_backward(const ProjectStateBackwardArgs& args, void* workspace, size_t bytes,
+                              const Executor& executor = {});
+Status project_readout(const ProjectReadoutArgs& args, void* workspace, size_t bytes, const Executor& executor = {});
+Status project_readout_backward(const ProjectReadoutBackwardArgs& args, void* workspace, size_t bytes,
+                                const Executor& executor = {});
+Status folded_readout(const FoldedReadoutArgs& args, void* workspace, size_t bytes, const Executor& executor = {});
 
 }  // namespace cpu
 

@@ -2,20 +2,11 @@
 
 #include <algorithm>
 
+#include "cpu/elements.h"
 #include "pom/engine.h"
-#include "pom/pom.h"
 
-namespace pom::engine {
+namespace pom::cpu {
 namespace {
-
-float number(float x) { return x; }
-double number(double x) { return x; }
-float number(bf16 x) { return to_float(x); }
-float number(f16 x) { return to_float(x); }
-void put(float x, float* y) { *y = x; }
-void put(double x, double* y) { *y = x; }
-void put(float x, bf16* y) { *y = to_bf16(x); }
-void put(float x, f16* y) { *y = to_f16(x); }
 
 constexpr int64_t kLanes = 16;      // partial sums of a product, which the compiler makes vectors of
 constexpr int64_t kRowsOfTask = 8;  // that share what is read of the weight
@@ -42,22 +33,13 @@ void multiply(const pom_linear& map, int64_t task) {
 
 void multiply_task(void* argument, int64_t task) {
   const pom_linear& map = *static_cast<const pom_linear*>(argument);
-  switch (Dtype(map.dtype)) {
-    case Dtype::f32:
-      return multiply<float>(map, task);
-    case Dtype::f64:
-      return multiply<double>(map, task);
-    case Dtype::bf16:
-      return multiply<bf16>(map, task);
-    case Dtype::f16:
-      return multiply<f16>(map, task);
-  }
+  with_type(Dtype(map.dtype), [&](auto element) { multiply<decltype(element)>(map, task); });
 }
 
 }  // namespace
-}  // namespace pom::engine
+}  // namespace pom::cpu
 
-using namespace pom::engine;
+using namespace pom::cpu;
 
 pom_status pom_cpu_linear(void* context, const pom_linear* map) {
   if (!map) return POM_NULL_POINTER;
