@@ -92,7 +92,9 @@ struct CausalPlan {
 
   // The tile's channels of a row of doubles, side by side.
   static void gather(const Tile& tile, const double* row, double* out) {
-    each_range(tile, [&](int64_t range, int64_t channel) { std::copy_n(row + channel, tile.width, out + range * tile.width); });
+    each_range(tile, [&](int64_t range, int64_t channel) {
+      std::copy_n(row + channel, tile.width, out + range * tile.width);
+    });
   }
 };
 
@@ -166,7 +168,8 @@ Status run(const CausalBackwardArgs& args, void* workspace, const Executor& exec
   // Forwards through every chunk: gradients of the gates, and the sum of what the chunk sends back.
   plan.each_task(executor, plan.gates.heads(), [&](int64_t b, int64_t chunk, int64_t first, int64_t last) {
     const int64_t begin = plan.chunks.begin(chunk), end = plan.chunks.end(chunk);
-    if (plan.head_grad && end > begin) std::fill_n(plan.head_grad + (b * f.tokens + begin) * heads, (end - begin) * heads, 0.0);
+    if (plan.head_grad && end > begin)
+      std::fill_n(plan.head_grad + (b * f.tokens + begin) * heads, (end - begin) * heads, 0.0);
     for (int64_t i = first; i < last; ++i) {
       const Tile tile = plan.tokens.tiles[i];
       double base[kScratch / kPanel], count = plan.count(b, chunk);
@@ -206,7 +209,8 @@ Status run(const CausalBackwardArgs& args, void* workspace, const Executor& exec
         });
       double base[kScratch / kPanel];
       plan.gather(tile, plan.after(b, chunk + 1), base);
-      for (int64_t token = begin + (end - begin - 1) / kPanel * kPanel; token >= begin && end > begin; token -= kPanel) {
+      for (int64_t token = begin + (end - begin - 1) / kPanel * kPanel; token >= begin && end > begin;
+           token -= kPanel) {
         const int64_t n = std::min(kPanel, end - token);
         alignas(64) Acc value[kScratch], dsum[kScratch];
         Acc inverses[kPanel];
@@ -242,7 +246,9 @@ Status causal_mix(const CausalArgs& args, void* workspace, size_t bytes, const E
                      [&](auto acc, void* memory) { return run<decltype(acc)>(args, memory, executor); });
 }
 
-size_t workspace(const CausalBackwardArgs& args) { return planned_bytes<CausalBackwardPlan>(args.features.dtype, args); }
+size_t workspace(const CausalBackwardArgs& args) {
+  return planned_bytes<CausalBackwardPlan>(args.features.dtype, args);
+}
 
 Status causal_mix_backward(const CausalBackwardArgs& args, void* workspace, size_t bytes, const Executor& executor) {
   return checked_run(args, args.features.dtype, workspace, bytes,

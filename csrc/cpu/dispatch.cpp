@@ -5,14 +5,14 @@
 
 #include "cpu/kernels.h"
 
-#define POM_DECLARE(isa)                                                                      \
-  namespace pom::cpu::isa {                                                                   \
-  const FeatureKernels<float>* feature_kernels(Dtype, Form, int, float);                      \
-  const FeatureKernels<double>* feature_kernels(Dtype, Form, int, double);                    \
-  const GateKernels<float>* gate_kernels(Dtype, Form, float);                                 \
-  const GateKernels<double>* gate_kernels(Dtype, Form, double);                               \
-  const LinearKernels<float>* linear_kernels(float);                                          \
-  const LinearKernels<double>* linear_kernels(double);                                        \
+#define POM_DECLARE(isa)                                                   \
+  namespace pom::cpu::isa {                                                \
+  const FeatureKernels<float>* feature_kernels(Dtype, Form, int, float);   \
+  const FeatureKernels<double>* feature_kernels(Dtype, Form, int, double); \
+  const GateKernels<float>* gate_kernels(Dtype, Form, float);              \
+  const GateKernels<double>* gate_kernels(Dtype, Form, double);            \
+  const LinearKernels<float>* linear_kernels(float);                       \
+  const LinearKernels<double>* linear_kernels(double);                     \
   }
 POM_DECLARE(generic)
 #ifdef POM_X86
@@ -50,8 +50,7 @@ Isa isa() {
 }  // namespace
 
 #ifdef POM_X86
-#define POM_CHOOSE(call) \
-  (isa() == Isa::avx512 ? *avx512::call : isa() == Isa::avx2 ? *avx2::call : *generic::call)
+#define POM_CHOOSE(call) (isa() == Isa::avx512 ? *avx512::call : isa() == Isa::avx2 ? *avx2::call : *generic::call)
 #else
 #define POM_CHOOSE(call) (*generic::call)
 #endif
@@ -76,8 +75,6 @@ template const GateKernels<double>& gate_kernels<double>(Dtype, Form);
 template const LinearKernels<float>& linear_kernels<float>();
 template const LinearKernels<double>& linear_kernels<double>();
 
-const char* instruction_set() {
-  return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "generic";
-}
+const char* instruction_set() { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "generic"; }
 
 }  // namespace pom::cpu

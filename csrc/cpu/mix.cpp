@@ -36,9 +36,7 @@ Status run(const Features& f, const Gates& g, const StateView& prior, const Stat
   return Status::ok;
 }
 
-size_t workspace_of(const Features& f, const Gates& g) {
-  return planned_bytes<MixPlan>(f.dtype, f, g);
-}
+size_t workspace_of(const Features& f, const Gates& g) { return planned_bytes<MixPlan>(f.dtype, f, g); }
 
 }  // namespace
 

@@ -15,12 +15,12 @@
 
 namespace pom::cpu {
 
-constexpr int64_t kPanel = 8;            // tokens an inner loop takes at once
-constexpr int64_t kMaxChunks = 64;       // bounds the partial sums: memory is O(state), never O(tokens)
-constexpr int64_t kTileWidth = 512;     // channels of a tile, over all its ranges: a panel of scratch stays in L1
-constexpr int64_t kMinRange = 32;       // channels of one range, at least
+constexpr int64_t kPanel = 8;        // tokens an inner loop takes at once
+constexpr int64_t kMaxChunks = 64;   // bounds the partial sums: memory is O(state), never O(tokens)
+constexpr int64_t kTileWidth = 512;  // channels of a tile, over all its ranges: a panel of scratch stays in L1
+constexpr int64_t kMinRange = 32;    // channels of one range, at least
 constexpr int64_t kScratch = kPanel * (kTileWidth > kMaxDegree * kMinRange ? kTileWidth : kMaxDegree * kMinRange);
-constexpr int64_t kWantedTasks = 64;     // enough for many cores to share evenly
+constexpr int64_t kWantedTasks = 64;  // enough for many cores to share evenly
 
 template <class Body>
 void parallel(const Executor& executor, int64_t n, Body&& body) {
@@ -47,7 +47,9 @@ struct Chunks {
 struct Segments {
   int64_t tokens, count;
   const int64_t* offsets;
-  int64_t begin(int64_t group) const { return offsets ? offsets[group] : group * (tokens / std::max<int64_t>(1, count)); }
+  int64_t begin(int64_t group) const {
+    return offsets ? offsets[group] : group * (tokens / std::max<int64_t>(1, count));
+  }
   int64_t end(int64_t group) const { return offsets || group + 1 < count ? begin(group + 1) : tokens; }
   // The last group that begins at or before `token` and is not empty there.
   int64_t at(int64_t token) const {
@@ -124,7 +126,8 @@ class Tiles {
 struct TileGroups {
   int64_t tiles, count;
   TileGroups(int64_t tiles, int64_t other_tasks)
-      : tiles(tiles), count(std::clamp<int64_t>(kWantedTasks / std::max<int64_t>(1, other_tasks), 1, std::max<int64_t>(1, tiles))) {}
+      : tiles(tiles),
+        count(std::clamp<int64_t>(kWantedTasks / std::max<int64_t>(1, other_tasks), 1, std::max<int64_t>(1, tiles))) {}
   int64_t begin(int64_t group) const { return tiles * group / count; }
   int64_t end(int64_t group) const { return tiles * (group + 1) / count; }
 };

@@ -36,7 +36,8 @@ void counts(const StateArgs& args) {
       if (!args.groups.cumulative) count = 0;
       const Acc* weight = static_cast<const Acc*>(args.groups.mask ? args.groups.mask : f.weight);
       if (weight) weight += args.groups.mask ? (b * args.groups.count + g) * f.tokens : b * f.tokens;
-      const int64_t begin = args.groups.mask ? 0 : segments.begin(g), end = args.groups.mask ? f.tokens : segments.end(g);
+      const int64_t begin = args.groups.mask ? 0 : segments.begin(g),
+                    end = args.groups.mask ? f.tokens : segments.end(g);
       if (weight)
         for (int64_t n = begin; n < end; ++n) count += weight[n];
       else
@@ -57,9 +58,8 @@ void sum_pieces(const StateArgs& args, StatePlan<Acc>& plan, const Executor& exe
     plan.pieces.each(chunk, [&](int64_t piece, int64_t, int64_t begin, int64_t end) {
       double* total = plan.partial + (b * plan.slots + piece) * channels;
       for (int64_t i = groups.begin(group); i < groups.end(group); ++i)
-        each_range(plan.tokens.tiles[i], [&](int64_t, int64_t channel) {
-          std::fill_n(total + channel, plan.tokens.tiles[i].width, 0.0);
-        });
+        each_range(plan.tokens.tiles[i],
+                   [&](int64_t, int64_t channel) { std::fill_n(total + channel, plan.tokens.tiles[i].width, 0.0); });
       plan.tokens.sum(b, begin, end, groups.begin(group), groups.end(group), total);
     });
   });
@@ -80,8 +80,7 @@ void sum_masked(const StateArgs& args, StatePlan<Acc>& plan, const Executor& exe
       alignas(64) Acc phi[kScratch];
       plan.tokens.features(b, token, count, tile, phi);
       for (int64_t g = 0; g < args.groups.count; ++g) {
-        const Acc* weight =
-            static_cast<const Acc*>(args.groups.mask) + (b * args.groups.count + g) * f.tokens + token;
+        const Acc* weight = static_cast<const Acc*>(args.groups.mask) + (b * args.groups.count + g) * f.tokens + token;
         FeatureTokens<Acc>::add(phi, count, tile, weight, total + g * channels);
       }
     });
@@ -136,9 +135,8 @@ struct StateBackwardPlan {
       : arena(workspace),
         tokens(args.features, arena),
         pieces{Chunks(args.features.tokens), segments_of(args.features, args.groups)},
-        suffix(args.groups.cumulative
-                   ? arena.take<Acc>(args.features.batch * args.groups.count * tokens.channels())
-                   : nullptr),
+        suffix(args.groups.cumulative ? arena.take<Acc>(args.features.batch * args.groups.count * tokens.channels())
+                                      : nullptr),
         dcoeff(arena.take<double>(args.features.batch * pieces.chunks.count * tokens.coeff_size())) {}
 };
 

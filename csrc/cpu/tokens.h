@@ -52,7 +52,8 @@ class FeatureTokens {
     if (!coeff_) return;
     const int64_t blocks = (f_.width + kTileWidth - 1) / kTileWidth;
     parallel(executor, blocks * f_.degree, [&](int64_t task) {
-      const int64_t i = task / blocks, first = task % blocks * kTileWidth, width = std::min(kTileWidth, f_.width - first);
+      const int64_t i = task / blocks, first = task % blocks * kTileWidth,
+                    width = std::min(kTileWidth, f_.width - first);
       double sum[kTileWidth] = {};
       for (int64_t part = 0; part < count; ++part)
         for (int64_t c = 0; c < width; ++c) sum[c] += parts[part * coeff_size() + i * f_.width + first + c];
@@ -66,8 +67,8 @@ class FeatureTokens {
       for (int64_t i = first_tile; i < last_tile; ++i) {
         const Tile tile = tiles[i];
         if (tile.rotary_begin < 0) {
-          kernels_.sum(rows(tile, count), f_.degree, point(batch, token, tile.begin),
-                       tangent(batch, token, tile.begin), f_.width, weight(batch, token), total + tile.begin);
+          kernels_.sum(rows(tile, count), f_.degree, point(batch, token, tile.begin), tangent(batch, token, tile.begin),
+                       f_.width, weight(batch, token), total + tile.begin);
         } else {
           alignas(64) Acc phi[kScratch];
           features(batch, token, count, tile, phi);
@@ -91,8 +92,8 @@ class FeatureTokens {
   // total[channel] += Σ_rows w scratch
   static void add(const Acc* scratch, int64_t count, const Tile& tile, const Acc* weight, double* total) {
     each_range(tile, [&](int64_t range, int64_t channel) {
-      linear_kernels<Acc>().sum(count, tile.width, scratch + range * tile.width, row_width(tile), weight,
-                                1, total + channel);
+      linear_kernels<Acc>().sum(count, tile.width, scratch + range * tile.width, row_width(tile), weight, 1,
+                                total + channel);
     });
   }
 
@@ -289,7 +290,8 @@ class GateTokens {
     const int64_t per_head = g_.channels / g_.heads;
     each_range(tile, [&](int64_t range, int64_t channel) {
       for (int64_t c = 0; c < tile.width;) {
-        const int64_t head = (channel + c) / per_head, width = std::min(tile.width - c, (head + 1) * per_head - channel - c);
+        const int64_t head = (channel + c) / per_head,
+                      width = std::min(tile.width - c, (head + 1) * per_head - channel - c);
         body(range * tile.width + c, width, head);
         c += width;
       }

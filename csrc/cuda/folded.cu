@@ -301,7 +301,8 @@ Status check_fused(const FoldedReadoutArgs& args) {
   const bool fits = fit({args.queries, args.dim, args.out_dim, plan.slots, plan.rows * args.out_dim});
   if (!aligned || !fits) return Status::bad_size;
   const StateView& s = args.state;
-  return args.batch && !(args.x.data && args.gate_weight && args.out_weight && args.y && s.total && s.residual && s.count)
+  return args.batch &&
+                 !(args.x.data && args.gate_weight && args.out_weight && args.y && s.total && s.residual && s.count)
              ? Status::null_pointer
              : Status::ok;
 }

@@ -235,7 +235,8 @@ Status check_fused(const ProjectStateArgs& args) {
                            .vec() == 8;
   const ProjectPlan plan(args, nullptr);
   const bool fits = fit({f.tokens, f.batch, f.width, args.dim, plan.slots, plan.rounds * plan.sums.steps});
-  const bool strided = args.x.channel_stride == 1 && (f.batch <= 1 || args.x.batch_stride > 0) && (f.tokens <= 1 || args.x.token_stride > 0);
+  const bool strided = args.x.channel_stride == 1 && (f.batch <= 1 || args.x.batch_stride > 0) &&
+                       (f.tokens <= 1 || args.x.token_stride > 0);
   return aligned && fits && strided ? Status::ok : Status::bad_size;
 }
 

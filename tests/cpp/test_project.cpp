@@ -44,8 +44,14 @@ struct TokenInputs {
   ProjectStateArgs args(const ProjectCase& p, const StateOut& out, const StateView& prior = {}) const {
     Features features = in.features;
     features.u = nullptr;
-    return {features, {x.buffer.data(), x.batch_stride, x.token_stride}, p.dim, weight.data(),
-            p.bias ? bias.data() : nullptr, in.groups, out, prior};
+    return {features,
+            {x.buffer.data(), x.batch_stride, x.token_stride},
+            p.dim,
+            weight.data(),
+            p.bias ? bias.data() : nullptr,
+            in.groups,
+            out,
+            prior};
   }
 };
 
