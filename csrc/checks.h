@@ -69,23 +69,21 @@ inline Status check(const StateBackwardArgs& args) {
   return Status::ok;
 }
 
-// Queries are split into groups by offsets, or evenly. Args: ReadoutArgs or ReadoutBackwardArgs.
-template <class Args>
-Status check_readout(const Args& args) {
-  const Gates& g = args.gates;
+// Queries are split into groups by offsets, or evenly.
+inline Status check_readout(const Gates& g, int64_t groups, const int64_t* offsets, const StateView& state) {
   if (const Status s = check(g); s != Status::ok) return s;
-  if (args.groups < 0 || (!args.offsets && (args.groups ? g.tokens % args.groups : g.tokens))) return Status::bad_size;
-  return g.batch * args.groups > 0 && !is_complete(args.state) ? Status::null_pointer : Status::ok;
+  if (groups < 0 || (!offsets && (groups ? g.tokens % groups : g.tokens))) return Status::bad_size;
+  return g.batch * groups > 0 && !is_complete(state) ? Status::null_pointer : Status::ok;
 }
 
 inline Status check(const ReadoutArgs& args) {
-  if (const Status s = check_readout(args); s != Status::ok) return s;
+  if (const Status s = check_readout(args.gates, args.groups, args.offsets, args.state); s != Status::ok) return s;
   if (args.tangent.total && !(args.tangent.residual && args.gates.tangent)) return Status::null_pointer;
   return args.gates.batch * args.gates.tokens > 0 && !args.y ? Status::null_pointer : Status::ok;
 }
 
 inline Status check(const ReadoutBackwardArgs& args) {
-  if (const Status s = check_readout(args); s != Status::ok) return s;
+  if (const Status s = check_readout(args.gates, args.groups, args.offsets, args.state); s != Status::ok) return s;
   const bool tokens = args.gates.batch * args.gates.tokens > 0;
   if (tokens && !(args.grad_y && args.grad_gate)) return Status::null_pointer;
   return args.gates.batch * args.groups > 0 && !args.grad_total ? Status::null_pointer : Status::ok;
