@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from ._random import seeded_generator
 from .diffusion import FlowMatching, Objective
 from .diffusion.guidance import guided_prediction
+from .diffusion.objectives import check_objective
 from .diffusion.solvers import check_solver
 from .models import ImageDiT, VideoDiT
 from .streaming import VideoStream
@@ -54,6 +55,7 @@ def sample(
         ValueError: an argument out of the ranges above.
     """
     objective = FlowMatching() if objective is None else objective
+    check_objective(objective)
     steps = objective.default_steps if steps is None else steps
     guidance = objective.default_guidance if guidance is None else guidance
     labels = torch.as_tensor(labels)

@@ -7,6 +7,8 @@ from .noise_prediction import NoisePrediction
 from .meanflow import MeanFlow
 
 # isort: on
+from .guidance import drop_labels, guided_prediction
+from .losses import diffusion_loss, video_loss
 from .objectives import OBJECTIVES, Objective, build_objective, register_objective
 
 __all__ = [
@@ -16,5 +18,9 @@ __all__ = [
     "NoisePrediction",
     "Objective",
     "build_objective",
+    "diffusion_loss",
+    "drop_labels",
+    "guided_prediction",
     "register_objective",
+    "video_loss",
 ]

@@ -92,7 +92,7 @@ class Objective(ABC):
             progress: completed share of the training, 0 to 1, for losses that change on the way.
             video: `context`, `context_noise` and `given` of `video_loss`; images do not use them.
         """
-        if clean.dim() == 5:
+        if "length" in getattr(model, "module", model).config:
             return video_loss(model, self, clean, labels, generator, **video)
         return diffusion_loss(model, self, clean, labels, generator)
 
@@ -167,15 +167,20 @@ def register_objective(name: str, label: str | None = None) -> Callable[[Kind], 
         label: for messages, such as "flow matching"; None takes the name.
 
     Raises:
-        TypeError: the class is no `Objective`.
-        ValueError: another class has the name.
+        TypeError: the name is no text, or the class no `Objective`.
+        ValueError: another class has the name, or the class has another.
     """
+
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected text, as in @register_objective('flow'), got {name!r}")
 
     def register(kind: Kind) -> Kind:
         if not (isinstance(kind, type) and issubclass(kind, Objective)):
             raise TypeError(f"objective: expected a subclass of Objective, got {kind!r}")
         if name in OBJECTIVES:
             raise ValueError(f"objective: the name {name!r} is taken by {OBJECTIVES[name].__name__}")
+        if kind in OBJECTIVES.values():
+            raise ValueError(f"objective: {kind.__name__} has the name {kind.name!r} already; register a subclass")
         kind.name, kind.label = name, name if label is None else label
         OBJECTIVES[name] = kind
         return kind
@@ -206,6 +211,12 @@ def build_objective(name: str, shift: float = 1.0, **options: Any) -> Objective:
         ValueError: another name, or a shift that is not positive.
     """
     return objective_class(name)(shift, **options)
+
+
+def check_objective(objective: Any) -> None:
+    """TypeError unless this is an `Objective`."""
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective: expected an Objective such as FlowMatching(), got {type(objective).__name__}")
 
 
 def check_positive(name: str, value: float) -> float:

@@ -114,3 +114,8 @@ class VideoDiTConfig(ModelConfig):
             raise ValueError(
                 f"positions: 'rotary' turns the features of mixer='power', and there is none in {self.mixer!r}"
             )
+
+
+# Whose arguments these are, if one is unknown.
+ImageDiTConfig.__init__.__qualname__ = "ImageDiT.__init__"
+VideoDiTConfig.__init__.__qualname__ = "VideoDiT.__init__"

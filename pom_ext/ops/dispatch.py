@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -90,13 +91,19 @@ def choose(operation: str, call: Any) -> str:
 
 @contextmanager
 def explained() -> Iterator[list[Decision]]:
-    """A list that fills with the decisions of the calls inside."""
+    """A list that fills with the decisions of this thread's calls inside, but for those of compiled graphs."""
     decisions: list[Decision] = []
-    _listeners.append(decisions.append)
+    thread = threading.get_ident()
+
+    def listen(decision: Decision) -> None:
+        if threading.get_ident() == thread:
+            decisions.append(decision)
+
+    _listeners.append(listen)
     try:
         yield decisions
     finally:
-        _listeners.remove(decisions.append)
+        _listeners.remove(listen)
 
 
 if os.environ.get("POM_EXT_EXPLAIN", "0") not in ("", "0"):

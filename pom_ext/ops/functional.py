@@ -178,7 +178,8 @@ def polynomial_mix(
     u, reading = _check_mix(u, Gate(gate, n_sel_heads, gate_rotary), polynomial, None if aligned else queries)
     if causal:
         check_mutually_exclusive(causal=True, mask=mask, frames=frames, cu_seqlens=cu_seqlens)
-    visibility = Visibility.of(u, weight=weight, mask=mask, frames=frames, cu_seqlens=cu_seqlens)
+    groups = {} if causal else {"mask": mask, "frames": frames, "cu_seqlens": cu_seqlens}
+    visibility = Visibility.of(u, weight=weight, **groups)
     if return_state:
         check_mutually_exclusive(return_state=True, mask=mask, cu_seqlens=cu_seqlens)
     if state is not None:
@@ -187,6 +188,10 @@ def polynomial_mix(
     if causal or (mask is None and not aligned):
         if causal and (rotary is None) != (gate_rotary is None):
             raise ValueError("rotary and gate_rotary: with causal=True give both or neither")
+        if causal and rotary is not None and gate_rotary is not None and rotary.axes != gate_rotary.axes:
+            raise ValueError(
+                f"gate_rotary: expected axes={rotary.axes} as rotary, with causal=True, got {gate_rotary.axes}"
+            )
         y, *parts = call("causal_mix" if causal else "mix", *tokens, reading.to_kernel())
         return (y, State(*parts)) if return_state else y
     new = State(*call("state", *tokens))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ..diffusion.losses import check_context
 
@@ -41,3 +44,15 @@ class StreamConfig:
             raise ValueError(
                 f"context_noise: expected at least 0 and less than 1, with context='clean', got {self.context_noise}"
             )
+
+
+def with_settings(init: Callable[..., Any]) -> Callable[..., Any]:
+    """Show the fields of `StreamConfig` in the signature of a function in place of its **options."""
+    own, settings = inspect.signature(init), inspect.signature(StreamConfig)
+    named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named += [p.replace(kind=p.KEYWORD_ONLY) for p in settings.parameters.values()]
+    init.__signature__ = own.replace(parameters=named)  # type: ignore[attr-defined]
+    return init
+
+
+StreamConfig.__init__.__qualname__ = "VideoStream.__init__"  # whose arguments these are, if one is unknown

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from .._random import seeded_generator
 from ..diffusion import FlowMatching, Objective, build_objective
 from ..diffusion.guidance import append_empty_text, append_unconditional_labels, apply_guidance, num_copies
+from ..diffusion.objectives import check_objective
 from ..diffusion.solvers import check_solver, num_function_evals
 from ..layers.embeddings import MAX_TIME
 from ..models.cache import StreamCache
 from ..models.checkpoint import read_checkpoint, save_checkpoint
 from ..models.video import VideoDiT
-from .config import StreamConfig
+from .config import StreamConfig, with_settings
 
 DRAWN, REMEMBERED = 0, 1  # the two kinds of noise of a frame: it is drawn from one, and enters the cache with the other
 
@@ -49,6 +50,7 @@ class VideoStream:
         TypeError, ValueError: an argument of another type or out of range.
     """
 
+    @with_settings
     def __init__(
         self,
         model: VideoDiT,
@@ -67,6 +69,7 @@ class VideoStream:
             raise TypeError(f"model: expected a VideoDiT, got {type(model).__name__}")
         self.objective = FlowMatching() if objective is None else objective
         self.config = config = StreamConfig(**options)
+        check_objective(self.objective)
         for reason in self.objective.supports(video=True):
             raise TypeError(reason)
         check_solver(self.objective, config.steps, config.guidance, config.solver)
@@ -167,7 +170,22 @@ class VideoStream:
             raise TypeError("snapshot: expected a stream of the same model, as fork() makes them")
         self.__dict__.update(vars(snapshot))
 
-    watch, rewind = prefill, restore  # the names of 0.1, for one more release
+    # The names of 0.1, for one more release.
+
+    watch = prefill
+
+    def rewind(self, kept: VideoStream) -> None:
+        self.restore(kept)
+
+    @property
+    def pasts(self) -> tuple[StreamCache, ...]:
+        return self.caches
+
+    def __getattr__(self, name: str) -> Any:
+        """The settings, such as `guidance`, as attributes of the stream."""
+        if name in StreamConfig.__dataclass_fields__:
+            return getattr(self.config, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the stream to a safetensors file, whole or not at all; `load` continues it, bit for bit.

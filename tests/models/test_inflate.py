@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from pom_ext.convert import inflate
-from pom_ext.models import ImageDiT
+from pom_ext.models import ImageDiT, inflate
 
 SMALL = {"in_channels": 3, "n_classes": 4, "image_size": 8, "patch": 2, "dim": 16, "n_layers": 3, "n_heads": 2}
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..layers.blocks import FRAME_MIXERS
-from ..models import ImageDiT, VideoDiT
+from .image import ImageDiT
+from .video import VideoDiT
 
 
 def inflate(model: ImageDiT, *, length: int, size: tuple[int, int] | None = None, frames: int = 1) -> VideoDiT:
