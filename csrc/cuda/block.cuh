@@ -24,8 +24,7 @@ struct Packed {
   POM_HD void store(T* p) const { *reinterpret_cast<Words<Vec* int(sizeof(T))>*>(p) = words; }
 
   POM_HD void unpack(float* x) const {
-    POM_UNROLL
-    for (int i = 0; i < Vec; ++i) {
+    POM_UNROLL for (int i = 0; i < Vec; ++i) {
       if constexpr (std::is_same_v<T, float>)
         x[i] = bits_to_float(words.word[i]);
       else if constexpr (std::is_same_v<T, bf16>)
@@ -36,8 +35,8 @@ struct Packed {
   }
 
   POM_HD void pack(const float* x) {
-    POM_UNROLL
-    for (int i = 0; i < Vec; i += int(4 / sizeof(T))) words.word[i * int(sizeof(T)) / 4] = word(x + i);
+    POM_UNROLL for (int i = 0; i < Vec; i += int(4 / sizeof(T)))
+      words.word[i * int(sizeof(T)) / 4] = word(x + i);
   }
 
  private:
@@ -83,14 +82,15 @@ struct Packed<T, 1> {
 
 // How many of Vec numbers of the accumulator's type are loaded at once.
 template <int Vec, class Acc>
-constexpr int kAtOnce = sizeof(Acc) != 4 || Vec % 2 ? 1 : Vec % 4 ? 2 : 4;
+constexpr int kAtOnce = sizeof(Acc) != 4 || Vec % 2 ? 1
+                        : Vec % 4                   ? 2
+                                                    : 4;
 
 // Loads Vec numbers of the accumulator's type.
 template <int Vec, class Acc>
 POM_HD void load_numbers(const Acc* p, Acc* x) {
   constexpr int step = kAtOnce<Vec, Acc>;
-  POM_UNROLL
-  for (int i = 0; i < Vec; i += step) {
+  POM_UNROLL for (int i = 0; i < Vec; i += step) {
     Packed<Acc, step> packed;
     packed.load(p + i);
     packed.unpack(x + i);
@@ -99,8 +99,7 @@ POM_HD void load_numbers(const Acc* p, Acc* x) {
 template <int Vec, class Acc>
 POM_HD void store_numbers(Acc* p, const Acc* x) {
   constexpr int step = kAtOnce<Vec, Acc>;
-  POM_UNROLL
-  for (int i = 0; i < Vec; i += step) {
+  POM_UNROLL for (int i = 0; i < Vec; i += step) {
     Packed<Acc, step> packed;
     packed.pack(x + i);
     packed.store(p + i);
@@ -114,14 +113,14 @@ __device__ void sum_rows(Acc (&x)[V], int lanes, Acc* shared) {
   const int thread = int(threadIdx.x), slots = int(blockDim.x) / 2;
   for (int half = slots; half >= lanes; half /= 2) {
     if (thread >= half && thread < 2 * half) {
-      POM_UNROLL
-      for (int i = 0; i < V; ++i) shared[i * slots + (thread < slots ? thread : thread - slots)] = x[i];
+      POM_UNROLL for (int i = 0; i < V; ++i)
+        shared[i * slots + (thread < slots ? thread : thread - slots)] = x[i];
     }
     __syncthreads();
     if (thread < half) {
       const int slot = half == slots ? thread : thread + half;
-      POM_UNROLL
-      for (int i = 0; i < V; ++i) x[i] += shared[i * slots + slot];
+      POM_UNROLL for (int i = 0; i < V; ++i)
+        x[i] += shared[i * slots + slot];
     }
   }
 }

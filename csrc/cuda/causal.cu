@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kScanThreads, scan_blocks<I>())
     own.restore(tokens, token, raw);
     tokens.add(token, raw, running);
     const Acc scale = own.inverse_count(token);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) mean[i] = (base[i] + running[i]) * scale;
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+      mean[i] = (base[i] + running[i]) * scale;
     gates.multiply(token, raw_gate[j], mean, value);
     y.store(token, value);
   });

@@ -63,8 +63,7 @@ __global__ void __launch_bounds__(kScanThreads, scan_blocks<I>())
     gates.value(token, raw_gate[j], value);
     W::Rows::unpack(raw_dy[j], d);
     const Acc scale = own.inverse_count(token);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) {
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i) {
       d[i] *= scale;
       const Acc returned = d[i] * value[i];
       back[i] += returned;
@@ -97,8 +96,7 @@ __global__ void __launch_bounds__(kScanThreads, scan_blocks<I>())
     Acc d[kNumbers], du[kNumbers];
     own.restore(tokens, token, raw);
     own.restore_numbers(token, d);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) {
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i) {
       running[i] += d[i];
       d[i] = base[i] + running[i];
     }
@@ -142,7 +140,7 @@ struct CausalBackwardPlan : ScanPlan<BackwardArgs<Acc>> {
     const Features& f = call.features;
     if (f.batch > 0 && scan.tiles > 1) {
       if (const Status s = before.launch(stream); s != Status::ok) return s;
-      ReduceArgs<Acc> prefixes = {Pieces::rows(scan.tiles), f.batch,    f.channels(), before.rows,
+      ReduceArgs<Acc> prefixes = {Pieces::rows(scan.tiles), f.batch,   f.channels(), before.rows,
                                   before.weight_rows,       call.prior};
       prefixes.out = {before.rows, nullptr, scan.counts};
       if (const Status s = scan_groups(prefixes, false, stream); s != Status::ok) return s;
@@ -164,7 +162,9 @@ struct CausalBackwardPlan : ScanPlan<BackwardArgs<Acc>> {
 
 }  // namespace
 
-size_t workspace(const CausalBackwardArgs& args) { return planned_bytes<CausalBackwardPlan>(args, args.features.dtype); }
+size_t workspace(const CausalBackwardArgs& args) {
+  return planned_bytes<CausalBackwardPlan>(args, args.features.dtype);
+}
 
 Status causal_mix_backward(const CausalBackwardArgs& args, void* workspace, size_t bytes, void* stream) {
   return run_plan<CausalBackwardPlan>(args, args.features.dtype, workspace, bytes, stream);

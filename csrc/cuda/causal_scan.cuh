@@ -123,8 +123,8 @@ class ScanTile {
   // Σ x over the rows, for this thread's column. `x` holds the numbers of this thread.
   __device__ double sum_rows(const Acc (&x)[kNumbers]) const {
     __syncthreads();  // earlier contents have been read
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) row_sums()[row() * kStride + i * kLanes + lane()] = x[i];
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+      row_sums()[row() * kStride + i * kLanes + lane()] = x[i];
     __syncthreads();
     double sum = 0;
     if (column >= 0)
@@ -142,8 +142,8 @@ class ScanTile {
         before += own;
       }
     __syncthreads();
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) x[i] = row_sums()[row() * kStride + i * kLanes + lane()];
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+      x[i] = row_sums()[row() * kStride + i * kLanes + lane()];
   }
 
   // Stores 1 / count after each token of the tile. A later sum over the rows makes them visible to other threads.
@@ -189,26 +189,24 @@ class ScanTile {
   }
   // Reads a saved token, or saved numbers of it.
   __device__ void restore(const Tokens& tokens, int64_t token, Raw& raw) const {
-    POM_UNROLL
-    for (int r = 0; r < kRanges; ++r) {
+    POM_UNROLL for (int r = 0; r < kRanges; ++r) {
       raw.primal[r] = run(token, r);
       if constexpr (Tokens::kDual) raw.tangent[r] = run(token, kRanges + r);
     }
     raw.weight = tokens.weight(token);
   }
   __device__ void save_numbers(int64_t token, const Acc (&x)[kNumbers]) const {
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; i += kStep) saved(token, i / kStep).pack(x + i);
+    POM_UNROLL for (int i = 0; i < kNumbers; i += kStep)
+      saved(token, i / kStep).pack(x + i);
   }
   __device__ void restore_numbers(int64_t token, Acc (&x)[kNumbers]) const {
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; i += kStep) saved(token, i / kStep).unpack(x + i);
+    POM_UNROLL for (int i = 0; i < kNumbers; i += kStep)
+      saved(token, i / kStep).unpack(x + i);
   }
 
  private:
   __device__ void save(int64_t token, const Raw& raw) const {
-    POM_UNROLL
-    for (int r = 0; r < kRanges; ++r) {
+    POM_UNROLL for (int r = 0; r < kRanges; ++r) {
       run(token, r) = raw.primal[r];
       if constexpr (Tokens::kDual) run(token, kRanges + r) = raw.tangent[r];
     }

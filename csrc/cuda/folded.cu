@@ -29,11 +29,11 @@ POM_HD int place_of(int head) { return head % 8 / 2 * 4 + head / 8 * 2 + head % 
 // Arguments of both kernels.
 struct FoldedKernelArgs {
   FoldedReadoutArgs call;
-  Pieces pieces;           // of the queries, one per block of the second kernel
-  unsigned slots = 0;      // of one sample
-  int padded = 0;          // heads rounded up to a multiple of 16, with zeros
+  Pieces pieces;             // of the queries, one per block of the second kernel
+  unsigned slots = 0;        // of one sample
+  int padded = 0;            // heads rounded up to a multiple of 16, with zeros
   int64_t runs_of_head = 0;  // loads of the channels of a head
-  void* folded = nullptr;  // (batch, groups, out_dim, padded)
+  void* folded = nullptr;    // (batch, groups, out_dim, padded)
 };
 
 // A block folds the state of one group into 8 outputs, one per warp.
@@ -51,8 +51,7 @@ __global__ void __launch_bounds__(kThreads, 4) fold_weight_kernel(FoldedKernelAr
   const T* const weight = static_cast<const T*>(call.out_weight) + out * call.channels;
   Packed<T, kRunLength> packed[kRunsInFlight];
   auto load = [&](int first) {
-    POM_UNROLL
-    for (int i = 0; i < kRunsInFlight; ++i)
+    POM_UNROLL for (int i = 0; i < kRunsInFlight; ++i)
       if (const int run = first + i * kWarp; run < runs) packed[i].load(weight + int64_t(run) * kRunLength);
   };
   load(lane);  // in flight while the means are computed
@@ -60,24 +59,22 @@ __global__ void __launch_bounds__(kThreads, 4) fold_weight_kernel(FoldedKernelAr
   const double scale = inverse(call.state.count[row]);
   const float *total = static_cast<const float*>(call.state.total) + from,
               *residual = static_cast<const float*>(call.state.residual) + from;
-  POM_UNROLL_4
-  for (int c = int(threadIdx.x); c < int(call.channels); c += kThreads)
+  POM_UNROLL_4 for (int c = int(threadIdx.x); c < int(call.channels); c += kThreads)
     mean[c] = scale != 0 ? float((double(total[c]) + double(residual[c])) * scale) : 0.f;  // for infinite sums too
   __syncthreads();
 
   float* const sums = mean + call.channels + warp * (call.channels / kRunLength);  // of each run
   for (int first = lane; first < runs; first += kRunsInFlight * kWarp) {
     if (first != lane) load(first);
-    POM_UNROLL
-    for (int i = 0; i < kRunsInFlight; ++i) {
+    POM_UNROLL for (int i = 0; i < kRunsInFlight; ++i) {
       const int run = first + i * kWarp;
       if (run >= runs) break;
       float w[kRunLength], m[kRunLength];
       packed[i].unpack(w);
       load_numbers<kRunLength>(mean + run * kRunLength, m);
       float sum = 0;
-      POM_UNROLL
-      for (int k = 0; k < kRunLength; ++k) sum += w[k] * m[k];
+      POM_UNROLL for (int k = 0; k < kRunLength; ++k)
+        sum += w[k] * m[k];
       sums[run] = sum;
     }
   }
@@ -106,7 +103,8 @@ __device__ inline Words<16> load_run(const T* p, bool valid) {
 //
 // The order of the inputs does not matter as long as both factors agree on it: a lane takes eight neighbours of a row.
 template <class T, int count>
-__device__ void project_gates(const FoldedKernelArgs& args, const T* const (&rows)[2], int part, float (&gates)[count][4]) {
+__device__ void project_gates(const FoldedKernelArgs& args, const T* const (&rows)[2], int part,
+                              float (&gates)[count][4]) {
   const int dim = int(args.call.dim), heads = int(args.call.heads);
   const int lane = int(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
   const T* const weight = static_cast<const T*>(args.call.gate_weight) + int64_t(g) * dim;
@@ -116,21 +114,16 @@ __device__ void project_gates(const FoldedKernelArgs& args, const T* const (&row
   for (int first = begin; first < end; first += kRunsInFlight * kStep) {
     // Issues all loads before the first product; the launch bounds leave registers for it (test_cuda_code.py).
     Words<16> low[kRunsInFlight], high[kRunsInFlight], w[kRunsInFlight][count];
-    POM_UNROLL
-    for (int step = 0; step < kRunsInFlight; ++step) {
+    POM_UNROLL for (int step = 0; step < kRunsInFlight; ++step) {
       const int k = first + step * kStep + kRunLength * q;
       const bool inside = k < end;
       low[step] = load_run(rows[0] + k, inside && rows[0]), high[step] = load_run(rows[1] + k, inside && rows[1]);
-      POM_UNROLL
-      for (int i = 0; i < count; ++i)
+      POM_UNROLL for (int i = 0; i < count; ++i)
         w[step][i] = load_run(weight + int64_t(8 * i) * dim + k, inside && 8 * i + g < heads);
     }
-    POM_UNROLL
-    for (int step = 0; step < kRunsInFlight; ++step) {
-      POM_UNROLL
-      for (int i = 0; i < count; ++i) {
-        POM_UNROLL
-        for (int j = 0; j < 4; j += 2)
+    POM_UNROLL for (int step = 0; step < kRunsInFlight; ++step) {
+      POM_UNROLL for (int i = 0; i < count; ++i) {
+        POM_UNROLL for (int j = 0; j < 4; j += 2)
           multiply_add<T>(gates[i],
                           {low[step].word[j], high[step].word[j], low[step].word[j + 1], high[step].word[j + 1]},
                           w[step][i].word[j], w[step][i].word[j + 1]);
@@ -149,12 +142,10 @@ struct Outputs {
   __device__ void load(const FoldedKernelArgs& args, const T* folded, int first) {
     const int out_dim = int(args.call.out_dim);
     const int lane = int(threadIdx.x) % kWarp, g = lane / 4, q = lane % 4;
-    POM_UNROLL
-    for (int j = 0; j < 4; ++j) {
+    POM_UNROLL for (int j = 0; j < 4; ++j) {
       const int out = first + g / 2 * kRunLength + 2 * j + g % 2;
       const T* const row = folded + int64_t(out) * (sixteens * kHeadsPerProduct) + 4 * q;
-      POM_UNROLL
-      for (int i = 0; i < sixteens; ++i) {
+      POM_UNROLL for (int i = 0; i < sixteens; ++i) {
         inputs[j][i] = {};
         if (out < out_dim) inputs[j][i] = *reinterpret_cast<const Words<8>*>(row + i * kHeadsPerProduct);
       }
@@ -165,10 +156,8 @@ struct Outputs {
   }
 
   __device__ void multiply(const uint32_t (&values)[sixteens][4], float (&sums)[4][4]) const {
-    POM_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      POM_UNROLL
-      for (int i = 0; i < sixteens; ++i)
+    POM_UNROLL for (int j = 0; j < 4; ++j) {
+      POM_UNROLL for (int i = 0; i < sixteens; ++i)
         multiply_add<T>(sums[j], values[i], inputs[j][i].word[0], inputs[j][i].word[1]);
     }
   }
@@ -193,14 +182,12 @@ __global__ void __launch_bounds__(kHasTensorCores ? kReadThreads : kWarp, sixtee
     const bool valid[] = {query[0] < piece.end, query[1] < piece.end};
 
     const T *const x = static_cast<const T*>(call.x) + b * call.x_batch_stride, *rows[2];
-    POM_UNROLL
-    for (int i = 0; i < 2; ++i) rows[i] = valid[i] ? x + query[i] * call.x_token_stride : nullptr;
+    POM_UNROLL for (int i = 0; i < 2; ++i)
+      rows[i] = valid[i] ? x + query[i] * call.x_token_stride : nullptr;
     float gates[kGates][4] = {};
     if (warp == 0 && call.gate_bias) {
-      POM_UNROLL
-      for (int i = 0; i < kGates; ++i) {
-        POM_UNROLL
-        for (int k = 0; k < 2; ++k)
+      POM_UNROLL for (int i = 0; i < kGates; ++i) {
+        POM_UNROLL for (int k = 0; k < 2; ++k)
           if (const int head = 8 * i + 2 * q + k; head < heads) {
             Packed<T, 1> bias;
             bias.load(static_cast<const T*>(call.gate_bias) + head);
@@ -210,8 +197,8 @@ __global__ void __launch_bounds__(kHasTensorCores ? kReadThreads : kWarp, sixtee
       }
     }
     project_gates<T>(args, rows, warp, gates);
-    POM_UNROLL
-    for (int i = 0; i < kGates * 4; ++i) parts[(warp * kGates * 4 + i) * kWarp + lane] = gates[i / 4][i % 4];
+    POM_UNROLL for (int i = 0; i < kGates * 4; ++i)
+      parts[(warp * kGates * 4 + i) * kWarp + lane] = gates[i / 4][i % 4];
 
     // A warp loads its next outputs while it writes the previous ones, and the first ones while it waits here.
     constexpr int kStep = 4 * kRunLength * kParts;
@@ -223,16 +210,12 @@ __global__ void __launch_bounds__(kHasTensorCores ? kReadThreads : kWarp, sixtee
 
     // The sums of two products, two neighbours per word, are the inputs of the next product.
     uint32_t values[sixteens][4];
-    POM_UNROLL
-    for (int i = 0; i < kGates; ++i) {
-      POM_UNROLL
-      for (int j = 0; j < 4; j += 2) {
+    POM_UNROLL for (int i = 0; i < kGates; ++i) {
+      POM_UNROLL for (int j = 0; j < 4; j += 2) {
         float value[2];
-        POM_UNROLL
-        for (int k = 0; k < 2; ++k) {
+        POM_UNROLL for (int k = 0; k < 2; ++k) {
           float of_part[kParts];
-          POM_UNROLL
-          for (int part = 0; part < kParts; ++part)
+          POM_UNROLL for (int part = 0; part < kParts; ++part)
             of_part[part] = parts[((part * kGates + i) * 4 + j + k) * kWarp + lane];
           value[k] = Gate::value((of_part[0] + of_part[1]) + (of_part[2] + of_part[3]));
         }
@@ -250,12 +233,11 @@ __global__ void __launch_bounds__(kHasTensorCores ? kReadThreads : kWarp, sixtee
       outputs.load(args, folded, first + kStep);
       const int out = first + kRunLength * q;
       if (out >= out_dim) continue;
-      POM_UNROLL
-      for (int i = 0; i < 2; ++i) {
+      POM_UNROLL for (int i = 0; i < 2; ++i) {
         if (!valid[i]) continue;
         float numbers[kRunLength];
-        POM_UNROLL
-        for (int n = 0; n < kRunLength; ++n) numbers[n] = sums[n / 2][2 * i + n % 2] + bias[n];
+        POM_UNROLL for (int n = 0; n < kRunLength; ++n)
+          numbers[n] = sums[n / 2][2 * i + n % 2] + bias[n];
         Packed<T, kRunLength> packed;
         packed.pack(numbers);
         packed.store(y + int64_t(8 * i) * out_dim + out);

@@ -99,8 +99,7 @@ struct GateTokens {
         by_head(g.heads > 1) {
     if (!by_head) return;
     const unsigned per_head = unsigned(g.channels / g.heads);
-    POM_UNROLL
-    for (int r = 0; r < ranges; ++r)
+    POM_UNROLL for (int r = 0; r < ranges; ++r)
       if (r < place.ranges) heads[r] = RotatedHead(rotary, unsigned(place.channel + r * place.stride) / per_head);
   }
 
@@ -108,8 +107,7 @@ struct GateTokens {
 
   POM_HD void load(int64_t token, Raw& raw) const {
     if (by_head) {
-      POM_UNROLL
-      for (int r = 0; r < ranges; ++r) {
+      POM_UNROLL for (int r = 0; r < ranges; ++r) {
         if (r >= place.ranges) continue;
         load_head(token, r, heads[r].head, 0, raw);
         if (kPairs && heads[r].pair >= 0) load_head(token, r, heads[r].other, 1, raw.paired());
@@ -128,16 +126,16 @@ struct GateTokens {
   // y = γ(g) ⊙ H
   POM_HD void multiply(int64_t token, const Raw& raw, const Acc (&mean)[kNumbers], Acc (&y)[kNumbers]) const {
     value(token, raw, y);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) y[i] *= mean[i];
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+      y[i] *= mean[i];
   }
   // The derivative of y, if the mean has a tangent.
   POM_HD void multiply(int64_t token, const Raw& raw, const Dual<Acc> (&mean)[kNumbers], Acc (&y)[kNumbers]) const {
     Acc gamma[kNumbers];
     rotated(token, raw, [](Num x) { return Gate::value(x).value; }, gamma);
     value(token, raw, y);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) y[i] = primal_or_tangent(Dual<Acc>(gamma[i], y[i]) * mean[i]);
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+      y[i] = primal_or_tangent(Dual<Acc>(gamma[i], y[i]) * mean[i]);
   }
 
   // With one gate per channel: overwrites the gradient of γ with that of g.
@@ -145,8 +143,8 @@ struct GateTokens {
     if (rotates()) rotate<Vec>(rotary, token, place.pair, true, dvalue);
     Num x[kNumbers];
     unpack(raw, x);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) dvalue[i] *= primal_or_tangent(Gate::slope(x[i]));
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+      dvalue[i] *= primal_or_tangent(Gate::slope(x[i]));
   }
 
  private:
@@ -154,22 +152,21 @@ struct GateTokens {
   template <class Of>
   POM_HD void rotated(int64_t token, const Raw& raw, Of of, Acc* value) const {
     if (by_head) {
-      POM_UNROLL
-      for (int r = 0; r < ranges; ++r) {
+      POM_UNROLL for (int r = 0; r < ranges; ++r) {
         auto own = [&] { return of(loaded_head(r, 0, raw)); };
         auto paired = [&] { return of(loaded_head(r, 1, raw.paired())); };
         Acc of_head = Acc(0);
         if (r < place.ranges)
           of_head = kPairs ? heads[r].template rotate<Acc>(rotary, token, false, own, paired) : own();
-        POM_UNROLL
-        for (int i = 0; i < Vec; ++i) value[r * Vec + i] = of_head;
+        POM_UNROLL for (int i = 0; i < Vec; ++i)
+          value[r * Vec + i] = of_head;
       }
       return;
     }
     Num x[kNumbers];
     unpack(raw, x);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) value[i] = of(x[i]);
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+      value[i] = of(x[i]);
     if (rotates()) rotate<Vec>(rotary, token, place.pair, false, value);
   }
 
@@ -225,11 +222,10 @@ struct HeadPartials {
   template <int Vec, int ranges>
   __device__ void write(const Acc* dvalue, const Place& place, unsigned lanes, int64_t row) const {
     Acc* const partials = rows + row * count;
-    POM_UNROLL
-    for (int r = 0; r < ranges; ++r) {
+    POM_UNROLL for (int r = 0; r < ranges; ++r) {
       Acc sum = Acc(0);
-      POM_UNROLL
-      for (int i = 0; i < Vec; ++i) sum += dvalue[r * Vec + i];
+      POM_UNROLL for (int i = 0; i < Vec; ++i)
+        sum += dvalue[r * Vec + i];
       for (int apart = (1 << shift) / Vec / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(lanes, sum, apart);
       const int64_t channel = place.channel + r * place.stride;
       if (r < place.ranges && (channel & ((1 << shift) - 1)) == 0) partials[channel >> shift] = sum;

@@ -44,9 +44,10 @@ Status make_tile_map(const Tensor16& tensor, int rows, TileMap& map) {
   const cuuint64_t sizes[] = {cuuint64_t(tensor.elements), cuuint64_t(tensor.rows), cuuint64_t(tensor.samples)};
   const cuuint64_t bytes[] = {cuuint64_t(tensor.row_stride) * 2, cuuint64_t(tensor.sample_stride) * 2};
   const cuuint32_t box[] = {kDepth, cuuint32_t(rows), 1}, every[] = {1, 1, 1};
-  const CUresult made = encode_tiled.load()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(tensor.data), sizes, bytes,
-                               box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult made =
+      encode_tiled.load()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(tensor.data), sizes, bytes, box,
+                          every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return made == CUDA_SUCCESS ? Status::ok : refusal(made);
 }
 

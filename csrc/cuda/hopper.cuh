@@ -34,7 +34,7 @@ constexpr int kWarpGroup = 128;     // threads
 constexpr int kTileRowBytes = 128;  // of a tile
 constexpr int kTileAlignment = 1024;
 constexpr int kDepth = 64;  // elements of a row: inputs of one step of a product, which takes 16 at a time
-constexpr int kProductRows = 64, kProductColumns = 256;  // tokens by channels
+constexpr int kProductRows = 64, kProductColumns = 256;                       // tokens by channels
 constexpr int kProductNumbers = kProductRows * kProductColumns / kWarpGroup;  // of one thread
 
 #ifdef __CUDACC__
@@ -57,18 +57,19 @@ class Barrier {
   // Arrives at the same barrier of another block of the cluster, or of this one.
   __device__ void arrive_in(unsigned rank) {
     asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there]; }"
-        ::"r"(shared_address(this)), "r"(rank)
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there]; }" ::
+            "r"(shared_address(this)),
+        "r"(rank)
         : "memory");
   }
   // Waits until a phase of this parity has ended. Phases count from 0.
   __device__ void wait(unsigned parity) {
     unsigned done;
-    do asm volatile(
-          "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-          : "=r"(done)
-          : "r"(shared_address(this)), "r"(parity)
-          : "memory");
+    do
+      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                   : "=r"(done)
+                   : "r"(shared_address(this)), "r"(parity)
+                   : "memory");
     while (!done);
   }
 
@@ -141,28 +142,29 @@ __device__ __forceinline__ void wait_for_products() {
 
 // Keeps the compiler from moving uses of the sums before this point; it does not know that waiting concerns them.
 __device__ __forceinline__ void fence_sums(float (&sums)[kProductNumbers]) {
-  POM_UNROLL
-  for (int i = 0; i < kProductNumbers; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+  POM_UNROLL for (int i = 0; i < kProductNumbers; ++i)
+    asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-#define POM_SUMS8(i) \
+#define POM_SUMS8(i)                                                                                            \
   "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), \
       "+f"(sums[i + 6]), "+f"(sums[i + 7])
 #define POM_SUMS32(i) POM_SUMS8(i), POM_SUMS8(i + 8), POM_SUMS8(i + 16), POM_SUMS8(i + 24)
-#define POM_PRODUCT(type) \
-  asm volatile( \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n" \
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+#define POM_PRODUCT(type)                                                                                 \
+  asm volatile(                                                                                           \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                                       \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                                        \
+      " {"                                                                                                \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                            \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                  \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                  \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                  \
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                  \
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                  \
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "      \
       "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, " \
-      "%128, %129, p, 1, 1, 0, 0;\n}" \
-      : POM_SUMS32(0), POM_SUMS32(32), POM_SUMS32(64), POM_SUMS32(96) \
+      "%128, %129, p, 1, 1, 0, 0;\n}"                                                                     \
+      : POM_SUMS32(0), POM_SUMS32(32), POM_SUMS32(64), POM_SUMS32(96)                                     \
       : "l"(tokens), "l"(weight), "r"(int(add)))
 
 // One product: 16 inputs of 64 rows by 256 columns, given by two tile descriptors.
@@ -194,8 +196,7 @@ __device__ __forceinline__ void queue_step(float (&sums)[kProductNumbers], const
                                            bool add) {
   constexpr int kBytes = 16 * 2;  // 16 inputs of a row
   const uint64_t first_tokens = tile_descriptor(tokens), first_weight = tile_descriptor(weight);
-  POM_UNROLL
-  for (int i = 0; i < kTileRowBytes / kBytes; ++i)
+  POM_UNROLL for (int i = 0; i < kTileRowBytes / kBytes; ++i)
     queue_product<T>(sums, first_tokens + i * (kBytes >> 4), first_weight + i * (kBytes >> 4), add || i > 0);
 }
 

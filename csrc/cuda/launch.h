@@ -99,8 +99,7 @@ Status launch_clusters(void (*kernel)(Parameters...), int64_t clusters, const Cl
 #else
   (void)stream;
   const unsigned blocks = unsigned(clusters * shape.blocks);
-  return checked(
-      cuda_on_cpu::run(kernel, blocks, shape.threads, shape.shared_bytes, shape.blocks, arguments...));
+  return checked(cuda_on_cpu::run(kernel, blocks, shape.threads, shape.shared_bytes, shape.blocks, arguments...));
 #endif
 }
 

@@ -98,11 +98,11 @@ __device__ double sum_before(const Lookback<Acc>& sums, const ScanStep& step, in
 
   Acc x[kRun - 1];
   double sum = run > 0 ? peek(run_row - sums.channels) : 0;
-  POM_UNROLL
-  for (int i = 0; i < kRun - 1; ++i) x[i] = i < in_run ? peek(row - (in_run - i) * sums.channels) : Acc(0);
+  POM_UNROLL for (int i = 0; i < kRun - 1; ++i)
+    x[i] = i < in_run ? peek(row - (in_run - i) * sums.channels) : Acc(0);
   double of_run = 0;
-  POM_UNROLL
-  for (int i = 0; i < kRun - 1; ++i) of_run += double(wait_for(row - (in_run - i) * sums.channels, x[i]));
+  POM_UNROLL for (int i = 0; i < kRun - 1; ++i)
+    of_run += double(wait_for(row - (in_run - i) * sums.channels, x[i]));
   sum = wait_for(run_row - sums.channels, sum) + of_run;
   if (ends_run) publish(run_row, sum + own);
   return sum;

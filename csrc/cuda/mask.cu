@@ -5,8 +5,8 @@
 namespace pom::cuda {
 namespace {
 
-constexpr int kDepth = 16;  // of a tile in shared memory
-constexpr int kSide = 4;    // a thread sums 4 by 4 numbers
+constexpr int kDepth = 16;              // of a tile in shared memory
+constexpr int kSide = 4;                // a thread sums 4 by 4 numbers
 constexpr int kStride = kMaskTile + 4;  // of a tile's rows: whole 16 bytes, few bank conflicts
 
 template <class I>
@@ -39,15 +39,14 @@ __global__ void __launch_bounds__(kThreads, kFeatureBlocks<I>)
 // Loads four neighbours of a row of `width` numbers from column `at` on; zeros outside.
 template <class Acc>
 __device__ inline void load_four(const Acc* row, int64_t at, int64_t width, bool valid, bool aligned, Acc (&x)[4]) {
-  POM_UNROLL
-  for (int i = 0; i < 4; ++i) x[i] = Acc(0);
+  POM_UNROLL for (int i = 0; i < 4; ++i)
+    x[i] = Acc(0);
   if (!valid) return;
   if (aligned) {
     if (at < width) load_numbers<4>(row + at, x);
     return;
   }
-  POM_UNROLL
-  for (int i = 0; i < 4; ++i)
+  POM_UNROLL for (int i = 0; i < 4; ++i)
     if (at + i < width) x[i] = row[at + i];
 }
 
@@ -85,8 +84,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Acc) == 8 ? 1 : 2) masked_mat
     if constexpr (transposed) {
       store_numbers<4>(&of_mask[buffer][sixteenth][four], next_mask);
     } else {
-      POM_UNROLL
-      for (int i = 0; i < 4; ++i) of_mask[buffer][of_quarter + i][quarter] = next_mask[i];
+      POM_UNROLL for (int i = 0; i < 4; ++i)
+        of_mask[buffer][of_quarter + i][quarter] = next_mask[i];
     }
   };
 
@@ -103,15 +102,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(Acc) == 8 ? 1 : 2) masked_mat
   for (int64_t at = begin; at < end; at += kDepth, buffer ^= 1) {
     const bool more = at + kDepth < end;
     if (more) load(at + kDepth);
-    POM_UNROLL
-    for (int k = 0; k < kDepth; ++k) {
+    POM_UNROLL for (int k = 0; k < kDepth; ++k) {
       Acc w[kSide], phi[kSide];
       load_numbers<kSide>(&of_mask[buffer][k][at_row], w);
       load_numbers<kSide>(&of_x[buffer][k][at_channel], phi);
-      POM_UNROLL
-      for (int i = 0; i < kSide; ++i) {
-        POM_UNROLL
-        for (int j = 0; j < kSide; ++j) sums[i][j] += w[i] * phi[j];
+      POM_UNROLL for (int i = 0; i < kSide; ++i) {
+        POM_UNROLL for (int j = 0; j < kSide; ++j)
+          sums[i][j] += w[i] * phi[j];
       }
     }
     if (counts) {
@@ -120,10 +117,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(Acc) == 8 ? 1 : 2) masked_mat
     if (more) store(buffer ^ 1);
     __syncthreads();
     if (more && (at + kDepth - begin) % kMaskChunk) continue;
-    POM_UNROLL
-    for (int i = 0; i < kSide; ++i) {
-      POM_UNROLL
-      for (int j = 0; j < kSide; ++j) totals[i][j] += double(sums[i][j]), sums[i][j] = Acc(0);
+    POM_UNROLL for (int i = 0; i < kSide; ++i) {
+      POM_UNROLL for (int j = 0; j < kSide; ++j)
+        totals[i][j] += double(sums[i][j]), sums[i][j] = Acc(0);
     }
   }
 
@@ -134,17 +130,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(Acc) == 8 ? 1 : 2) masked_mat
     else if (args.out.count)
       args.out.count[of_batch] = count + (args.prior.count ? args.prior.count[b] : 0.0);
   }
-  POM_UNROLL
-  for (int i = 0; i < kSide; ++i) {
+  POM_UNROLL for (int i = 0; i < kSide; ++i) {
     const int64_t row = first_row + at_row + i, channel = first_channel + at_channel;
     if (row >= args.rows) break;
     Acc total[kSide], residual[kSide];
     if (args.partial) {
-      POM_UNROLL
-      for (int j = 0; j < kSide; ++j) total[j] = Acc(totals[i][j]);
+      POM_UNROLL for (int j = 0; j < kSide; ++j)
+        total[j] = Acc(totals[i][j]);
     } else {
-      POM_UNROLL
-      for (int j = 0; j < kSide; ++j) {
+      POM_UNROLL for (int j = 0; j < kSide; ++j) {
         double sum = totals[i][j], remainder = 0;
         if (channel + j < args.channels) remainder = add_prior<Acc>(args.prior, b * args.channels + channel + j, sum);
         split(sum, remainder, total[j], residual[j]);
@@ -156,8 +150,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Acc) == 8 ? 1 : 2) masked_mat
         if (channel < args.channels) store_numbers<kSide>(to + channel, numbers);
         return;
       }
-      POM_UNROLL
-      for (int j = 0; j < kSide; ++j)
+      POM_UNROLL for (int j = 0; j < kSide; ++j)
         if (channel + j < args.channels) to[channel + j] = numbers[j];
     };
     if (args.partial) {

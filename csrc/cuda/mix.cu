@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kRanges > 3 ? 1 : 
   sum_rows(sum, lanes, scratch);
   __syncthreads();
   if (row == 0) {
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) numbers[i * lanes + lane] = sum[i];
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+      numbers[i * lanes + lane] = sum[i];
   }
   __syncthreads();
   if (owns) {
@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(kThreads, FeatureTokens<I>::kRanges > 3 ? 1 : 
   const Gates gates(args.gates, b, place);
   const typename Gates::Rows y(args.y, b * args.gates.tokens * f.channels(), f.channels(), place);
   Acc mean[kNumbers];
-  POM_UNROLL
-  for (int i = 0; i < kNumbers; ++i) mean[i] = i / I::Vec < place.ranges ? numbers[i * lanes + lane] : Acc(0);
+  POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+    mean[i] = i / I::Vec < place.ranges ? numbers[i * lanes + lane] : Acc(0);
   typename Gates::Raw raw_gates[kUnroll];
   for_tokens<kUnroll>(
       int64_t(row), args.gates.tokens, rows, [&](int j, int64_t token) { gates.load(token, raw_gates[j]); },

@@ -35,13 +35,10 @@ inline ChannelTiles make_channel_tiles(const Features& f, const Rotary& rotary, 
 template <class I>
 __device__ void select_power(const typename I::Acc (&dc)[FeatureTokens<I>::kRanges][I::Vec][FeatureTokens<I>::kCoeffs],
                              int power, typename I::Acc (&of_power)[FeatureTokens<I>::kNumbers]) {
-  POM_UNROLL
-  for (int r = 0; r < FeatureTokens<I>::kRanges; ++r) {
-    POM_UNROLL
-    for (int i = 0; i < I::Vec; ++i) {
+  POM_UNROLL for (int r = 0; r < FeatureTokens<I>::kRanges; ++r) {
+    POM_UNROLL for (int i = 0; i < I::Vec; ++i) {
       of_power[r * I::Vec + i] = typename I::Acc(0);
-      POM_UNROLL
-      for (int j = 0; j < FeatureTokens<I>::kCoeffs; ++j)
+      POM_UNROLL for (int j = 0; j < FeatureTokens<I>::kCoeffs; ++j)
         if (j == power) of_power[r * I::Vec + i] = dc[r][i][j];
     }
   }
@@ -72,11 +69,11 @@ struct SumArgs {
   Features features;
   ChannelTiles channel_tiles;
   Pieces pieces;
-  WorkPartition partition;        // set by the launch
-  Acc* rows = nullptr;            // (batch, slots, C)
-  double* weight_rows = nullptr;  // (batch, slots)
-  ArrivalCounter* arrival_counters = nullptr;      // (batch, channel tiles); null if samples are not reduced
-  StateView prior;                // added to the reduced sums
+  WorkPartition partition;                     // set by the launch
+  Acc* rows = nullptr;                         // (batch, slots, C)
+  double* weight_rows = nullptr;               // (batch, slots)
+  ArrivalCounter* arrival_counters = nullptr;  // (batch, channel tiles); null if samples are not reduced
+  StateView prior;                             // added to the reduced sums
   StateOut out;
 };
 

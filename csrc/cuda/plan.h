@@ -143,7 +143,10 @@ constexpr int widest_vec(size_t size, bool paired = false) { return size == 8 ? 
 class Alignment {
  public:
   explicit Alignment(Dtype dtype)
-      : size_(dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2), vec_(widest_vec(size_)) {}
+      : size_(dtype == Dtype::f64   ? 8
+              : dtype == Dtype::f32 ? 4
+                                    : 2),
+        vec_(widest_vec(size_)) {}
 
   // Pointers to elements.
   Alignment& pointers(std::initializer_list<const void*> pointers) {
@@ -246,8 +249,10 @@ Status with_degree(const Features& f, int vec, Body body) {
 // Calls body(T{}) for this dtype, one of those whose numbers are added in Acc.
 template <class Acc, class Body>
 Status with_dtype(Dtype dtype, Body body) {
-  if constexpr (std::is_same_v<Acc, double>) return body(double{});
-  else return dtype == Dtype::bf16 ? body(bf16{}) : dtype == Dtype::f16 ? body(f16{}) : body(float{});
+  if constexpr (std::is_same_v<Acc, double>)
+    return body(double{});
+  else
+    return dtype == Dtype::bf16 ? body(bf16{}) : dtype == Dtype::f16 ? body(f16{}) : body(float{});
 }
 
 // Calls body(Instance{}) for these features, split into these tiles. tangents = false leaves out the instances with

@@ -15,8 +15,7 @@ namespace {
 template <int half = kProductNumbers / 4>
 __device__ inline int sum_lanes(float (&x)[kProductNumbers / 2], int lane, int offset = 0) {
   const bool upper = lane & half / 2;
-  POM_UNROLL
-  for (int i = 0; i < half; ++i) {
+  POM_UNROLL for (int i = 0; i < half; ++i) {
     const float own = upper ? x[i + half] : x[i], other = upper ? x[i] : x[i + half];
     x[i] = own + __shfl_xor_sync(0xffffffffu, other, half / 2);
   }
@@ -33,12 +32,9 @@ struct Sum {
   Sum() = default;
   __device__ Sum(const ProjectKernelArgs& args, unsigned round, int group) : work(args, round, group) {
     const float* const weights = args.weights(work.b);
-    POM_UNROLL
-    for (int row = 0; row < 2; ++row) {
+    POM_UNROLL for (int row = 0; row < 2; ++row) {
       const int64_t token = this->token(row);
-      of_token[row] = token >= work.piece.end ? 0.0f
-                      : weights               ? weights[token]
-                                              : 1.0f;
+      of_token[row] = token >= work.piece.end ? 0.0f : weights ? weights[token] : 1.0f;
     }
   }
   __device__ int64_t token(int row) const {
@@ -52,29 +48,25 @@ __device__ void sum_features(const ProjectKernelArgs& args, ProjectShared& share
                              float (&u)[kProductNumbers], int group, unsigned round_parity) {
   const int thread = int(threadIdx.x) % kWarpGroup, warp = thread / kWarp, lane = thread % kWarp;
   const Work& work = prepared.work;
-  float(*const sums)[kProductColumns] = shared.sums[group];
+  float (*const sums)[kProductColumns] = shared.sums[group];
   const Form form(0);
   constexpr int degree = decltype(form.degree)::capacity;
   if (work.piece.end - work.piece.begin < kProductRows) {  // other rows belong to other pieces, and may hold no numbers
-    POM_UNROLL
-    for (int i = 0; i < kProductNumbers; ++i)
+    POM_UNROLL for (int i = 0; i < kProductNumbers; ++i)
       if (prepared.token(i / 2 % 2) >= work.piece.end) u[i] = 0;
   }
   shared.coeff_full.wait(round_parity);
   const float* const coeffs = shared.coeff + 2 * (lane % 4) * degree;
   const float* const biases = shared.bias + 2 * (lane % 4);
   float x[kProductNumbers / 2];
-  POM_UNROLL
-  for (int pair = 0; pair < kProductNumbers / 4; ++pair) {  // neighbouring channels of two tokens
+  POM_UNROLL for (int pair = 0; pair < kProductNumbers / 4; ++pair) {  // neighbouring channels of two tokens
     float coeff[2 * degree], bias[2];
-    POM_UNROLL
-    for (int i = 0; i < degree; ++i) load_numbers<2>(coeffs + 8 * pair * degree + 2 * i, coeff + 2 * i);
+    POM_UNROLL for (int i = 0; i < degree; ++i)
+      load_numbers<2>(coeffs + 8 * pair * degree + 2 * i, coeff + 2 * i);
     load_numbers<2>(biases + 8 * pair, bias);
-    POM_UNROLL
-    for (int i = 0; i < 2; ++i) {
+    POM_UNROLL for (int i = 0; i < 2; ++i) {
       float sum = 0;
-      POM_UNROLL
-      for (int row = 0; row < 2; ++row) {
+      POM_UNROLL for (int row = 0; row < 2; ++row) {
         const float projected = u[4 * pair + 2 * row + i] + bias[i];
         float phi;
         form.value(&projected, coeff + i * degree, &phi);
@@ -84,17 +76,16 @@ __device__ void sum_features(const ProjectKernelArgs& args, ProjectShared& share
     }
   }
   const int offset = sum_lanes(x, lane);
-  POM_UNROLL
-  for (int i = 0; i < 8; i += 2) store_numbers<2>(sums[warp] + 4 * (i + offset) + 2 * (lane % 4), x + i);
+  POM_UNROLL for (int i = 0; i < 8; i += 2)
+    store_numbers<2>(sums[warp] + 4 * (i + offset) + 2 * (lane % 4), x + i);
   sync_threads(1 + group, kWarpGroup);
   if (thread == 0) shared.coeff_empty.arrive();
   const int own = 2 * thread;
   if (work.slot < args.all_slots && work.column + own < args.channels) {
     float total[2] = {};
-    POM_UNROLL
-    for (int other = 0; other < kGroupWarps; ++other) {
-      POM_UNROLL
-      for (int i = 0; i < 2; ++i) total[i] += sums[other][own + i];
+    POM_UNROLL for (int other = 0; other < kGroupWarps; ++other) {
+      POM_UNROLL for (int i = 0; i < 2; ++i)
+        total[i] += sums[other][own + i];
     }
     store_numbers<2>(args.rows + int64_t(work.slot) * args.channels + work.column + own, total);
   }

@@ -86,8 +86,8 @@ struct ProjectKernelArgs {
   int channels = 0, steps = 0;                 // steps of kDepth inputs
   unsigned slots = 0, all_slots = 0;           // of one sample; of all samples
   unsigned column_blocks = 0, all_rounds = 0;  // of kProductColumns channels; these times fours of slots
-  float* rows = nullptr;          // (batch, slots, channels)
-  double* weight_rows = nullptr;  // (batch, slots); null if all weights are 1
+  float* rows = nullptr;                       // (batch, slots, channels)
+  double* weight_rows = nullptr;               // (batch, slots); null if all weights are 1
 
   // Of the tokens of a sample; null if all are 1.
   __device__ const float* weights(unsigned b) const {
@@ -161,8 +161,7 @@ __device__ inline void copy_coefficients(const ProjectKernelArgs& args, ProjectS
     const int column = int(round % args.column_blocks) * kProductColumns;
     const int channels = int(min(kProductColumns, args.channels - column));  // a multiple of 8
     shared.coeff_empty.wait(parity ^ 1);
-    POM_UNROLL_4
-    for (int j = 0; j < kProductColumns * degree / 4; j += kWarp) {
+    POM_UNROLL_4 for (int j = 0; j < kProductColumns * degree / 4; j += kWarp) {
       const int i = 4 * (j + lane);
       float numbers[4] = {};
       if (i < channels * degree) load_numbers<4>(coeff + int64_t(column) * degree + i, numbers);

@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) readout_kernel(Kerne
       if (call.tangent.total)
         load_mean<I::Vec, I::ranges>({call.tangent.total, call.tangent.residual, call.state.count}, state_row,
                                      g.channels, place, tangent);
-      POM_UNROLL
-      for (int i = 0; i < I::kNumbers; ++i) mean[i] = {primal[i], tangent[i]};
+      POM_UNROLL for (int i = 0; i < I::kNumbers; ++i)
+        mean[i] = {primal[i], tangent[i]};
     } else {
       load_mean<I::Vec, I::ranges>(call.state, state_row, g.channels, place, mean);
     }
@@ -148,8 +148,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<I>)
         Acc value[I::kNumbers], d[I::kNumbers];
         gates.value(token, raw[j], value);
         I::Rows::unpack(raw_dy[j], d);
-        POM_UNROLL
-        for (int i = 0; i < I::kNumbers; ++i) {
+        POM_UNROLL for (int i = 0; i < I::kNumbers; ++i) {
           dmean[i] += d[i] * value[i];
           value[i] = d[i] * mean[i];
         }
@@ -194,9 +193,8 @@ struct ReadoutPlan {
   KernelArgs<ReadoutArgs> args;
 
   ReadoutPlan(const ReadoutArgs& call, void*)
-      : args(call, Alignment(call.gates.dtype)
-                       .pointers({call.y})
-                       .numbers({call.tangent.total, call.tangent.residual})) {}
+      : args(call,
+             Alignment(call.gates.dtype).pointers({call.y}).numbers({call.tangent.total, call.tangent.residual})) {}
 
   Status run(void* stream) {
     const Gates& g = args.call.gates;

@@ -15,10 +15,10 @@ __device__ double strided_sum(const Number* rows, int64_t stride, int64_t first,
   int64_t row = first;
   for (; row + (kAhead - 1) * step <= last; row += kAhead * step) {
     Number x[kAhead];
-    POM_UNROLL
-    for (int i = 0; i < kAhead; ++i) x[i] = rows[(row + i * step) * stride];
-    POM_UNROLL
-    for (int i = 0; i < kAhead; i += 4) sum += double(x[i]) + double(x[i + 1]) + (double(x[i + 2]) + double(x[i + 3]));
+    POM_UNROLL for (int i = 0; i < kAhead; ++i)
+      x[i] = rows[(row + i * step) * stride];
+    POM_UNROLL for (int i = 0; i < kAhead; i += 4)
+      sum += double(x[i]) + double(x[i + 1]) + (double(x[i + 2]) + double(x[i + 3]));
   }
   for (; row + 3 * step <= last; row += 4 * step) {
     const Number a = rows[row * stride], b = rows[(row + step) * stride], c = rows[(row + 2 * step) * stride],
@@ -52,11 +52,9 @@ __device__ void scan_rows(const ReduceArgs<Acc>& args, int64_t b, int64_t channe
   for (int64_t i = begin; i < end; i += kAhead, at += kAhead * step) {
     const int count = int(min(kAhead, end - i));
     Acc x[kAhead];
-    POM_UNROLL
-    for (int j = 0; j < kAhead; ++j)
+    POM_UNROLL for (int j = 0; j < kAhead; ++j)
       if (j < count) x[j] = args.rows[at + j * step];
-    POM_UNROLL
-    for (int j = 0; j < kAhead; ++j) {
+    POM_UNROLL for (int j = 0; j < kAhead; ++j) {
       if (j >= count) break;
       sum += double(x[j]);
       write_state<Acc>(args.out, at + j * step, sum, remainder);

@@ -38,24 +38,19 @@ template <class Number>
 __device__ double column_sum(const Number* column, int64_t stride, int64_t first, int64_t last) {
   constexpr int kSums = 8, kRows = 4, kParallelSums = sizeof(Number) == 4 ? 8 : 4;  // as many sums as registers allow
   double sum = 0;
-  POM_UNROLL_1
-  for (int begin = 0; begin < kSums; begin += kParallelSums) {
+  POM_UNROLL_1 for (int begin = 0; begin < kSums; begin += kParallelSums) {
     double sums[kParallelSums] = {};
     const Number* at = column + (first + begin) * stride;
-    POM_UNROLL_1
-    for (int64_t left = last - first + 1 - begin; left > 0; left -= kSums * kRows) {
+    POM_UNROLL_1 for (int64_t left = last - first + 1 - begin; left > 0; left -= kSums * kRows) {
       Number x[kRows][kParallelSums];
-      POM_UNROLL
-      for (int k = 0; k < kRows; ++k) {
-        POM_UNROLL
-        for (int i = 0; i < kParallelSums; ++i) {
+      POM_UNROLL for (int k = 0; k < kRows; ++k) {
+        POM_UNROLL for (int i = 0; i < kParallelSums; ++i) {
           x[k][i] = k * kSums + i < left ? __ldcg(at) : Number(0);
           at += stride;
         }
         at += (kSums - kParallelSums) * stride;
       }
-      POM_UNROLL
-      for (int i = 0; i < kParallelSums; ++i) {
+      POM_UNROLL for (int i = 0; i < kParallelSums; ++i) {
         const double low = x[0][i], high = x[1][i];
         // Zeros after the end change no sum, but the order in which the others are added matters.
         if ((kRows - 1) * kSums + i < left)
@@ -64,8 +59,8 @@ __device__ double column_sum(const Number* column, int64_t stride, int64_t first
           sums[i] = sums[i] + low + high + double(x[2][i]);
       }
     }
-    POM_UNROLL
-    for (int i = 0; i < kParallelSums; ++i) sum += sums[i];
+    POM_UNROLL for (int i = 0; i < kParallelSums; ++i)
+      sum += sums[i];
   }
   return sum;
 }
@@ -82,8 +77,8 @@ POM_HD void write_state(const StateOut& out, int64_t at, double sum, double rema
 template <class Acc>
 __device__ void reduce_channel(const ReduceArgs<Acc>& args, int64_t b, int64_t group, int64_t channel) {
   const int64_t slots = args.pieces.slots(), row = b * args.pieces.groups + group;
-  double sum = column_sum(args.rows + b * slots * args.channels + channel, args.channels,
-                          args.pieces.first_slot(group), args.pieces.last_slot(group));
+  double sum = column_sum(args.rows + b * slots * args.channels + channel, args.channels, args.pieces.first_slot(group),
+                          args.pieces.last_slot(group));
   double remainder = add_prior<Acc>(args.prior, b * args.channels + channel, sum);
   if (args.divisor) {
     const double scale = inverse(args.divisor[row]);
@@ -96,9 +91,9 @@ __device__ void reduce_channel(const ReduceArgs<Acc>& args, int64_t b, int64_t g
 template <class Acc>
 __device__ void reduce_count(const ReduceArgs<Acc>& args, int64_t b, int64_t group) {
   const Pieces& pieces = args.pieces;
-  const double sum = args.weights ? column_sum(args.weights + b * pieces.slots(), 1, pieces.first_slot(group),
-                                               pieces.last_slot(group))
-                                  : double(pieces.border(group + 1) - pieces.border(group));
+  const double sum =
+      args.weights ? column_sum(args.weights + b * pieces.slots(), 1, pieces.first_slot(group), pieces.last_slot(group))
+                   : double(pieces.border(group + 1) - pieces.border(group));
   args.out.count[b * pieces.groups + group] = sum + (args.prior.count ? args.prior.count[b] : 0.0);
 }
 

@@ -45,7 +45,7 @@ struct BackwardKernelArgs {
   int64_t channels = 0;
   const Acc* grad = nullptr;        // (batch, groups, C)
   const Acc* token_grad = nullptr;  // (batch, tokens, C); replaces `grad` with a dense mask
-  Acc* coeff_rows = nullptr;  // (blocks of the partition, degree, width)
+  Acc* coeff_rows = nullptr;        // (blocks of the partition, degree, width)
 };
 
 template <class I>
@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<I>)
       for_tokens<kUnroll>(first, to, rows, load, [&](int j, int64_t token) {
         Acc dphi[kNumbers], du[kNumbers];
         if (args.token_grad) load_row<I::Vec, kRanges>(grad + token * args.channels, place, grad_row);
-        POM_UNROLL
-        for (int i = 0; i < kNumbers; ++i) dphi[i] = grad_row[i];
+        POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+          dphi[i] = grad_row[i];
         tokens.slope(token, raw[j], dphi, du, dc);
         du_rows.store(token, du);
       });
@@ -104,7 +104,7 @@ template <class Acc>
 struct StateBackwardPlan {
   Arena arena;
   BackwardKernelArgs<Acc> args;
-  Acc* suffix;    // (batch, groups, C): gradient of each group's own tokens, for cumulative groups
+  Acc* suffix;  // (batch, groups, C): gradient of each group's own tokens, for cumulative groups
   std::optional<MaskProduct<Acc>> masked;  // dL/dφ of the tokens, with a dense mask
 
   StateBackwardPlan(const StateBackwardArgs& call, void* workspace) : arena(workspace), args{call} {

@@ -14,8 +14,7 @@ POM_HD void rotate(const Rotary& rotary, int64_t token, int64_t pair, bool trans
   const int64_t at = token * rotary.half * rotary.axes + pair;
   load_numbers<Vec>(static_cast<const Acc*>(rotary.cos) + at, cos);
   load_numbers<Vec>(static_cast<const Acc*>(rotary.sin) + at, sin);
-  POM_UNROLL
-  for (int i = 0; i < Vec; ++i) {
+  POM_UNROLL for (int i = 0; i < Vec; ++i) {
     const Acc low = x[i], high = x[Vec + i], s = transpose ? -sin[i] : sin[i];
     x[i] = low * cos[i] - high * s;
     x[Vec + i] = high * cos[i] + low * s;
@@ -37,16 +36,14 @@ struct RowsOf {
         count(place.ranges) {}
 
   POM_HD void load(int64_t token, Raw& raw) const {
-    POM_UNROLL
-    for (int r = 0; r < ranges; ++r) {
+    POM_UNROLL for (int r = 0; r < ranges; ++r) {
       raw[r] = {};
       if (r < count) raw[r].load(row0 + token * token_stride + r * range_stride);
     }
   }
   template <class Acc>
   POM_HD void store(int64_t token, const Acc* x) const {
-    POM_UNROLL
-    for (int r = 0; r < ranges; ++r)
+    POM_UNROLL for (int r = 0; r < ranges; ++r)
       if (r < count) {
         Packed<T, Vec> packed;
         packed.pack(x + r * Vec);
@@ -55,24 +52,22 @@ struct RowsOf {
   }
   template <class Acc>
   POM_HD static void unpack(const Raw& raw, Acc* x) {
-    POM_UNROLL
-    for (int r = 0; r < ranges; ++r) raw[r].unpack(x + r * Vec);
+    POM_UNROLL for (int r = 0; r < ranges; ++r)
+      raw[r].unpack(x + r * Vec);
   }
 };
 
 // Calls load(j, token) for the first `count` of every step-th token from `first` on.
 template <int count, class Index, class Load>
 POM_HD void load_tokens(Index first, Index end, int step, Load load) {
-  POM_UNROLL
-  for (int j = 0; j < count; ++j)
+  POM_UNROLL for (int j = 0; j < count; ++j)
     if (first + j * step < end) load(j, first + j * step);
 }
 // Calls use(j, token) for all of them. The first `count` are already loaded; after each `count` tokens the next are.
 template <int count, class Index, class Load, class Use>
 POM_HD void use_tokens(Index first, Index end, int step, Load load, Use use) {
   while (first < end) {
-    POM_UNROLL
-    for (int j = 0; j < count; ++j) {
+    POM_UNROLL for (int j = 0; j < count; ++j) {
       if (first + j * step >= end) break;
       use(j, first + j * step);
     }
@@ -89,17 +84,15 @@ POM_HD void for_tokens(Index first, Index end, int step, Load load, Use use) {
 // Loads a row that all tokens share, at the thread's channels; zero if it has none.
 template <int Vec, int ranges, class Acc>
 POM_HD void load_row(const Acc* row, const Place& place, Acc* x) {
-  POM_UNROLL
-  for (int r = 0; r < ranges; ++r) {
-    POM_UNROLL
-    for (int i = 0; i < Vec; ++i) x[r * Vec + i] = Acc(0);
+  POM_UNROLL for (int r = 0; r < ranges; ++r) {
+    POM_UNROLL for (int i = 0; i < Vec; ++i)
+      x[r * Vec + i] = Acc(0);
     if (r < place.ranges) load_numbers<Vec>(row + place.channel + r * place.stride, x + r * Vec);
   }
 }
 template <int Vec, int ranges, class Acc>
 POM_HD void store_row(Acc* row, const Place& place, const Acc* x) {
-  POM_UNROLL
-  for (int r = 0; r < ranges; ++r)
+  POM_UNROLL for (int r = 0; r < ranges; ++r)
     if (r < place.ranges) store_numbers<Vec>(row + place.channel + r * place.stride, x + r * Vec);
 }
 
@@ -123,8 +116,8 @@ POM_HD void unpack(const Loaded<Rows, dual>& raw, Num (&x)[count]) {
     decltype(x->value) primal[count], tangent[count];
     Rows::unpack(raw.primal, primal);
     Rows::unpack(raw.tangent, tangent);
-    POM_UNROLL
-    for (int i = 0; i < count; ++i) x[i] = {primal[i], tangent[i]};
+    POM_UNROLL for (int i = 0; i < count; ++i)
+      x[i] = {primal[i], tangent[i]};
   } else {
     Rows::unpack(raw.primal, x);
   }
@@ -162,17 +155,14 @@ struct FeatureTokens {
         rotary(f.rotary),
         weights(f.weight ? static_cast<const Acc*>(f.weight) + batch * f.tokens : nullptr) {
     if constexpr (Form::has_coeff) {
-      POM_UNROLL
-      for (int r = 0; r < kRanges; ++r) {
+      POM_UNROLL for (int r = 0; r < kRanges; ++r) {
         if (r >= place.ranges) continue;
         const int64_t offset = (place.channel + r * place.stride) * form.degree;
         const Acc *coeff = static_cast<const Acc*>(f.coeff) + offset,
                   *tangent = static_cast<const Acc*>(f.coeff_tangent) + offset;
         if constexpr (kDual) {
-          POM_UNROLL
-          for (int i = 0; i < Vec; ++i) {
-            POM_UNROLL
-            for (int k = 0; k < form.degree; ++k)
+          POM_UNROLL for (int i = 0; i < Vec; ++i) {
+            POM_UNROLL for (int k = 0; k < form.degree; ++k)
               c[r][i][k] = {coeff[i * form.degree + k], tangent[i * form.degree + k]};
           }
         } else if constexpr (Vec > 1) {
@@ -198,18 +188,15 @@ struct FeatureTokens {
     Num x[kNumbers];
     unpack(raw, x);
     if constexpr (Form::has_coeff) {
-      POM_UNROLL
-      for (int r = 0; r < kRanges; ++r) {
-        POM_UNROLL
-        for (int i = 0; i < Vec; ++i) {
+      POM_UNROLL for (int r = 0; r < kRanges; ++r) {
+        POM_UNROLL for (int i = 0; i < Vec; ++i) {
           Num value;
           form.value(x + r * Vec + i, c[r][i], &value);
           phi[r * Vec + i] = primal_or_tangent(value);
         }
       }
     } else {
-      POM_UNROLL
-      for (int i = 0; i < Vec; ++i) {
+      POM_UNROLL for (int i = 0; i < Vec; ++i) {
         Num factors[kRanges], products[kRanges];
         gather(x, i, factors);
         form.value(factors, static_cast<const Num*>(nullptr), products);
@@ -223,37 +210,34 @@ struct FeatureTokens {
   POM_HD void add(int64_t token, const Raw& raw, Acc (&sum)[kNumbers]) const {
     Acc phi[kNumbers];
     value(token, raw, phi);
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) sum[i] += raw.weight * phi[i];
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+      sum[i] += raw.weight * phi[i];
   }
 
   // Computes du from dφ, which is overwritten, and adds a^i dφ to dc.
   POM_HD void slope(int64_t token, const Raw& raw, Acc* dphi, Acc* du, Acc (&dc)[kRanges][Vec][kCoeffs]) const {
-    POM_UNROLL
-    for (int i = 0; i < kNumbers; ++i) dphi[i] *= raw.weight;
+    POM_UNROLL for (int i = 0; i < kNumbers; ++i)
+      dphi[i] *= raw.weight;
     if (rotates()) rotate<Vec>(rotary, token, place.pair, true, dphi);
     Num x[kNumbers];
     unpack(raw, x);
     if constexpr (Form::has_coeff) {
-      POM_UNROLL
-      for (int r = 0; r < kRanges; ++r) {
-        POM_UNROLL
-        for (int i = 0; i < Vec; ++i) {
+      POM_UNROLL for (int r = 0; r < kRanges; ++r) {
+        POM_UNROLL for (int i = 0; i < Vec; ++i) {
           const Num back = Num(dphi[r * Vec + i]);
           Num slope, terms[kCoeffs];
           form.slope(x + r * Vec + i, c[r][i], &back, &slope, terms);
           du[r * Vec + i] = primal_or_tangent(slope);
-          POM_UNROLL
-          for (int k = 0; k < form.degree; ++k) dc[r][i][k] += primal_or_tangent(terms[k]);
+          POM_UNROLL for (int k = 0; k < form.degree; ++k)
+            dc[r][i][k] += primal_or_tangent(terms[k]);
         }
       }
     } else {
-      POM_UNROLL
-      for (int i = 0; i < Vec; ++i) {
+      POM_UNROLL for (int i = 0; i < Vec; ++i) {
         Num factors[kRanges], dproducts[kRanges], dfactors[kRanges];
         gather(x, i, factors);
-        POM_UNROLL
-        for (int r = 0; r < form.factors(); ++r) dproducts[r] = Num(dphi[r * Vec + i]);
+        POM_UNROLL for (int r = 0; r < form.factors(); ++r)
+          dproducts[r] = Num(dphi[r * Vec + i]);
         form.slope(factors, static_cast<const Num*>(nullptr), dproducts, dfactors, static_cast<Num*>(nullptr));
         scatter(dfactors, i, du);
       }
@@ -262,12 +246,12 @@ struct FeatureTokens {
 
  private:
   POM_HD void gather(const Num* x, int i, Num* factors) const {
-    POM_UNROLL
-    for (int r = 0; r < form.factors(); ++r) factors[r] = x[r * Vec + i];
+    POM_UNROLL for (int r = 0; r < form.factors(); ++r)
+      factors[r] = x[r * Vec + i];
   }
   POM_HD void scatter(const Num* factors, int i, Acc* x) const {
-    POM_UNROLL
-    for (int r = 0; r < form.factors(); ++r) x[r * Vec + i] = primal_or_tangent(factors[r]);
+    POM_UNROLL for (int r = 0; r < form.factors(); ++r)
+      x[r * Vec + i] = primal_or_tangent(factors[r]);
   }
 };
 
@@ -278,8 +262,7 @@ POM_HD void load_mean(const StateView& state, int64_t row, int64_t channels, con
   Acc residual[ranges * Vec];
   load_row<Vec, ranges>(static_cast<const Acc*>(state.total) + row * channels, place, mean);
   load_row<Vec, ranges>(static_cast<const Acc*>(state.residual) + row * channels, place, residual);
-  POM_UNROLL
-  for (int i = 0; i < ranges * Vec; ++i)  // for infinite sums too
+  POM_UNROLL for (int i = 0; i < ranges * Vec; ++i)  // for infinite sums too
     mean[i] = scale != 0 ? Acc((double(mean[i]) + double(residual[i])) * scale) : Acc(0);
 }
 

@@ -30,7 +30,7 @@ namespace {
 using cuda_on_cpu::here;
 using cuda_on_cpu::Range;
 
-constexpr int kSectorBits = 5;                           // 32 bytes
+constexpr int kSectorBits = 5;                                 // 32 bytes
 constexpr uint64_t kCacheSectors = (64 << 10) >> kSectorBits;  // sectors in a block's cache
 
 // The sectors that a block touched recently.
@@ -204,9 +204,9 @@ void __tsan_vptr_read(void*) {}
 void __tsan_read_range(void* p, size_t bytes) { access(p, bytes, true, false); }
 void __tsan_write_range(void* p, size_t bytes) { access(p, bytes, false, true); }
 
-#define ACCESSES(bytes)                                                  \
-  void __tsan_read##bytes(void* p) { access(p, bytes, true, false); }    \
-  void __tsan_write##bytes(void* p) { access(p, bytes, false, true); }   \
+#define ACCESSES(bytes)                                                         \
+  void __tsan_read##bytes(void* p) { access(p, bytes, true, false); }           \
+  void __tsan_write##bytes(void* p) { access(p, bytes, false, true); }          \
   void __tsan_unaligned_read##bytes(void* p) { access(p, bytes, true, false); } \
   void __tsan_unaligned_write##bytes(void* p) { access(p, bytes, false, true); }
 ACCESSES(1)
@@ -218,30 +218,30 @@ ACCESSES(16)
 void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 void __tsan_atomic_signal_fence(int) {}
 
-#define ATOMICS(bits)                                                                              \
-  uint##bits##_t __tsan_atomic##bits##_load(const volatile void* p, int) {                         \
-    access(const_cast<const void*>(p), bits / 8, true, false);                                     \
-    return __atomic_load_n(static_cast<const volatile uint##bits##_t*>(p), __ATOMIC_SEQ_CST);      \
-  }                                                                                                \
-  void __tsan_atomic##bits##_store(volatile void* p, uint##bits##_t x, int) {                      \
-    access(const_cast<const void*>(p), bits / 8, false, true);                                     \
-    __atomic_store_n(static_cast<volatile uint##bits##_t*>(p), x, __ATOMIC_SEQ_CST);               \
-  }                                                                                                \
-  uint##bits##_t __tsan_atomic##bits##_exchange(volatile void* p, uint##bits##_t x, int) {         \
-    access(const_cast<const void*>(p), bits / 8, true, true);                                      \
-    return __atomic_exchange_n(static_cast<volatile uint##bits##_t*>(p), x, __ATOMIC_SEQ_CST);     \
-  }                                                                                                \
-  uint##bits##_t __tsan_atomic##bits##_fetch_add(volatile void* p, uint##bits##_t x, int) {        \
-    access(const_cast<const void*>(p), bits / 8, true, true);                                      \
-    return __atomic_fetch_add(static_cast<volatile uint##bits##_t*>(p), x, __ATOMIC_SEQ_CST);      \
-  }                                                                                                \
-  bool __tsan_atomic##bits##_compare_exchange_strong(volatile void* p, void* old, uint##bits##_t x, int, int) { \
-    access(const_cast<const void*>(p), bits / 8, true, true);                                      \
+#define ATOMICS(bits)                                                                                                  \
+  uint##bits##_t __tsan_atomic##bits##_load(const volatile void* p, int) {                                             \
+    access(const_cast<const void*>(p), bits / 8, true, false);                                                         \
+    return __atomic_load_n(static_cast<const volatile uint##bits##_t*>(p), __ATOMIC_SEQ_CST);                          \
+  }                                                                                                                    \
+  void __tsan_atomic##bits##_store(volatile void* p, uint##bits##_t x, int) {                                          \
+    access(const_cast<const void*>(p), bits / 8, false, true);                                                         \
+    __atomic_store_n(static_cast<volatile uint##bits##_t*>(p), x, __ATOMIC_SEQ_CST);                                   \
+  }                                                                                                                    \
+  uint##bits##_t __tsan_atomic##bits##_exchange(volatile void* p, uint##bits##_t x, int) {                             \
+    access(const_cast<const void*>(p), bits / 8, true, true);                                                          \
+    return __atomic_exchange_n(static_cast<volatile uint##bits##_t*>(p), x, __ATOMIC_SEQ_CST);                         \
+  }                                                                                                                    \
+  uint##bits##_t __tsan_atomic##bits##_fetch_add(volatile void* p, uint##bits##_t x, int) {                            \
+    access(const_cast<const void*>(p), bits / 8, true, true);                                                          \
+    return __atomic_fetch_add(static_cast<volatile uint##bits##_t*>(p), x, __ATOMIC_SEQ_CST);                          \
+  }                                                                                                                    \
+  bool __tsan_atomic##bits##_compare_exchange_strong(volatile void* p, void* old, uint##bits##_t x, int, int) {        \
+    access(const_cast<const void*>(p), bits / 8, true, true);                                                          \
     return __atomic_compare_exchange_n(static_cast<volatile uint##bits##_t*>(p), static_cast<uint##bits##_t*>(old), x, \
-                                       false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                 \
-  }                                                                                                \
-  bool __tsan_atomic##bits##_compare_exchange_weak(volatile void* p, void* old, uint##bits##_t x, int a, int b) { \
-    return __tsan_atomic##bits##_compare_exchange_strong(p, old, x, a, b);                         \
+                                       false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                                     \
+  }                                                                                                                    \
+  bool __tsan_atomic##bits##_compare_exchange_weak(volatile void* p, void* old, uint##bits##_t x, int a, int b) {      \
+    return __tsan_atomic##bits##_compare_exchange_strong(p, old, x, a, b);                                             \
   }
 ATOMICS(8)
 ATOMICS(16)

@@ -23,9 +23,9 @@
 namespace cuda_on_cpu {
 namespace {
 
-constexpr int kMaxThreads = 1024;           // of a block
-constexpr size_t kMaxShared = 48 << 10;     // bytes that a launch may use without asking for more
-constexpr size_t kAllShared = 227 << 10;    // bytes that it may use at all
+constexpr int kMaxThreads = 1024;                 // of a block
+constexpr size_t kMaxShared = 48 << 10;           // bytes that a launch may use without asking for more
+constexpr size_t kAllShared = 227 << 10;          // bytes that it may use at all
 constexpr int64_t kMinParallelThreads = 1 << 13;  // threads of a grid from which several processors run it
 
 struct sigaction earlier_action;

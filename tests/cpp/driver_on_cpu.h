@@ -44,8 +44,13 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType typ
   const bool known = type == CU_TENSOR_MAP_DATA_TYPE_UINT16 && rank == 3 && swizzle == CU_TENSOR_MAP_SWIZZLE_128B &&
                      box[0] == 64 && box[2] == 1 && every[0] == 1 && every[1] == 1 && every[2] == 1;
   if (!known) return CUDA_ERROR_NOT_SUPPORTED;  // by this stand-in
-  *map = {static_cast<const uint16_t*>(data), int64_t(sizes[0]),       int64_t(sizes[1]), int64_t(sizes[2]),
-          int64_t(strides[0] / 2),            int64_t(strides[1] / 2), int(box[1])};
+  *map = {static_cast<const uint16_t*>(data),
+          int64_t(sizes[0]),
+          int64_t(sizes[1]),
+          int64_t(sizes[2]),
+          int64_t(strides[0] / 2),
+          int64_t(strides[1] / 2),
+          int(box[1])};
   return CUDA_SUCCESS;
 }
 

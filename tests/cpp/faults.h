@@ -36,7 +36,7 @@ template <class F>
 void expect_fault(const char* wanted, F body) {
   const std::string words = last_words(body);
   check::expect(words.rfind("no fault", 0) != 0 && words.find(wanted) != std::string::npos, "not '%s' but '%s'", wanted,
-         words.c_str());
+                words.c_str());
 }
 
 // A kernel of one block of 64 threads with a mistake.

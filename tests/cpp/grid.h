@@ -8,9 +8,9 @@
 // Shapes that no vector width divides, and shapes that the CUDA kernels can access eight or four elements at a time.
 constexpr Shape kShapes[] = {{1, 1, 17},  {3, 1, 30},  {2, 7, 5},   {2, 12, 1}, {5, 2, 3}, {1, 70, 33},
                              {2, 130, 9}, {1, 9, 530}, {1, 300, 4}, {2, 0, 5},  {0, 4, 5}};
-constexpr Shape kFriendlyShapes[] = {{3, 1, 8},   {2, 70, 8},  {1, 300, 16}, {2, 9, 64},   {1, 37, 128}, {1, 3, 256},
-                                     {2, 5, 264}, {2, 0, 16},  {1, 12, 272}, {3, 1, 4},    {2, 70, 12},  {1, 37, 36},
-                                     {1, 9, 100}, {2, 5, 132}, {1, 3, 260}};
+constexpr Shape kFriendlyShapes[] = {{3, 1, 8},   {2, 70, 8},  {1, 300, 16}, {2, 9, 64},   {1, 37, 128},
+                                     {1, 3, 256}, {2, 5, 264}, {2, 0, 16},   {1, 12, 272}, {3, 1, 4},
+                                     {2, 70, 12}, {1, 37, 36}, {1, 9, 100},  {2, 5, 132},  {1, 3, 260}};
 constexpr int64_t kLargest = 20'000;  // most features of a random case, times the degree
 
 template <size_t n>

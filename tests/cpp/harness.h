@@ -38,8 +38,7 @@ class Buffer {
   inline static int until_odd = -1;
 
   Buffer() : Buffer(pom::Dtype::f64, 0) {}
-  Buffer(pom::Dtype dtype, int64_t size)
-      : dtype_(dtype), size_(size), memory_(bytes(), offset(), choose(2) == 0) {
+  Buffer(pom::Dtype dtype, int64_t size) : dtype_(dtype), size_(size), memory_(bytes(), offset(), choose(2) == 0) {
     clear();
   }
   // Rounds the values to the dtype.

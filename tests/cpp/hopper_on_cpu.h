@@ -144,8 +144,8 @@ void load_tile_multicast(const CUtensorMap& map, void* tile, int element, int ro
   const cuda_on_cpu::Aside hardware;
   cuda_on_cpu::at_end = expect_all_copied;
   for (int rank = 0; rank < blocks; ++rank)
-    pending.copies[rank].push_back({&map, in_block(rank, static_cast<char*>(tile)), element, row, sample,
-                                    in_block(rank, &barrier)});
+    pending.copies[rank].push_back(
+        {&map, in_block(rank, static_cast<char*>(tile)), element, row, sample, in_block(rank, &barrier)});
 }
 inline void sync_threads(int number, int threads, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   cuda_on_cpu::sync_barrier(number, threads, file, line);

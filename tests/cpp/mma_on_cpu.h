@@ -28,7 +28,8 @@ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
     for (int k = 0; k < 16; ++k) {
-      const uint32_t of_a = warp[row % 8 * 4 + k % 8 / 2].a[k / 8 * 2 + row / 8], of_b = warp[column * 4 + k % 8 / 2].b[k / 8];
+      const uint32_t of_a = warp[row % 8 * 4 + k % 8 / 2].a[k / 8 * 2 + row / 8],
+                     of_b = warp[column * 4 + k % 8 / 2].b[k / 8];
       sums[i] += half_of<T>(of_a, k % 2) * half_of<T>(of_b, k % 2);
     }
   }

@@ -195,7 +195,8 @@ class Multiprocessor {
         run_warp(warps_[at]);
         if (yielded_)  // can go on, after the other warps
           std::rotate(warps_.begin() + int64_t(at), warps_.begin() + int64_t(at) + 1, warps_.end());
-        else if (!release_warp(warps_[at])) warps_.erase(warps_.begin() + int64_t(at));
+        else if (!release_warp(warps_[at]))
+          warps_.erase(warps_.begin() + int64_t(at));
       }
     } while (release_polling() || release_blocks());
     if (counter) counter->end_block();
@@ -325,9 +326,8 @@ class Multiprocessor {
       if (threads_[i].state == Thread::exited)
         fail_in(first, "waits at " + place(barrier) + ", but thread " + std::to_string(i - begin) + " has exited");
       if (wait.mask != barrier.mask || wait.line != barrier.line || differ(wait.file, barrier.file))
-        fail_in(first,
-                "waits at " + place(barrier) + " for ever: thread " + std::to_string(i - begin) + " waits at " +
-                    place(wait));
+        fail_in(first, "waits at " + place(barrier) + " for ever: thread " + std::to_string(i - begin) + " waits at " +
+                           place(wait));
     }
     if (!barrier.of_block) fail_in(first, "waits at " + place(barrier) + " for ever");
     for (int i = begin; i < n; ++i) threads_[i].state = Thread::ready;

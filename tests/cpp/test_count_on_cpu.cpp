@@ -52,9 +52,8 @@ int main() {
 
   section("loads and stores");
   expect_bytes("numbers", 4096, 4096, 4, [=] { to[index()] = from[index()]; });
-  expect_bytes("numbers of 16 bits", 2048, 2048, 4, [=] {
-    reinterpret_cast<uint16_t*>(to)[index()] = reinterpret_cast<uint16_t*>(from)[index()];
-  });
+  expect_bytes("numbers of 16 bits", 2048, 2048, 4,
+               [=] { reinterpret_cast<uint16_t*>(to)[index()] = reinterpret_cast<uint16_t*>(from)[index()]; });
   expect_bytes("vectors", 16384, 32768, 4, [=] {
     pom::cuda::Packed<pom::bf16, 8> packed;
     packed.load(reinterpret_cast<pom::bf16*>(from) + 8 * index());
@@ -109,13 +108,16 @@ int main() {
 
   section("what is not global memory");
   expect_bytes("nothing", 0, 0, 2, [] {});
-  expect_bytes("shared memory", 0, 0, 2, [] {
-    POM_SHARED(memory);
-    float* const x = reinterpret_cast<float*>(memory);
-    x[threadIdx.x] = float(threadIdx.x);
-    __syncthreads();
-    x[threadIdx.x] += __shfl_xor_sync(~0u, x[threadIdx.x ^ 1], 1);
-  }, 4 * kThreads);
+  expect_bytes(
+      "shared memory", 0, 0, 2,
+      [] {
+        POM_SHARED(memory);
+        float* const x = reinterpret_cast<float*>(memory);
+        x[threadIdx.x] = float(threadIdx.x);
+        __syncthreads();
+        x[threadIdx.x] += __shfl_xor_sync(~0u, x[threadIdx.x ^ 1], 1);
+      },
+      4 * kThreads);
   Parameters given{};
   expect_bytes("parameters", 0, 4096, 4, [=] { to[index()] = given.numbers[threadIdx.x % 100]; });
   expect_bytes("local arrays", 0, 4096, 4, [=] {

@@ -50,8 +50,8 @@ void count_lasts(ArrivalCounter* arrival_counters, unsigned sharing, int* lasts,
     __threadfence();
     if (is_last(arrival_counters + arrival_counter, sharing)) {
       atomicAdd(lasts + arrival_counter, 1);
-      expect(done[arrival_counter] == int(sharing), "the last block of arrival_counter %u came before %d others", arrival_counter,
-             int(sharing) - done[arrival_counter]);
+      expect(done[arrival_counter] == int(sharing), "the last block of arrival_counter %u came before %d others",
+             arrival_counter, int(sharing) - done[arrival_counter]);
     }
   }
 }
@@ -64,7 +64,8 @@ void test_arrival_counters(ArrivalCounter before) {
     cuda_on_cpu::launch(5 * kSharing, 64, 0, [&] { count_lasts(arrival_counters.data(), kSharing, lasts, done); });
     for (int i = 0; i < 5; ++i) expect(lasts[i] == 1, "%d blocks were the last of arrival_counter %d", lasts[i], i);
   }
-  for (ArrivalCounter left : arrival_counters) expect(left >> kCounterBits != kInUse >> kCounterBits, "an arrival counter was left in use");
+  for (ArrivalCounter left : arrival_counters)
+    expect(left >> kCounterBits != kInUse >> kCounterBits, "an arrival counter was left in use");
 }
 
 // Sums every thread's numbers over the rows, each column once, in the order of sum_rows().
@@ -125,7 +126,8 @@ int main() {
     }
   section("the last block");
   const ArrivalCounter next = kInUse + (ArrivalCounter(1) << kCounterBits);
-  for (ArrivalCounter before : {ArrivalCounter(0), ~ArrivalCounter(0), ArrivalCounter(40), ArrivalCounter(1) << 63, kInUse >> 1, next})
+  for (ArrivalCounter before :
+       {ArrivalCounter(0), ~ArrivalCounter(0), ArrivalCounter(40), ArrivalCounter(1) << 63, kInUse >> 1, next})
     for (uint64_t seed : {0, 1, 2}) {
       cuda_on_cpu::set_seed(seed);
       test_arrival_counters(before);

@@ -35,8 +35,7 @@ struct FoldedInputs {
   Array wanted, allowed;  // y, and its allowed rounding error
   FoldedReadoutArgs args;
 
-  explicit FoldedInputs(const FoldedCase& c)
-      : groups(c.offsets.empty() ? c.groups : int64_t(c.offsets.size()) - 1) {
+  explicit FoldedInputs(const FoldedCase& c) : groups(c.offsets.empty() ? c.groups : int64_t(c.offsets.size()) - 1) {
     const int64_t rows = c.batch * groups;
     Array numbers = draw(c.batch * c.queries * c.dim, -1, 1.2), of_gates = draw(c.heads * c.dim, -1, 1),
           gate_biases(c.heads), of_out = draw(c.out_dim * c.channels(), -1, 1), out_biases(c.out_dim),
@@ -85,10 +84,24 @@ struct FoldedInputs {
         allowed.push_back(half * std::abs(y) + (2 * half + 1e-5) * size + 1e-7);
       }
     }
-    args = {c.form, c.dtype, c.batch, c.queries, c.dim, c.heads, c.channels(), c.out_dim, x.buffer.data(),
-            x.batch_stride, x.token_stride, gate_weight.data(), c.biases ? gate_bias.data() : nullptr,
-            out_weight.data(), c.biases ? out_bias.data() : nullptr, groups,
-            c.offsets.empty() ? nullptr : c.offsets.data(), {total.data(), residual.data(), count.doubles()}};
+    args = {c.form,
+            c.dtype,
+            c.batch,
+            c.queries,
+            c.dim,
+            c.heads,
+            c.channels(),
+            c.out_dim,
+            x.buffer.data(),
+            x.batch_stride,
+            x.token_stride,
+            gate_weight.data(),
+            c.biases ? gate_bias.data() : nullptr,
+            out_weight.data(),
+            c.biases ? out_bias.data() : nullptr,
+            groups,
+            c.offsets.empty() ? nullptr : c.offsets.data(),
+            {total.data(), residual.data(), count.doubles()}};
   }
 };
 

@@ -92,20 +92,23 @@ void test_clusters() {
   std::vector<int> ranks(kBlocks, -1), sums(kBlocks);
   int ahead = 0;
   std::vector<int> phases(kBlocks * 32);
-  launch(kBlocks, 32, 16, [&] {
-    auto& barrier = make_barrier(2 * 32);
-    pom::cuda::sync_cluster();
-    ranks[blockIdx.x] = int(pom::cuda::cluster_rank());
-    const unsigned other = blockIdx.x ^ 1;
-    for (int phase = 0; phase < 5; ++phase) {  // a phase ends when the threads of both blocks have arrived
-      phases[blockIdx.x * 32 + threadIdx.x] = phase;
-      barrier.arrive_in(0);
-      barrier.arrive_in(1);
-      barrier.wait(phase % 2);
-      ahead += *std::min_element(&phases[other * 32], &phases[other * 32] + 32) < phase;
-    }
-    pom::cuda::sync_cluster();
-  }, nullptr, 2);
+  launch(
+      kBlocks, 32, 16,
+      [&] {
+        auto& barrier = make_barrier(2 * 32);
+        pom::cuda::sync_cluster();
+        ranks[blockIdx.x] = int(pom::cuda::cluster_rank());
+        const unsigned other = blockIdx.x ^ 1;
+        for (int phase = 0; phase < 5; ++phase) {  // a phase ends when the threads of both blocks have arrived
+          phases[blockIdx.x * 32 + threadIdx.x] = phase;
+          barrier.arrive_in(0);
+          barrier.arrive_in(1);
+          barrier.wait(phase % 2);
+          ahead += *std::min_element(&phases[other * 32], &phases[other * 32] + 32) < phase;
+        }
+        pom::cuda::sync_cluster();
+      },
+      nullptr, 2);
   for (unsigned b = 0; b < kBlocks; ++b) expect(ranks[b] == int(b % 2), "block %u is number %d", b, ranks[b]);
   expect(ahead == 0, "%d threads went on without the other block", ahead);
 }
@@ -127,43 +130,46 @@ struct SharedRing {
   // How many numbers the blocks found where others belong.
   int wrong(Mistake mistake, unsigned blocks) const {
     std::vector<int> wrong(blocks * 64);
-    launch(blocks, 64, 2 * 2 * 64 * 128 + 1024 + 64, [&] {
-      using namespace pom::cuda;
-      POM_SHARED(memory);
-      Barrier *const full = reinterpret_cast<Barrier*>(memory), *const empty = full + 2;
-      char* const tiles = shared_origin() + 1024;
-      constexpr int kHalf = 64 * 128;
-      if (threadIdx.x == 0)
-        for (int i = 0; i < 2; ++i) full[i].init(1), empty[i].init(mistake == Mistake::own_readers_only ? 1 : 2);
-      if (mistake != Mistake::early_start) sync_cluster();
-      const int rank = int(cluster_rank());
-      if (threadIdx.x < 32) {
-        if (threadIdx.x == 0)
-          for (int tile = 0; tile < kTiles; ++tile) {
-            const int stage = tile % 2;
-            empty[stage].wait(tile / 2 % 2 ^ 1);
-            full[stage].arrive_expecting(mistake == Mistake::half_the_bytes ? kHalf : 2 * kHalf);
-            load_tile_multicast<2>(map, tiles + (2 * stage + rank) * kHalf, 0, tile, rank, full[stage]);
+    launch(
+        blocks, 64, 2 * 2 * 64 * 128 + 1024 + 64,
+        [&] {
+          using namespace pom::cuda;
+          POM_SHARED(memory);
+          Barrier *const full = reinterpret_cast<Barrier*>(memory), *const empty = full + 2;
+          char* const tiles = shared_origin() + 1024;
+          constexpr int kHalf = 64 * 128;
+          if (threadIdx.x == 0)
+            for (int i = 0; i < 2; ++i) full[i].init(1), empty[i].init(mistake == Mistake::own_readers_only ? 1 : 2);
+          if (mistake != Mistake::early_start) sync_cluster();
+          const int rank = int(cluster_rank());
+          if (threadIdx.x < 32) {
+            if (threadIdx.x == 0)
+              for (int tile = 0; tile < kTiles; ++tile) {
+                const int stage = tile % 2;
+                empty[stage].wait(tile / 2 % 2 ^ 1);
+                full[stage].arrive_expecting(mistake == Mistake::half_the_bytes ? kHalf : 2 * kHalf);
+                load_tile_multicast<2>(map, tiles + (2 * stage + rank) * kHalf, 0, tile, rank, full[stage]);
+              }
+          } else {
+            for (int tile = 0; tile < kTiles; ++tile) {
+              const int stage = tile % 2;
+              if (mistake != Mistake::early_reading) full[stage].wait(tile / 2 % 2);
+              for (int i = 0; i < 2 * 64 * 32; ++i) {
+                const int half = i / (64 * 32), row = i / 32 % 64, element = i % 32;
+                uint16_t got;
+                std::memcpy(&got,
+                            swizzled(shared_address(tiles + (2 * stage + half) * kHalf) + row * 128 + element * 2), 2);
+                wrong[blockIdx.x * 64 + threadIdx.x] +=
+                    tile + row < 70 && got != numbers[(half * 70 + tile + row) * 48 + element];
+              }
+              __syncwarp();
+              if (threadIdx.x == 32) empty[stage].arrive();
+              if (threadIdx.x == 33 && mistake != Mistake::own_readers_only) empty[stage].arrive_in(rank ^ 1);
+            }
           }
-      } else {
-        for (int tile = 0; tile < kTiles; ++tile) {
-          const int stage = tile % 2;
-          if (mistake != Mistake::early_reading) full[stage].wait(tile / 2 % 2);
-          for (int i = 0; i < 2 * 64 * 32; ++i) {
-            const int half = i / (64 * 32), row = i / 32 % 64, element = i % 32;
-            uint16_t got;
-            std::memcpy(&got, swizzled(shared_address(tiles + (2 * stage + half) * kHalf) + row * 128 + element * 2),
-                        2);
-            wrong[blockIdx.x * 64 + threadIdx.x] +=
-                tile + row < 70 && got != numbers[(half * 70 + tile + row) * 48 + element];
-          }
-          __syncwarp();
-          if (threadIdx.x == 32) empty[stage].arrive();
-          if (threadIdx.x == 33 && mistake != Mistake::own_readers_only) empty[stage].arrive_in(rank ^ 1);
-        }
-      }
-      if (mistake != Mistake::early_end) sync_cluster();
-    }, nullptr, 2);
+          if (mistake != Mistake::early_end) sync_cluster();
+        },
+        nullptr, 2);
     return std::accumulate(wrong.begin(), wrong.end(), 0);
   }
 };
@@ -187,15 +193,18 @@ void test_mistakes_with_shared_tiles() {
     expect(noticed >= 2, "mistake %d shows in %d orders of 10", int(mistake), noticed);
   }
   expect_fault("reaches into a block that has ended", [] {
-    launch(2, 32, 16, [] {
-      auto& barrier = make_barrier(32);
-      pom::cuda::sync_cluster();
-      if (pom::cuda::cluster_rank() == 1) return;
-      barrier.arrive();
-      barrier.wait(0);
-      __syncthreads();
-      barrier.arrive_in(1);
-    }, nullptr, 2);
+    launch(
+        2, 32, 16,
+        [] {
+          auto& barrier = make_barrier(32);
+          pom::cuda::sync_cluster();
+          if (pom::cuda::cluster_rank() == 1) return;
+          barrier.arrive();
+          barrier.wait(0);
+          __syncthreads();
+          barrier.arrive_in(1);
+        },
+        nullptr, 2);
   });
   expect_fault("has ended before all copies have landed", [&] {
     launch(1, 32, 64 * 128 + 1024 + 16, [&] {
@@ -217,15 +226,17 @@ void test_mistakes_with_shared_tiles() {
       reinterpret_cast<pom::cuda::Barrier*>(memory)->arrive();
     });
   });
-  expect_fault("reaches for a block that is not in its cluster", [] {
-    launch(2, 32, 16, [] { make_barrier(1).arrive_in(1); });
-  });
+  expect_fault("reaches for a block that is not in its cluster",
+               [] { launch(2, 32, 16, [] { make_barrier(1).arrive_in(1); }); });
   expect_fault("a GPU refuses clusters of 2 in 3 blocks", [] { launch(3, 32, 0, [] {}, nullptr, 2); });
   expect_fault("block 3, thread 5: waits at __syncthreads", [] {
-    launch(4, 32, 0, [] {
-      if (blockIdx.x == 3 && threadIdx.x == 4) return;
-      if (blockIdx.x < 3 || threadIdx.x >= 5) __syncthreads();
-    }, nullptr, 2);
+    launch(
+        4, 32, 0,
+        [] {
+          if (blockIdx.x == 3 && threadIdx.x == 4) return;
+          if (blockIdx.x < 3 || threadIdx.x >= 5) __syncthreads();
+        },
+        nullptr, 2);
   });
 }
 

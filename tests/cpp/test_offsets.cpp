@@ -69,8 +69,9 @@ struct Calls {
     const StateArgs forward = {features(), g, {total.data(), residual.data(), count.data()}, {}};
     const StateBackwardArgs backward = {features(), g, ones.data(), grad_u.data(), grad_coeff.data()};
     const ReadoutArgs read = {gates(), groups, offsets.data(), state, y.data(), {}};
-    const ReadoutBackwardArgs read_backward = {gates(), groups,  offsets.data(),   state,            grad_y.data(),
-                                               kTokens * kWidth, kWidth, grad_gate.data(), grad_total.data()};
+    const ReadoutBackwardArgs read_backward = {gates(), groups,           offsets.data(),
+                                               state,   grad_y.data(),    kTokens * kWidth,
+                                               kWidth,  grad_gate.data(), grad_total.data()};
     launched(cuda::state(forward, memory.data(), memory.buffer.bytes(), nullptr));
     launched(cuda::state_backward(backward, memory.data(), memory.buffer.bytes(), nullptr));
     launched(cuda::readout(read, memory.data(), memory.buffer.bytes(), nullptr));
@@ -88,7 +89,7 @@ const std::vector<int64_t> kSound = {0, 10, kTokens};
 void test_unsound(const Calls& calls) {
   const std::vector<float> right = calls.run(kSound, false), whole = calls.run({0, kTokens}, false);
   const std::vector<std::vector<int64_t>> unsound = {
-      {0, 10, 300}, {0, 600, 200}, {700, 900, kTokens}, {0, 394, 812, 191, 414, 375, 279, 220, kTokens},
+      {0, 10, 300}, {0, 600, 200},   {700, 900, kTokens},     {0, 394, 812, 191, 414, 375, 279, 220, kTokens},
       {kTokens, 0}, {500, 500, 500}, {-5, 3000, 17, -1, 2000}};
   for (const std::vector<int64_t>& offsets : unsound)
     for (bool cumulative : {false, true}) {

@@ -44,8 +44,16 @@ struct Tokens {
   ProjectStateArgs args(const ProjectCase& p, const StateOut& out, const StateView& prior = {}) const {
     Features features = in.features;
     features.u = nullptr;
-    return {features,      x.buffer.data(), p.dim, x.batch_stride, x.token_stride,
-            weight.data(), p.bias ? bias.data() : nullptr, in.groups, out, prior};
+    return {features,
+            x.buffer.data(),
+            p.dim,
+            x.batch_stride,
+            x.token_stride,
+            weight.data(),
+            p.bias ? bias.data() : nullptr,
+            in.groups,
+            out,
+            prior};
   }
 };
 
@@ -65,7 +73,7 @@ void test_sizes() {
   constexpr struct {
     Shape shape;
     int64_t dim;
-  } kSizes[] = {{{1, 1, 8}, 8},     {{2, 70, 16}, 64},  {{1, 64, 256}, 128}, {{3, 129, 264}, 72},
+  } kSizes[] = {{{1, 1, 8}, 8},      {{2, 70, 16}, 64},  {{1, 64, 256}, 128}, {{3, 129, 264}, 72},
                 {{1, 300, 40}, 320}, {{2, 65, 520}, 40}, {{1, 640, 512}, 64}, {{5, 9, 24}, 584}};
   for (const auto& [shape, dim] : kSizes)
     for (Context context : {Context::whole, Context::offsets, Context::cumulative})
@@ -91,7 +99,8 @@ void test_no_numbers() {
   Tokens tokens(p);
   const int64_t groups = tokens.in.p.groups, first = tokens.in.offsets[1], end = tokens.in.offsets[2];
   expect(end - first > 0 && end % 64, "the group with tokens 0 … %d ends within a piece", int(end));
-  for (int64_t i = first * p.dim; i < end * p.dim; ++i) tokens.x.buffer.set(i, std::numeric_limits<double>::quiet_NaN());
+  for (int64_t i = first * p.dim; i < end * p.dim; ++i)
+    tokens.x.buffer.set(i, std::numeric_limits<double>::quiet_NaN());
   StateBuffers out(Dtype::f32, groups, p.c.shape.width);
   run(p.name(), tokens.args(p, out.view()), out.outputs());
   for (int64_t i = 0; i < out.total.size(); ++i) {
@@ -138,9 +147,8 @@ void test_refusals() {
   refuses("degree 5", Status::bad_degree, [](Args& a) { a.features.degree = 5; });
   refuses("no degree", Status::bad_degree, [](Args& a) { a.features.degree = 0; });
   refuses("the product form", Status::bad_size, [](Args& a) { a.features.form = Form::product, a.features.width = 8; });
-  refuses("rotary positions", Status::bad_size, [&](Args& a) {
-    a.features.rotary = {out.total.data(), out.total.data(), 2, 1};
-  });
+  refuses("rotary positions", Status::bad_size,
+          [&](Args& a) { a.features.rotary = {out.total.data(), out.total.data(), 2, 1}; });
   refuses("a mask", Status::bad_size, [&](Args& a) { a.groups.mask = out.total.data(); });
   refuses("no tokens", Status::bad_size, [](Args& a) { a.features.tokens = 0; });
   refuses("12 channels", Status::bad_size, [](Args& a) { a.features.width = 12; });

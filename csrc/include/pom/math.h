@@ -86,30 +86,16 @@ POM_HD double erf_over_root2(double x) { return ::erf(x * 0.70710678118654752440
 // `coarse`, 2^-21, which 16-bit inputs cannot resolve; evaluating it in float adds a few roundings.
 template <bool coarse>
 POM_HD float normal_tail(float x) {
-  constexpr float kFine[] = {-1.000000000e+00f,
-                             -1.151104569e+00f,
-                             -4.592188597e-01f,
-                             -5.244062096e-02f,
-                             6.932365708e-03f,
-                             2.631178177e-05f,
-                             -3.011123335e-04f,
-                             8.582220471e-05f,
-                             -1.322930893e-05f,
-                             1.143650252e-06f,
-                             -4.342681947e-08f};
-  constexpr float kCoarse[] = {-1.000000000e+00f,
-                               -1.151114702e+00f,
-                               -4.591241181e-01f,
-                               -5.274348333e-02f,
-                               7.403085940e-03f,
-                               -3.826749453e-04f,
-                               -8.998555131e-05f,
-                               2.017316183e-05f,
-                               -1.307504476e-06f};
+  constexpr float kFine[] = {-1.000000000e+00f, -1.151104569e+00f, -4.592188597e-01f, -5.244062096e-02f,
+                             6.932365708e-03f,  2.631178177e-05f,  -3.011123335e-04f, 8.582220471e-05f,
+                             -1.322930893e-05f, 1.143650252e-06f,  -4.342681947e-08f};
+  constexpr float kCoarse[] = {-1.000000000e+00f, -1.151114702e+00f, -4.591241181e-01f,
+                               -5.274348333e-02f, 7.403085940e-03f,  -3.826749453e-04f,
+                               -8.998555131e-05f, 2.017316183e-05f,  -1.307504476e-06f};
   constexpr int degree = coarse ? 8 : 10;
   float p = coarse ? kCoarse[8] : kFine[10];
-  POM_UNROLL
-  for (int i = degree - 1; i >= 0; --i) p = p * x + (coarse ? kCoarse[i] : kFine[i]);
+  POM_UNROLL for (int i = degree - 1; i >= 0; --i)
+    p = p * x + (coarse ? kCoarse[i] : kFine[i]);
   return exp2(p);
 }
 
@@ -250,22 +236,20 @@ struct Product {
   template <class T>
   POM_HD void value(const T* u, const T*, T* phi) const {
     phi[0] = Activation::value(u[0]);
-    POM_UNROLL
-    for (int i = 1; i < degree; ++i) phi[i] = phi[i - 1] * Activation::value(u[i]);
+    POM_UNROLL for (int i = 1; i < degree; ++i)
+      phi[i] = phi[i - 1] * Activation::value(u[i]);
   }
 
   // du = (∂φ/∂u)ᵀ dφ
   template <class T>
   POM_HD void slope(const T* u, const T*, const T* dphi, T* du, T*) const {
     T factor[capacity], slope[capacity], phi[capacity];
-    POM_UNROLL
-    for (int i = 0; i < degree; ++i) {
+    POM_UNROLL for (int i = 0; i < degree; ++i) {
       Activation::value_and_slope(u[i], factor[i], slope[i]);
       phi[i] = i ? phi[i - 1] * factor[i] : factor[i];
     }
     T carried = dphi[degree - 1];  // dL/dφ_i, including the part from later products
-    POM_UNROLL
-    for (int i = degree - 1; i > 0; --i) {
+    POM_UNROLL for (int i = degree - 1; i > 0; --i) {
       du[i] = carried * phi[i - 1] * slope[i];
       carried = dphi[i - 1] + carried * factor[i];
     }
@@ -290,8 +274,8 @@ struct Power {
   POM_HD void value(const T* u, const T* c, T* phi) const {
     const T a = LeakyClamp::value(u[0]);
     T p = c[degree - 1];
-    POM_UNROLL
-    for (int i = degree - 2; i >= 0; --i) p = p * a + c[i];
+    POM_UNROLL for (int i = degree - 2; i >= 0; --i)
+      p = p * a + c[i];
     phi[0] = p * a;
   }
 
@@ -300,12 +284,11 @@ struct Power {
   POM_HD void slope(const T* u, const T* c, const T* dphi, T* du, T* dc) const {
     const T a = LeakyClamp::value(u[0]);
     T p = T(double(degree)) * c[degree - 1];
-    POM_UNROLL
-    for (int i = degree - 2; i >= 0; --i) p = p * a + T(double(i + 1)) * c[i];
+    POM_UNROLL for (int i = degree - 2; i >= 0; --i)
+      p = p * a + T(double(i + 1)) * c[i];
     du[0] = p * LeakyClamp::slope(u[0]) * dphi[0];
     T term = a * dphi[0];
-    POM_UNROLL
-    for (int i = 0; i < degree; ++i) {
+    POM_UNROLL for (int i = 0; i < degree; ++i) {
       dc[i] = term;
       term = term * a;
     }
