@@ -11,7 +11,7 @@ class Network(Protocol):
     """A model of `pom_ext.models`, or any other with the same call.
 
     Attributes:
-        config: its arguments. "n_classes" is used, and if present "two_times". A model of videos has "length" and "patch".
+        config: its arguments. "n_classes" is used, and if present "two_times". Video models have "length" and "patch".
     """
 
     config: dict[str, Any]
