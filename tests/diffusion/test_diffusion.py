@@ -272,3 +272,19 @@ def test_shifts_follow_the_resolution_but_for_noise_prediction():
     assert MeanFlow(2.0, 3.0).for_resolution(64, 16).guidance == 3.0
     noise = NoisePrediction(2.0)
     assert noise.for_resolution(64, 16) is noise
+
+
+@pytest.mark.parametrize(
+    "register, error, message",
+    [
+        (lambda: register_objective(FlowMatching), TypeError, "name: expected text"),
+        (lambda: register_objective("another")(dict), TypeError, "subclass of Objective"),
+        (lambda: register_objective("flow")(type("Other", (FlowMatching,), {})), ValueError, "'flow' is taken by"),
+        (lambda: register_objective("another")(FlowMatching), ValueError, "has the name 'flow' already"),
+    ],
+)
+def test_registrations_that_are_refused(register, error, message):
+    known = dict(OBJECTIVES)
+    with pytest.raises(error, match=message):
+        register()
+    assert known == OBJECTIVES

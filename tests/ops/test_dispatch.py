@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -94,3 +95,11 @@ def test_when_folding_pays_on_a_gpu():
     assert pays(2, 2048) and pays(1, 4096, 64) and not pays(1, 4095) and not pays(2, 2047)
     with torch.no_grad():
         assert pays(1, 128) and pays(1, 1280, 10) and not pays(8, 127) and not pays(1, 1279, 10)
+
+
+def test_decisions_are_those_of_the_thread_that_asks():
+    with dispatch.explained() as decisions:
+        thread = threading.Thread(target=layer(), args=(torch.randn(1, 20, 64),))
+        thread.start()
+        thread.join()
+    assert decisions == []

@@ -157,6 +157,9 @@ CASES = {
     "rotary of odd columns": (power, {"rotary": TABLE._replace(axes=3)}, ValueError, "rotary", "axes=3"),
     "rotary halves differ": (power, {"rotary": TABLE._replace(sin=TABLE.sin[:, :2])}, ValueError, "rotary", "(6, 2)"),
     "rotary a tensor": (power, {"rotary": TABLE.cos}, TypeError, "rotary", "Tensor"),
+    "rotary and gate_rotary of different axes, causal": (
+        power, {"causal": True, "rotary": TABLE, "gate_rotary": TABLE._replace(axes=2)}, ValueError, "gate_rotary", "1", "2",
+    ),
     # state
     "state a tensor": (product, {"state": shape(2, 1, 8)}, TypeError, "state", "Tensor"),
     "state of another batch": (product, {"state": state(batch=3)}, ValueError, "state", "2", "(3, 1, 8)"),

@@ -1,6 +1,7 @@
 """Streams: frame after frame equals all at once, files and forks are exact, errors leave the stream as it was."""
 
 import os
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -291,3 +292,19 @@ def test_a_long_stream_takes_the_memory_of_a_short_one(context):
 
 
 # Errors
+
+
+def test_settings_are_in_the_signature_and_on_the_stream():
+    model = small(positions="space", n_classes=0)
+    stream = VideoStream(model, steps=3, guidance=1.0, seed=5)
+    assert (stream.steps, stream.seed, stream.context) == (3, 5, "clean") and stream.pasts is stream.caches
+    assert {"context", "context_noise", "steps", "solver", "guidance", "seed"} <= set(signature(VideoStream).parameters)
+    fork = stream.fork(seed=6)
+    stream.rewind(kept=fork)  # its name in 0.1
+    assert stream.seed == 6
+    with pytest.raises(TypeError, match="VideoStream.*unexpected keyword argument 'speed'"):
+        VideoStream(model, speed=2)
+    with pytest.raises(TypeError, match="objective: expected an Objective such as"):
+        VideoStream(model, objective="flow")
+    with pytest.raises(AttributeError, match="no attribute 'speed'"):
+        stream.speed  # noqa: B018

@@ -5,6 +5,7 @@ import torch
 from torch.utils.data import Dataset
 
 from pom_ext._random import seeded_generator
+from pom_ext.diffusion import OBJECTIVES
 from pom_ext.diffusion.guidance import drop_labels
 from pom_ext.models import ImageDiT, VideoDiT
 from pom_ext.models.checkpoint import load_model, read_checkpoint
@@ -124,3 +125,16 @@ def test_checkpoints_tell_images_from_videos(tmp_path):
 
     run_images(tmp_path / "image.safetensors", steps=1)
     assert isinstance(load_model(tmp_path / "image.safetensors")[0], ImageDiT)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values())
+def test_data_of_another_kind_are_named(objective):
+    """Images for a video model, clips for an image model."""
+    generator, labels = torch.Generator(), torch.tensor([0, 1])
+    video = VideoDiT(3, (8, 8), length=4, n_classes=4, patch=(1, 4, 4), dim=16, n_layers=1, n_heads=2)
+    image = ImageDiT(3, 4, 8, patch=4, dim=16, n_layers=1, n_heads=2, **objective.model_options)
+    if objective.for_video:
+        with pytest.raises(ValueError, match="video: expected"):
+            objective().loss(video, torch.zeros(2, 3, 8, 8), labels, generator)
+    with pytest.raises(ValueError, match="images: expected shape"):
+        objective().loss(image, torch.zeros(2, 3, 4, 8, 8), labels, generator)
