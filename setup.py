@@ -15,20 +15,14 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # pip runs this file from a path of its own
 
 from tools.build import cuda as build_cuda
+from tools.build.library import LIBRARY, sources
 from tools.build.note import refuse_older_torch, write_note
 from tools.build.objects import Job, compile_stale
 
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10: this build serves that torch and later ones
 INCLUDE = ["csrc", "csrc/include"]
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for an uninitialised variable.
-KERNELS = ["-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-X86 = platform.machine().lower() in ("x86_64", "amd64")
-INSTRUCTION_SETS = {
-    "generic": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mbmi2"],
-}
+X86 = platform.machine().lower() in LIBRARY["x86"]
 
 
 def job(source, folder, name, flags=()):
@@ -41,15 +35,15 @@ def job(source, folder, name, flags=()):
 
 def cpu_jobs(folder):
     """The operations on a CPU: the inner loops once per instruction set, everything else once."""
-    sets = INSTRUCTION_SETS if X86 else {"generic": []}
-    jobs = [job("csrc/cpu/kernels.cpp", folder, f"kernels_{name}", KERNELS + flags) for name, flags in sets.items()]
-    sources = [Path("csrc/status.cpp"), *sorted(Path("csrc/cpu").glob("*.cpp"))]
-    return jobs + [job(source, folder, source.stem) for source in sources if source.stem != "kernels"]
+    kernels, flags = LIBRARY["kernels"], LIBRARY["kernel_flags"]
+    sets = {name: of_set for name, of_set in LIBRARY["instruction_sets"].items() if X86 or not of_set}
+    jobs = [job(kernels, folder, f"kernels_{name}", flags + of_set) for name, of_set in sets.items()]
+    return jobs + [job(source, folder, source.stem) for source in sources("cpu")]
 
 
 def engine_jobs(folder, flags):
     """What the streaming engine has beside the operations."""
-    return [job(source, folder / "engine", source.stem, flags) for source in sorted(Path("csrc/engine").glob("*.cpp"))]
+    return [job(source, folder / "engine", source.stem, flags) for source in sources("engine")]
 
 
 class Build(BuildExtension):

@@ -1,6 +1,7 @@
 """Compiles and runs the C++ programs of tests/cpp."""
 
 import ast
+import json
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CPP = ROOT / "tests/cpp"
+BUILT_OF = json.loads((ROOT / "csrc/library.json").read_text())  # the library: sources and flags
 CXX = os.environ.get("CXX", "g++")
 INCLUDE = [f"-I{ROOT / folder}" for folder in ("csrc", "csrc/include", "tests/cpp")]
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cpp_programs import CPP, CXX, INCLUDE, ROOT, call, compile_all, setup_constant
+from cpp_programs import BUILT_OF, CPP, CXX, INCLUDE, ROOT, call, compile_all
 
 sys.path.insert(0, str(ROOT))  # the build is no part of the installed package
 
@@ -145,8 +145,8 @@ def test_cmake_and_setup_compile_alike(built):
     for source in sources:
         assert f'"{source.resolve()}"' in commands, source
     lines = [line for line in commands.splitlines() if '"command"' in line and "kernels.cpp" in line]
-    for flags in setup_constant("INSTRUCTION_SETS").values():
-        wanted = {*flags, *setup_constant("KERNELS")}
+    for flags in BUILT_OF["instruction_sets"].values():
+        wanted = {*flags, *BUILT_OF["kernel_flags"]}
         assert any(wanted <= set(line.split()) and line.count(" -m") == len(flags) for line in lines), flags
 
 
@@ -178,6 +178,28 @@ def test_hopper_code_wherever_code_for_9_0_is_asked_for(asked, compiled, tmp_pat
     )
     told = subprocess.run(["cmake", "-P", script], check=True, capture_output=True, text=True).stderr
     assert told.strip() == compiled
+
+
+def test_cmake_and_setup_choose_the_same_gpus(tmp_path):
+    """If nobody asks for any: machine code for all in the list, PTX of the last."""
+    (tmp_path / "CMakeLists.txt").write_text(
+        f"""
+        cmake_minimum_required(VERSION 3.20)
+        project(choose LANGUAGES NONE)
+        set(CMAKE_CURRENT_SOURCE_DIR {ROOT})
+        include({ROOT}/cmake/library.cmake)
+        include({ROOT}/cmake/architectures.cmake)
+        pom_default_architectures(gpus)
+        pom_exact_architectures(gpus)
+        file(WRITE {tmp_path}/chosen "${{gpus}}")
+        """
+    )
+    call("cmake", "-S", tmp_path, "-B", tmp_path / "build")
+    *names, last = build_cuda.DEFAULT
+    flags = " ".join(build_cuda.gencode((*names, f"{last}+PTX")))
+    chosen = (tmp_path / "chosen").read_text().split(";")
+    assert [name.removesuffix("-real") for name in chosen] == re.findall(r"code=sm_(\w+)", flags)
+    assert [name for name in chosen if not name.endswith("-real")] == re.findall(r"code=compute_(\w+)", flags)
 
 
 def architectures_of(commands):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from cpp_programs import CPP, ROOT, compile_all, link_and_run, setup_constant
+from cpp_programs import BUILT_OF, CPP, ROOT, compile_all, link_and_run, setup_constant
 
 # Quick to compile: sanitizers as calls, line numbers only, and nothing twice that the address sanitizer sees.
 SANITIZED = [
@@ -27,7 +27,7 @@ def supported_instruction_sets():
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     has = {flag for line in lines if line.startswith("flags") for flag in line.split()}
-    sets = setup_constant("INSTRUCTION_SETS")
+    sets = BUILT_OF["instruction_sets"]
     return {name: flags for name, flags in sets.items() if {flag.removeprefix("-m") for flag in flags} <= has}
 
 
@@ -37,7 +37,7 @@ INSTRUCTION_SETS = supported_instruction_sets()
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory):
     """Futures of the object files by name."""
-    release = [*setup_constant("COMMON"), *setup_constant("KERNELS")]
+    release = [*setup_constant("COMMON"), *BUILT_OF["kernel_flags"]]
     jobs = {source.stem: (source, SANITIZED) for source in LIBRARY}
     jobs |= {name: (CPP / f"{name}.cpp", SANITIZED) for name in PROGRAMS}
     jobs |= {f"simd_{name}": (CPP / "test_simd.cpp", release + flags) for name, flags in INSTRUCTION_SETS.items()}

@@ -16,14 +16,15 @@ from pathlib import Path
 
 from setuptools.errors import OptionError, PlatformError
 
+from tools.build.library import LIBRARY, sources
 from tools.build.objects import Job
 
 SOURCE = Path("csrc")
-DEFAULT = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # the last one that nvcc knows also as PTX, for later GPUs
+DEFAULT = tuple(LIBRARY["cuda_architectures"])  # the last one that nvcc knows also as PTX, for later GPUs
 FLAGS = (
     *("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc", "-Icsrc/include"),
     *("-Xptxas", "-v"),  # the log tells registers and spills of every kernel
-    *("-Xfatbin", "-compress-all"),  # a quarter of the size
+    *LIBRARY["cuda_flags"],  # a quarter of the size
 )
 LIBRARIES = ("cudart_static", "dl", "rt", "pthread")
 
@@ -240,8 +241,8 @@ def jobs(toolkit, names, folder):
     patterns = ("*.h", "include/**/*.h", "cuda/*.h", "cuda/*.cuh")
     headers = tuple(path for pattern in patterns for path in SOURCE.glob(pattern))
     command = (toolkit.nvcc, *FLAGS, *gencode(names))
-    sources = sorted(SOURCE.glob("cuda/*.cu"), key=lambda path: -path.stat().st_size)  # the longest first
-    return [Job(command, path, Path(folder) / f"{path.stem}.o", headers, keeps_ptx=True) for path in sources]
+    longest_first = sorted(sources("cuda"), key=lambda path: -path.stat().st_size)
+    return [Job(command, path, Path(folder) / f"{path.stem}.o", headers, keeps_ptx=True) for path in longest_first]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,25 @@
+# csrc/library.json, which setup.py reads too: what the library is made of. (tools/build/library.py describes it.)
+file(READ ${CMAKE_CURRENT_SOURCE_DIR}/csrc/library.json pom_library)
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS csrc/library.json)
+
+# Sets `list` to the elements of an array: pom_read(flags instruction_sets avx2).
+function(pom_read list)
+  string(JSON count LENGTH "${pom_library}" ${ARGN})
+  set(elements "")
+  foreach(i RANGE ${count})
+    if(i LESS count)
+      string(JSON element GET "${pom_library}" ${ARGN} ${i})
+      list(APPEND elements ${element})
+    endif()
+  endforeach()
+  set(${list} ${elements} PARENT_SCOPE)
+endfunction()
+
+# The compute capabilities of library.json as CMAKE_CUDA_ARCHITECTURES: machine code, of the last one PTX too.
+function(pom_default_architectures list)
+  pom_read(capabilities cuda_architectures)
+  list(TRANSFORM capabilities REPLACE "[.]" "")
+  list(POP_BACK capabilities last)
+  list(TRANSFORM capabilities APPEND "-real")
+  set(${list} ${capabilities} ${last} PARENT_SCOPE)
+endfunction()
