@@ -1,6 +1,6 @@
 // Tensors turned into the argument structs of pom.h.
 //
-// Values and shapes are checked with friendly messages in pom_ext/ops.py; what is checked here keeps memory safe for
+// Values and shapes are checked with friendly messages in pom_ext/ops/; what is checked here keeps memory safe for
 // those who call torch.ops.pom_ext directly.
 #pragma once
 
