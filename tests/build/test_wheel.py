@@ -78,6 +78,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(installed):
     engine = f"_engine.{sysconfig.get_config_var('SOABI')}.so"
     expected |= {Path("pom_ext") / name for name in ("_C.abi3.so", engine, "_build.json", "py.typed", "play/page.html")}
     info = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt"}
+    info |= {"licenses/LICENSE", "licenses/NOTICE"}
     expected |= {Path(f"pom_ext-{__version__}.dist-info") / name for name in info}
     assert {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()} == expected
 
@@ -89,9 +90,8 @@ def test_the_build_packs_every_folder_of_the_package():
     assert set(settings["packages"]) == folders
     assert all((ROOT / folder.replace(".", "/") / "__init__.py").is_file() for folder in folders)
     others = [path for path in files if path.suffix not in (".py", ".pyc", ".so", ".json")]
-    assert others == [
-        Path(*package.split("."), name) for package, names in settings["package-data"].items() for name in names
-    ]
+    data = {Path(*package.split("."), name) for package, names in settings["package-data"].items() for name in names}
+    assert set(others) == data
 
 
 def undefined(library):
