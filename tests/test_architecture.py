@@ -1,4 +1,7 @@
-"""The import rule: a room imports only from lower floors, and rooms of one floor do not know each other."""
+"""The import rule: a module imports only from lower levels, never from another module of its own level.
+
+Rooms are the folders and modules at the top of pom_ext, floors their levels.
+"""
 
 import ast
 from pathlib import Path

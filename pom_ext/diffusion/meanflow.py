@@ -25,11 +25,15 @@ WEIGHT_FLOOR = 1e-3
 class MeanFlow(FlowMatching):
     """The mean velocity over a span of time that ends at t: one step from noise to image. The loss: `meanflow_loss`.
 
-    The network takes two times (`ImageDiT(two_times=True)`); for span 0 it predicts the velocity of flow matching.
+    The network takes two times (`ImageDiT(two_times=True)`): t, and the span, t - r in the paper. For span 0 it
+    predicts the velocity of flow matching.
 
     Args:
         shift: of the times to train on, as for flow matching.
         guidance: trained into the network, which then needs one evaluation for a guided image. 1 is none.
+
+    Raises:
+        ValueError: a shift or guidance that is not positive.
 
     Source: Geng et al. 2025, arXiv 2505.13447.
     """

@@ -1,4 +1,4 @@
-"""What this room needs of a model: it knows no model class."""
+"""What objectives, losses and guidance need of a model; no model class is imported here."""
 
 from __future__ import annotations
 

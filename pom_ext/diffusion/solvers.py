@@ -22,6 +22,15 @@ def integrate(
 
     "euler" evaluates the velocity once per step and is of order 1, "heun" twice and of order 2. All arithmetic is in
     the dtype of x (the flow-matching schedulers of diffusers, otherwise the same, go through float32).
+
+    Args:
+        velocity: velocity(x (B, ...), t) -> (B, ...), t a number in the unit of `times`.
+        x: (B, ...), at the first of the times.
+        times: at least one; `flow_times` gives them from 1 (noise) to 0 (data).
+        solver: "euler" or "heun".
+
+    Returns:
+        (B, ...), in the dtype of x.
     """
     for now, after in itertools.pairwise(times):
         slope = velocity(x, now)

@@ -29,7 +29,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = No
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of all tokens, quadratic in their number (facebookresearch/DiT:models.py)."""
+    """Multi-head self-attention of all tokens, quadratic in their number (facebookresearch/DiT:models.py).
+
+    Args:
+        dim: width D of the tokens.
+        heads: number of heads, a divisor of `dim`.
+    """
 
     def __init__(self, dim: int, heads: int):
         super().__init__()

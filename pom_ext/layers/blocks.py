@@ -192,7 +192,10 @@ class FrameConv(nn.Module):
 
 
 class AdaLN(nn.Module):
-    """LayerNorm whose scale and shift come from the condition: norm(x) * (1 + scale) + shift."""
+    """LayerNorm whose scale and shift come from the condition: norm(x) * (1 + scale) + shift.
+
+    Source: Peebles & Xie 2022, arXiv 2212.09748 (adaLN-Zero).
+    """
 
     def __init__(self, dim: int):
         super().__init__()

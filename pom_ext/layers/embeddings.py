@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .layout import Grid
 
-MAX_TIME = 1000  # diffusion time runs over [0, 1000)
+MAX_TIME = 1000  # diffusion time runs over [0, 1000]
 
 # Patches
 
@@ -164,7 +164,7 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
 
     def forward(self, time: Tensor, like: Tensor) -> Tensor:
-        """Embed times in [0, 1000), of any shape (...), as (..., D) in the dtype of `like`."""
+        """Embed times in [0, 1000], of any shape (...), as (..., D) in the dtype of `like`."""
         frequencies = self.fastest * time_frequencies(self.dim, like)  # (D/2,)
         angles = time.to(frequencies.dtype)[..., None] * frequencies  # (..., D/2)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(like.dtype))  # (..., D)

@@ -23,6 +23,7 @@ class GroupedLinear(nn.Module):
     """A linear map whose weight is block diagonal: group i of the inputs makes group i of the outputs.
 
     weight: (groups, out_features / groups, in_features / groups)
+    bias: (out_features,) or None
     """
 
     def __init__(self, in_features, out_features, groups, bias=True):
@@ -178,7 +179,12 @@ class PoM(nn.Module):
             return_state: also return the `State` after the last context token.
 
         Returns:
-            (B, M, dim), and the State if asked for.
+            (B, M, dim) in the dtype of x, under autocast in that of autocast; and the State if asked for.
+
+        Raises:
+            ValueError, TypeError: an argument of another shape, dtype or device, two that exclude each other, or
+                coordinates that `rope` lacks; the message names it.
+            ImportError: there is no compiled library.
         """
         _library.load()
         context = x if context is None else context

@@ -93,7 +93,7 @@ class ImageDiT(nn.Module):
 
         Args:
             images: (B, C, H, W), noisy; H and W any multiples of `patch`.
-            time: (B,) diffusion time in [0, 1000).
+            time: (B,) diffusion time in [0, 1000].
             labels: (B,) integers in 0..n_classes; n_classes means "no class". Their range is checked on the CPU only.
             span: (B,) duration before `time` over which to predict the mean velocity, 0 to `time`; for a model with
                 two times. None is 0.

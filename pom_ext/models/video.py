@@ -145,7 +145,7 @@ class VideoDiT(nn.Module):
 
         Args:
             video: (B, C, T, H, W), noisy; T, H and W any multiples of the patch.
-            time: (B,), or (B, T') with one for every frame; diffusion time in [0, 1000).
+            time: (B,), or (B, T') with one for every frame; diffusion time in [0, 1000].
             text: (B, L, text_dim), for a model with text.
             labels: (B,) or (B, T') integers in 0..n_classes, for a model with classes; n_classes means "none". Their
                 range is checked on the CPU only.

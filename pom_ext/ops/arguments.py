@@ -121,7 +121,11 @@ class Visibility(NamedTuple):
         frames: Frames | None = None,
         cu_seqlens: Frames | None = None,
     ) -> Visibility:
-        """What the arguments of a call say of the context tokens u (B, N, ...), checked."""
+        """What the arguments of a call say of the context tokens u (B, N, ...), checked.
+
+        Raises:
+            ValueError, TypeError: an argument of another shape, dtype or device, or two that exclude each other.
+        """
         batch, tokens = u.shape[:2]
         if weight is not None:
             if mask is not None:
@@ -184,7 +188,7 @@ class Projection(NamedTuple):
 
 
 def query_offsets(queries: Tensor, groups: int, frames: Frames | None, cu_seqlens: Frames | None) -> Tensor | None:
-    """(groups + 1,) offsets of the queries (B, M, ...) of every group; None deals them evenly."""
+    """(groups + 1,) offsets of the queries (B, M, ...) of every group; None divides them evenly."""
     check_mutually_exclusive(frames=frames, cu_seqlens=cu_seqlens)
     count, offsets = queries.shape[1], None
     if frames is not None:

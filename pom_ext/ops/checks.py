@@ -31,6 +31,7 @@ def is_integer(value: Any) -> bool:
 
 
 def check_form(form: str, degree: int = 1) -> None:
+    """ValueError unless this is a form, and a degree from 1 to 16."""
     if form not in FORMS:
         raise ValueError(f"form: expected 'product' or 'power', got {form!r}")
     if not is_integer(degree) or not 1 <= degree <= 16:
@@ -62,6 +63,7 @@ def check_tensor(name: str, tensor: Any, shape: tuple, dtypes: tuple = FLOATS, l
 
 
 def check_features(u: Tensor, coeff: Tensor | None, form: str, degree: int) -> None:
+    """TypeError or ValueError unless u (B, N, C) and coeff (C, degree), None in product form, go with the form."""
     check_form(form, degree)
     check_tensor("u", u, ("B", "N", "C"))
     channels = u.shape[2]

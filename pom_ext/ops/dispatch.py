@@ -37,7 +37,7 @@ class LayerCall(NamedTuple):
     """A call of a layer `PoM`, as far as its implementation depends on it.
 
     x: (B, N, D) tokens. mode: "causal", "mask", "groups" or None. groups: of the state that is read. even: whether the
-    queries are dealt evenly to the groups, without offsets.
+    queries are divided evenly among the groups, without offsets.
     """
 
     layer: Any
@@ -48,7 +48,12 @@ class LayerCall(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """operation: what was called. taken: the implementation. refused: the others tried before, and why not they."""
+    """The choice for one call.
+
+    operation: what was called.
+    taken: the implementation.
+    refused: the implementations preferred to it, each with the reasons against it.
+    """
 
     operation: str
     taken: str
@@ -75,7 +80,11 @@ def implementation(operation: str, name: str) -> Callable[[Supports], Supports]:
 
 
 def choose(operation: str, call: Any) -> str:
-    """The name of the implementation that a call takes."""
+    """The name of the implementation that a call takes.
+
+    Raises:
+        NotImplementedError: every implementation has a reason against the call; the message lists them.
+    """
     refused = []
     for name, supports in IMPLEMENTATIONS[operation]:
         reasons = supports(call)

@@ -114,7 +114,7 @@ def polynomial_readout(
 
     Args:
         gate: (B, M, C), or (B, M, n_sel_heads) with one scalar for a head of C / n_sel_heads channels.
-        state: State (B, G, C). Queries are dealt to the groups evenly and in order unless offsets are given.
+        state: State (B, G, C). Queries are divided among the groups evenly and in order unless offsets are given.
         form: "product" (γ = sigmoid) or "power" (γ = hardsigmoid).
         frames, cu_seqlens: a length, or offsets 0, ..., M: the queries of every group.
         rotary: angles by which the gates are rotated (power form).

@@ -1,6 +1,6 @@
 """The operations of `projected` on a GPU: by products and kernels in turn, or by one fused kernel.
 
-A block of projected tokens stays in the GPU's second cache between the product that writes it and the kernel that reads
+A block of projected tokens stays in the GPU's L2 cache between the product that writes it and the kernel that reads
 it. Results that blocks share are written in place, so that a block is no more launches than its products and its
 kernels. Groups of tokens are not cut into blocks: their offsets lie on the GPU, and reading them would wait for it.
 """
@@ -18,7 +18,7 @@ from .checks import accumulator
 from .dispatch import choose
 from .linear import linear
 
-BLOCK_BYTES = 16 * 2**20  # of projected tokens: a third of the second cache of an H100
+BLOCK_BYTES = 16 * 2**20  # of projected tokens: a third of the L2 cache of an H100
 LEAST_ROWS = 1024  # of a product: fewer leave multiprocessors without work
 FUSED = (
     "supports_fused_project_state",

@@ -79,7 +79,7 @@ def state(u, coeff=None, *, form, degree, rotary=None, **context):
 def readout(gate, total, count, *, form, n_sel_heads=1, rotary=None, query_offsets=None):
     """y = γ(g) ⊙ S / n, each query token reading its group's state; 0 where n = 0.
 
-    Queries are dealt to the groups evenly, or by `query_offsets` (G + 1).
+    Queries are divided among the groups evenly and in order, or by `query_offsets` (G + 1).
     """
     mean = torch.where(count[..., None] > 0, total / torch.where(count > 0, count, 1)[..., None], 0)
     groups, queries = mean.shape[1], gate.shape[1]

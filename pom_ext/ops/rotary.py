@@ -34,6 +34,19 @@ def rotary_table(
     (`table_channels` wide), so that the gate of a head rotates with the leading frequency of its channels.
     Positions may be fractional and of any size. The angles are computed in float32, as the authors' are:
     their checkpoints were trained with exactly these numbers.
+
+    Args:
+        positions: (N,) or (N, axes) coordinates, of any real dtype; their unit is one token, row, column or frame.
+        channels: number of channels to rotate; those past 2 * axes * half stay as they are.
+        axes: 1, 2 or 3 coordinates for each token.
+        stride: step through the frequencies, see above.
+        table_channels: width of the features' table; None takes `channels`.
+        dtype: of the result.
+
+    Returns:
+        Rotary with cos and sin (N, axes * half) in `dtype`, on the device of the positions.
+
+    Source: davidpicard/pom:pom/pom_rope.py.
     """
     half = channels // (2 * axes)
     table_half = (table_channels or channels) // (2 * axes)

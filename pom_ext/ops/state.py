@@ -59,7 +59,15 @@ class State:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> State:
-        """The state of no tokens."""
+        """The state of no tokens: zeros total and residual (B, G, C), and count (B, G) float64.
+
+        Args:
+            batch: B.
+            width: C channels: E in power form, degree * E in product form.
+            groups: G.
+            dtype: of total and residual: float32, or float64 for a stream of float64 tokens.
+            device: as for torch.zeros.
+        """
         total = torch.zeros(batch, groups, width, dtype=dtype, device=device)
         return cls(total, torch.zeros_like(total), torch.zeros(batch, groups, dtype=torch.float64, device=device))
 
@@ -67,6 +75,7 @@ class State:
         """The state of the tokens of both. One group on either side is added to every group of the other.
 
         Raises:
+            TypeError: `other` is no State.
             ValueError: the states have different batch, width, dtype or device, or groups that do not go together.
         """
         if not isinstance(other, State):
@@ -103,6 +112,7 @@ class State:
         return self.map(lambda t: t.clone(memory_format=torch.contiguous_format))
 
     def detach(self) -> State:
+        """The same tensors without their gradient history."""
         return self.map(torch.detach)
 
     def to(self, target: torch.dtype | torch.device | str) -> State:
@@ -123,7 +133,7 @@ class State:
         return cls(*(torch.cat([getattr(state, name) for state in states], dim) for name in FIELDS))
 
     def to_kernel(self) -> dict[str, Tensor]:
-        """The arguments of an operation that takes this state."""
+        """The tensors by name: total, residual and count, as files hold them and operations take them."""
         return {"total": self.total, "residual": self.residual, "count": self.count}
 
     state_dict = to_kernel
@@ -140,7 +150,7 @@ class State:
         return state
 
     def save(self, path: str | PathLike) -> None:
-        """Writes a safetensors file, whole or not at all."""
+        """Writes a safetensors file, atomically: after an error the old file is unchanged."""
         from safetensors.torch import save_file
 
         from .._io import atomic_write
@@ -150,7 +160,12 @@ class State:
 
     @classmethod
     def load(cls, path: str | PathLike) -> State:
-        """Reads a file that `save` wrote; ValueError if it is broken or holds something else."""
+        """Reads a file that `save` wrote, to the CPU.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is truncated or holds something else.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load
 

@@ -175,10 +175,12 @@ class VideoStream:
     watch = prefill
 
     def rewind(self, kept: VideoStream) -> None:
+        """The name of `restore` in 0.1."""
         self.restore(kept)
 
     @property
     def pasts(self) -> tuple[StreamCache, ...]:
+        """The name of `caches` in 0.1."""
         return self.caches
 
     def __getattr__(self, name: str) -> Any:
