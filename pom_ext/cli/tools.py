@@ -44,7 +44,11 @@ def bench(context: typer.Context):
 
 def doctor(
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME=VALUE", help="With --explain: the layer and its call.")
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME=VALUE",
+            help="With --explain: form, dim, degree, heads, batch, tokens, device, dtype, memory, mode, train.",
+        ),
     ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Tell which implementation a layer's call takes, and why not the others.")

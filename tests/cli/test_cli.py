@@ -216,6 +216,8 @@ def test_doctor_explains_which_implementation_a_call_takes():
     few, many = (call("doctor", "--explain", "dim=64", "heads=4", f"tokens={tokens}").output for tokens in (1, 500))
     assert "layer readout: streamed projection" in few and "    not folded into the output projection: " in few
     assert "layer readout: folded into the output projection" in many
+    frames = call("doctor", "--explain", "dim=64", "heads=4", "tokens=500", "mode=frames")
+    assert frames.exit_code == 0 and "layer readout: " in frames.output
     causal = call("doctor", "--explain", "form=product", "dim=32", "heads=1", "tokens=9", "mode=causal", "train=yes")
     assert causal.exit_code == 0 and causal.output.splitlines()[1:] == ["layer: one operation"]
 
