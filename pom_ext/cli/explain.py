@@ -66,7 +66,11 @@ def explain(words: list[str]) -> Iterator[str]:
     train = _one_of(settings, "train", ("yes", "no")) == "yes"
     layer = PoM(dim, degree, form=settings["form"], n_sel_heads=heads, memory=settings["memory"]).to(device, dtype)
     x = torch.randn(batch, tokens, dim, device=device, dtype=dtype, requires_grad=train)
-    contexts = {"causal": True, "frames": tokens, "weight": torch.ones(batch, tokens, device=device)}
+    contexts = {
+        "causal": True,
+        "frames": [tokens * i // 4 for i in range(5)],
+        "weight": torch.ones(batch, tokens, device=device),
+    }
     context = {} if mode == "none" else {mode: contexts[mode]}
     with dispatch.explained() as decisions, torch.set_grad_enabled(train):
         y = layer(x, **context)
