@@ -47,10 +47,11 @@ bool has_products_of(ScalarType dtype) {
 #endif
 }
 
+constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half};
+
 // A view of memory that somebody else owns.
 Tensor view_of(const void* data, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
                pom::Dtype dtype) {
-  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half};
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU, -1);
   return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, cpu, kTypes[int(dtype)]);
 }
@@ -113,6 +114,8 @@ const void* TorchProducts::multiply(void* self, const pom::MatrixProduct& p, int
                                p.bias ? Optional(view_of(p.bias, {p.outputs}, {1}, p.dtype)) : Optional());
   }
   result = torch::stable::contiguous(*result);
+  if (dtype_of(*result, "product") != p.dtype)  // under autocast torch multiplies in its dtype
+    result = torch::stable::to(*result, kTypes[int(p.dtype)]);
   return result->const_data_ptr();
 }
 
