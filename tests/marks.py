@@ -6,7 +6,7 @@ PLACES = {
     "build": ("tests/build/", "tests/export/"),
     "browser": ("tests/play/test_play_browser.py",),
     "gpu": ("tests/ops/test_cuda_graphs.py",),
-    "slow": (  # together eight of ten minutes of the tests that compile nothing
+    "slow": (  # most of the time of the tests that compile nothing
         "tests/benchmarks/",
         "tests/cli/test_cli.py::test_demo_writes_all_its_files",
         "tests/cli/test_cli.py::test_images_in_one_step",

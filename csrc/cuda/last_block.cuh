@@ -11,8 +11,8 @@ constexpr unsigned kMaxSharingBlocks = (1u << kCounterBits) - 1;
 // The other 48 bits mark a counter in use: uninitialised memory holds this mark with a chance of at most 2^-48.
 constexpr ArrivalCounter kInUse = 0x9e3779b97f4aull << kCounterBits;
 
-// Whether all `blocks` that share the arrival counter have called this. To be called by one thread per block, between two
-// barriers: the threads of the last block then see what all threads of the others wrote before.
+// Whether all `blocks` that share the arrival counter have called this. To be called by one thread per block, between
+// two barriers: the threads of the last block then see what all threads of the others wrote before.
 __device__ inline bool is_last(ArrivalCounter* arrival_counter, unsigned blocks) {
   __threadfence();
   ArrivalCounter seen = *static_cast<volatile ArrivalCounter*>(arrival_counter);

@@ -98,8 +98,8 @@ __device__ void reduce_count(const ReduceArgs<Acc>& args, int64_t b, int64_t gro
 }
 
 // Called by a block that has written the rows of its pieces of a channel tile, if a sample is one group: the last block
-// with a piece of a sample reduces the sample's rows. `row` is the block's ChannelTileSum, `arrival_counters` is (batch, channel
-// tiles). Which blocks share a sample follows from its shape alone, not from offsets, which may be wrong.
+// with a piece of a sample reduces the sample's rows. `row` is the block's ChannelTileSum, `arrival_counters` is (batch,
+// channel tiles). Which blocks share a sample follows from its shape alone, not from offsets, which may be wrong.
 template <class Acc, class Row>
 __device__ void reduce_samples(const ReduceArgs<Acc>& args, const WorkPartition& partition, const BlockIndex& block,
                                int channel_tiles, const Row& row, ArrivalCounter* arrival_counters) {

@@ -1,5 +1,5 @@
-// The operations as torch sees them: their schemas, and results allocated and filled. This folder alone knows torch, and
-// of torch only the stable ABI, so that one build serves later versions of torch and Python.
+// The operations as torch sees them: their schemas, and results allocated and filled. This folder alone knows torch,
+// and of torch only the stable ABI, so that one build serves later versions of torch and Python.
 
 #include <string>
 

@@ -91,7 +91,7 @@ def choose(operation: str, call: Any) -> str:
         if not reasons:
             if _listeners and not torch.compiler.is_compiling():
                 decision = Decision(operation, name, tuple(refused))
-                for listener in _listeners:
+                for listener in tuple(_listeners):  # another thread may remove its own
                     listener(decision)
             return name
         refused.append((name, tuple(reasons)))

@@ -42,7 +42,8 @@ void test_deal(const WorkPartition& d) {
   }
 }
 
-// Blocks of a grid share arrival_counters, `sharing` blocks each; `lasts` counts the blocks of each arrival_counter that were the last.
+// Blocks of a grid share arrival counters, `sharing` blocks each; `lasts` counts, for each counter, the blocks that were
+// the last.
 void count_lasts(ArrivalCounter* arrival_counters, unsigned sharing, int* lasts, int* done) {
   const unsigned arrival_counter = blockIdx.x % 5;
   if (threadIdx.x == 0) {
@@ -59,7 +60,7 @@ void count_lasts(ArrivalCounter* arrival_counters, unsigned sharing, int* lasts,
 void test_arrival_counters(ArrivalCounter before) {
   constexpr unsigned kSharing = 41;
   std::vector<ArrivalCounter> arrival_counters(5, before);
-  for (int round = 0; round < 3; ++round) {  // reuses the arrival_counters as the last block left them
+  for (int round = 0; round < 3; ++round) {  // reuses the counters as the last block left them
     int lasts[5] = {}, done[5] = {};
     cuda_on_cpu::launch(5 * kSharing, 64, 0, [&] { count_lasts(arrival_counters.data(), kSharing, lasts, done); });
     for (int i = 0; i < 5; ++i) expect(lasts[i] == 1, "%d blocks were the last of arrival_counter %d", lasts[i], i);

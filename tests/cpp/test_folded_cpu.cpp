@@ -1,5 +1,5 @@
-// Compares cpu::folded_readout, the readout with one gate per head through the projection behind it, with plain loops over
-// doubles: values, and derivatives along a direction.
+// Compares cpu::folded_readout, the readout with one gate per head through the output projection, with plain loops over
+// doubles: values and tangents.
 
 #include "projections.h"
 

@@ -1,5 +1,5 @@
-// Compares the CPU's states and readouts of tokens that are projected a block at a time with naive.h: values, derivatives
-// along a direction, and gradients.
+// Compares the CPU's states and readouts of tokens that are projected a block at a time with naive.h: values, tangents
+// and gradients.
 
 #include "projections.h"
 

@@ -262,7 +262,7 @@ struct ProjectStateBackwardArgs {
 };
 
 // The readout of queries that are projected to one gate per head, through a projection of its own:
-// y = Σ_h γ_h(x gate_weightᵀ + gate_bias) H_h out_weight_hᵀ + out_bias, with H_h and out_weight_h the channels of head h.
+// y = Σ_h γ_h(x gate_weightᵀ + gate_bias) H_h out_weight_hᵀ + out_bias; H_h and out_weight_h: the channels of head h.
 struct FoldedReadoutArgs {
   Form form = Form::power;  // of the gates
   Dtype dtype = Dtype::bf16;
