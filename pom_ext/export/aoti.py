@@ -6,7 +6,7 @@ The package is one function of tensors with constant shapes; it contains the com
 
 frame and prediction: (B, C, patch[0], H, W); time: (B,) in [0, 1000], in the dtype of the model; labels: (B,) int64.
 state: the tensors of a `StreamCache`, in the order of its `state_dict`: "{layer}.total", "{layer}.residual" and
-    "{layer}.count" of every layer, then "{layer}.tail" of every layer with a local convolution. With positions other
+    "{layer}.count" of every layer, then "{layer}.tail" of every layer that looks at earlier frames. With positions other
     than "space", "frames", the number of frames so far, int64 (), precedes them. The state before the first frame is
     all zeros.
 
@@ -28,6 +28,7 @@ from torch import nn
 from .._io import atomic_write
 from ..diffusion import FlowMatching
 from ..diffusion.losses import check_context
+from ..models.config import VideoDiTConfig
 from ..models.video import VideoDiT
 from ..ops import State
 from ..ops.state import FIELDS
@@ -60,7 +61,9 @@ class FrameStep(nn.Module):
         number = rest.pop(0) if self.numbered else None
         layers = len(FIELDS) * len(self.start.mixer_caches)
         mixer_caches = (State(*rest[first : first + len(FIELDS)]) for first in range(0, layers, len(FIELDS)))
-        caches = {"mixer_caches": tuple(mixer_caches), "conv_caches": tuple(rest[layers:])}
+        tails = iter(rest[layers:])
+        conv_caches = tuple(None if cache is None else next(tails) for cache in self.start.conv_caches)
+        caches = {"mixer_caches": tuple(mixer_caches), "conv_caches": conv_caches}
         past = replace(self.start, frames=self._frames(number), **caches)
         out, past = self.model(frame, time, labels=labels, frame_causal=True, past=past, return_past=True)
         # Standard strides, as the next call expects: a slice of a batch has the strides of the whole batch.
@@ -98,7 +101,7 @@ def trace_frame_step(model, *, batch=1, size=None, window=0, decay=1.0):
     """
     if not isinstance(model, VideoDiT):
         raise TypeError(f"model: expected a VideoDiT, got {type(model).__name__}")
-    if "attention" in model.config["mixer"]:
+    if "attention" in VideoDiTConfig(**model.config).mixers:
         raise ValueError(
             "model: expected polynomial mixers in all layers, got attention: its memory grows with every frame, and "
             "the shapes of a frame step are constant"

@@ -4,9 +4,11 @@ import torch
 from safetensors.torch import save_file
 
 from .._io import atomic_write
+from ..layers.blocks import MOST_EARLIER
 from ..layers.embeddings import sincos_positions, time_frequencies
 from ..layers.layout import Grid
 from ..models.checkpoint import load_model
+from ..models.config import VideoDiTConfig
 
 FORMAT = "pom_ext video 1"  # change it whenever programs for the last format would misread a file
 
@@ -35,8 +37,15 @@ def export_model(checkpoint, path):
 def _check_supported(checkpoint, model, settings):
     if settings.get("architecture") != "VideoDiT":
         raise ValueError(f"checkpoint: expected a video model, {checkpoint} is one of images")
-    if "attention" in model.config["mixer"]:
+    if any("attention" in kind for kind in VideoDiTConfig(**model.config).mixers):
         raise ValueError("mixer: expected product or power in every layer; the engine has no attention")
+    if model.config["read"] != "shared":
+        raise ValueError(f"read: expected 'shared', got {model.config['read']!r}, which the engine does not have yet")
+    earlier = [None if block.local_conv is None else block.local_conv.earlier for block in model.blocks]
+    if set(earlier) not in ({None}, {MOST_EARLIER}):
+        raise ValueError(
+            f"local_conv: expected 'clip' or None in all layers, which the engine has, got {model.config['local_conv']!r}"
+        )
     if model.text_dim:
         raise ValueError(f"text_dim: expected a model without text, got text_dim={model.text_dim}")
     if model.positions != "space":
@@ -55,7 +64,7 @@ def _metadata(model, settings):
         "dim": model.dim,
         "ffw": model.blocks[0].ffw[0].out_features,
         "classes": model.n_classes,
-        "local_conv": int(model.config["local_conv"]),
+        "local_conv": int(model.blocks[0].local_conv is not None),
         "forms": [mixer.form for mixer in mixers],
         "degrees": [mixer.degree for mixer in mixers],
         "heads": [mixer.n_sel_heads for mixer in mixers],

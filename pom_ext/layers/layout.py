@@ -34,23 +34,34 @@ class ContextWindow(NamedTuple):
     window: int = 0
     decay: float = 1.0
 
-    def sum_earlier(self, cache: State, own: State) -> tuple[State, State]:
+    def sum_earlier(self, cache: State, own: State, fade: Tensor | None = None) -> tuple[State, State]:
         """Sums over the earlier frames that each of T frames sees.
 
         Args:
             cache: State (B, G, C) of the frames before these, as the next frame counts them. G is 1, for the sum of
                 all, or with a window `window` - 1, for the last frames one by one.
             own: State (B, T, C), the sums of every frame alone.
+            fade: (R,) or (B, T, R), the share of what is past that is left when each of the T frames is added, for
+                each of R equal parts of the channels. The cache then has R counts (B, G, R). Not with a window.
 
         Returns:
             State (B, T, C) of what each frame sees of earlier frames, and the cache (B, G, C) after the T frames.
         """
         frames, cached = own.count.shape[1], cache.count.shape[1]
+        if fade is not None:
+            own = own.fading(fade.shape[-1])
         parts = State.cat([cache, own], dim=1)  # (B, G + T, C)
 
         def before(parts: Tensor) -> Tensor:  # (B, G + T, ...) -> (B, T + 1, ...)
             if self.window:
                 return parts.unfold(1, cached, 1).sum(-1)
+            if fade is not None:
+                left = self.decay * fade.to(parts.dtype).repeat_interleave(parts.shape[2] // fade.shape[-1], dim=-1)
+                sums = [parts[:, 0]]
+                for frame in range(frames):
+                    left_now = left if left.dim() == 1 else left[:, frame]
+                    sums.append(torch.addcmul(parts[:, frame + 1], left_now, sums[-1]))
+                return torch.stack(sums, dim=1)
             if self.decay == 1:
                 return parts.cumsum(dim=1)
             sums = [parts[:, 0]]
@@ -69,6 +80,24 @@ class ContextWindow(NamedTuple):
 
 
 FULL_CONTEXT = ContextWindow()
+
+
+def sum_first(cache: State, own: State, frames: int, size: int) -> tuple[State, State]:
+    """Sums over the first frames of a stream, as each of T frames sees them: all of the first that are earlier.
+
+    Args:
+        cache: State (B, 1, C) of the first frames among those before these.
+        own: State (B, T, C), the sums of every frame alone.
+        frames: number of first frames.
+        size: tokens of a frame.
+
+    Returns:
+        State (B, T, C) of what each frame sees of the first frames, and the cache (B, 1, C) after the T frames.
+    """
+    number = torch.arange(own.count.shape[1], device=own.count.device)
+    counted = (cache.count + size * number < size * frames)[..., None]  # (B, T, 1); told by the count, not by the host
+    own = own.map(lambda t: torch.where(counted if t.dim() == 3 else counted[..., 0], t, 0))
+    return FULL_CONTEXT.sum_earlier(cache, own)
 
 
 class FrameLayout(NamedTuple):

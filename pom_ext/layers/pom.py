@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,13 +11,31 @@ from torch import Tensor, nn
 
 from ..ops import Rotary, State, _library, polynomial_mix, polynomial_readout, polynomial_state, rotary_table
 from ..ops.arguments import Frames, Gate, Polynomial, Visibility, check_mutually_exclusive, query_offsets
-from ..ops.checks import MAX_HEADS, check_form, check_state, check_tensor, is_integer
+from ..ops.checks import MAX_HEADS, check_form, check_state, check_tensor, frame_offsets, is_integer
 from ..ops.dispatch import LayerCall, choose
-from ..ops.linear import project
+from ..ops.linear import is_unmodified_linear, project
 from ..ops.projected import folded_readout, projected_readout, projected_state
+from ..ops.reference import gate_value
 from ..ops.rotary import AXES
+from .layout import FULL_CONTEXT
 
 MEMORY = ("store", "recompute")
+READS = ("shared", "split")
+FADES = (None, "head", "gated")
+SLOWEST = 4.0  # logit of the slowest fade at the start, 0.98; the fastest is 0.5
+
+
+def check_past(state: State, expected: State) -> None:
+    """TypeError or ValueError unless `state` is a past as this layer keeps it."""
+    if not isinstance(state, State):
+        raise TypeError(f"state: expected a State, got {type(state).__name__}")
+    for name, tensor in expected.state_dict().items():
+        given = getattr(state, name)
+        if given.shape != tensor.shape or given.dtype != tensor.dtype:
+            raise ValueError(
+                f"state.{name}: expected {tuple(tensor.shape)} in {tensor.dtype}, as this layer returns it, got "
+                f"{tuple(given.shape)} in {given.dtype}"
+            )
 
 
 class GroupedLinear(nn.Module):
@@ -58,6 +77,13 @@ class PoM(nn.Module):
         rope: None, "1d", "2d" or "3d": rotary positions on the features and on the gate (power form).
         memory: what training keeps for the gradients: "store" keeps the projections of all tokens, "recompute" only the
             tokens, and projects again: a fifth more time, on a CPU block by block, so that they are never all there.
+        read: "shared": a token reads one mean, over its own frame and everything before. "split": it reads two, each by
+            a gate of its own, y = W_o (γ(W_g x) ⊙ H_own + γ(W_p x) ⊙ H_past) + b_o, so that neither drowns the other
+            in a long stream. H_past is 0 at the first frame. A frame is one of `frames`, a token with `causal`,
+            otherwise the whole context, before which only `state` lies.
+        fade: with read="split", how much of the past is left when a frame is added to it, S <- λ ⊙ S + s. None: all.
+            "head": a learned λ for every gate of a token (every head, or every channel). "gated": as many, computed
+            from the mean token of the frame.
 
     Raises:
         ValueError: a size that does not divide, or a value outside the ranges above.
@@ -75,6 +101,8 @@ class PoM(nn.Module):
         bias=None,
         rope=None,
         memory="store",
+        read="shared",
+        fade=None,
     ):
         super().__init__()
         check_form(form, degree)
@@ -99,13 +127,24 @@ class PoM(nn.Module):
                 raise ValueError(f"rope: {rope!r} needs at least {2 * AXES[rope]} gates to rotate, got {pairs}")
         if memory not in MEMORY:
             raise ValueError(f"memory: expected 'store' or 'recompute', got {memory!r}")
-        self.memory = memory
+        if read not in READS:
+            raise ValueError(f"read: expected 'shared' or 'split', got {read!r}")
+        if fade not in FADES or (fade and read == "shared"):
+            raise ValueError(f"fade: expected None, or with read='split' also 'head' or 'gated', got {fade!r} and {read!r}")
+        self.memory, self.split, self.fade = memory, read == "split", fade
         bias = (form == "product") if bias is None else bias
         self.state_width = width
         grouped = n_groups > 1
         self.context_proj = GroupedLinear(dim, width, n_groups, bias) if grouped else nn.Linear(dim, width, bias=bias)
         self.gate_proj = nn.Linear(dim, n_sel_heads if n_sel_heads > 1 else width, bias=bias or form == "power")
         self.out_proj = nn.Linear(width, dim, bias=bias)
+        if self.split:
+            self.past_gate_proj = nn.Linear(dim, self.gate_proj.out_features)
+        if fade == "head":
+            self.fade_logit = nn.Parameter(torch.empty(self.gate_proj.out_features))
+        elif fade == "gated":
+            self.fade_proj = nn.Linear(dim, self.gate_proj.out_features)
+        self.reset_past()
         self.register_parameter("coeff", None)
         if form == "power":
             # Starts as the activation itself, plus small higher powers for the training to grow.
@@ -116,8 +155,21 @@ class PoM(nn.Module):
     def extra_repr(self):
         return (
             f"dim={self.dim}, degree={self.degree}, expand={self.expand}, form={self.form!r}, "
-            f"n_groups={self.n_groups}, n_sel_heads={self.n_sel_heads}, rope={self.rope!r}, memory={self.memory!r}"
+            f"n_groups={self.n_groups}, n_sel_heads={self.n_sel_heads}, rope={self.rope!r}, memory={self.memory!r}, "
+            f"read={'split' if self.split else 'shared'!r}, fade={self.fade!r}"
         )
+
+    @torch.no_grad()
+    def reset_past(self) -> None:
+        """Initialise the read of the past: half of it, whatever the token, fading from fast (0.5) to slow (0.98)."""
+        if self.split:
+            for parameter in self.past_gate_proj.parameters():
+                parameter.zero_()
+        if self.fade is not None:
+            logit = self.fade_logit if self.fade == "head" else self.fade_proj.bias
+            logit.copy_(torch.linspace(0, SLOWEST, len(logit)))
+        if self.fade == "gated":
+            self.fade_proj.weight.zero_()
 
     def _rotaries(self, x, context, positions, context_positions):
         """Angle tables of the features and of the gate."""
@@ -176,7 +228,7 @@ class PoM(nn.Module):
             cu_seqlens: offsets 0, ..., N of packed sequences that do not see each other.
             positions, context_positions: (M,) or (M, axes) coordinates for `rope`.
             state: `State` of what came before, seen by every query.
-            return_state: also return the `State` after the last context token.
+            return_state: also return the `State` after the last context token. With `fade` it fades (`State.then`).
 
         Returns:
             (B, M, dim) in the dtype of x, under autocast in that of autocast; and the State if asked for.
@@ -200,6 +252,13 @@ class PoM(nn.Module):
                 "context: with causal, frames or cu_seqlens the queries are the context tokens, got "
                 f"{context.shape[1]} of these and {x.shape[1]} queries"
             )
+        if self.split:
+            check_mutually_exclusive(frames=frames, causal=causal or None)
+            if mask is not None or cu_seqlens is not None:
+                raise ValueError("mask, cu_seqlens: read='split' takes frames, causal or neither; use read='shared'")
+            features = {"weight": weight, "rotary": rotary}
+            y, state = self._mix_split(x, context, 1 if causal else frames, features, gate_rotary, state)
+            return (y, state) if return_state else y
         groups: dict[str, Any] = {"frames": frames, "cu_seqlens": cu_seqlens}
         features = {"weight": weight, "rotary": rotary, "state": state}
         if choose("layer", LayerCall(self, x, mode)) == "one operation":
@@ -262,6 +321,76 @@ class PoM(nn.Module):
         # One frame length deals the queries evenly.
         offsets = None if is_integer(frames) else query_offsets(x, groups, frames, cu_seqlens)
         return folded_readout(x, projections, state, gate, self.form, offsets)
+
+    def _mix_split(
+        self,
+        x: Tensor,
+        context: Tensor,
+        frames: Frames | None,
+        features: dict[str, Any],
+        gate_rotary: Rotary | None,
+        state: State | None,
+    ) -> tuple[Tensor, State]:
+        """Each frame reads itself and the past; also returns the past after the last frame."""
+        offsets = None if frames is None else frame_offsets(frames, x.shape[1], x)
+        own = self.state_of(context, cu_seqlens=offsets, **features)
+        state = self.new_past(len(x), own.total.dtype, x.device) if state is None else state
+        check_past(state, self.new_past(len(x), own.total.dtype, "meta"))
+        past, after = FULL_CONTEXT.sum_earlier(state, own, self.fade_of(context, offsets))
+        groups = {"offsets": None if is_integer(frames) else offsets, "rotary": gate_rotary}
+        return self.read_each(x, [own, past], [self.gate_proj, self.past_gate_proj], **groups), after
+
+    def new_past(self, batch: int, dtype: torch.dtype, device: torch.device | str, groups: int = 1) -> State:
+        """The past before the first frame: a `State` (B, groups, C) of no tokens, which fades if the layer does."""
+        empty = State.empty(batch, self.state_width, groups, dtype=dtype, device=device)
+        return empty.fading(self.gate_proj.out_features).clone() if self.fade else empty
+
+    def fade_of(self, context: Tensor, offsets: Tensor | None) -> Tensor | None:
+        """How much of the past is left when each frame of the context (B, N, D) is added: (R,), (B, T, R) or None."""
+        if self.fade == "head":
+            return self.fade_logit.sigmoid()
+        if self.fade is None:
+            return None
+        if offsets is None:
+            mean = context.mean(dim=1, keepdim=True)
+        else:
+            sizes, (batch, _, dim) = offsets.diff(), context.shape
+            frame = torch.repeat_interleave(sizes, output_size=context.shape[1])  # (N,)
+            mean = context.new_zeros(batch, len(sizes), dim).index_add(1, frame, context)
+            mean = mean / sizes.clamp_min(1).to(mean.dtype)[:, None]
+        return self.fade_proj(mean).sigmoid()
+
+    def read_each(
+        self,
+        x: Tensor,
+        states: Sequence[State],
+        gate_projections: Sequence[nn.Module],
+        *,
+        offsets: Tensor | None = None,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """W_o Σ_i γ(P_i x) ⊙ mean_i + b_o (B, M, dim), for states (B, G, C) and a gate projection P_i for each.
+
+        `offsets` (G + 1,) are those of the queries of every group; None divides them evenly.
+        """
+        means = [state.mean() for state in states]  # (B, G, C)
+        gates = [project(projection, x) for projection in gate_projections]  # (B, M, heads) or (B, M, C)
+        heads = self.n_sel_heads
+        if heads == 1 or rotary is not None or offsets is not None or not is_unmodified_linear(self.out_proj):
+            y = 0
+            for gate, mean in zip(gates, means, strict=True):
+                state = State(mean, torch.zeros_like(mean), mean.new_ones(mean.shape[:2], dtype=torch.float64))
+                options = {"form": self.form, "n_sel_heads": heads, "rotary": rotary}
+                y = y + polynomial_readout(gate, state, cu_seqlens=offsets, **options)
+            return project(self.out_proj, y)
+        # A scalar gate commutes with the output projection: project the means of every head, not the tokens.
+        with torch.autocast(x.device.type, enabled=False):
+            mean = torch.stack(means, dim=2).unflatten(-1, (heads, -1))  # (B, G, reads, heads, C / heads)
+            weight = self.out_proj.weight.to(mean.dtype).unflatten(1, (heads, -1))  # (dim, heads, C / heads)
+            folded = torch.einsum("bgrhc,dhc->bgrhd", mean, weight).flatten(2, 3).to(gates[0].dtype)
+        gate = gate_value(torch.cat(gates, dim=-1), form=self.form).unflatten(1, (folded.shape[1], -1))
+        y = gate @ folded  # (B, G, M / G, dim)
+        return (y if self.out_proj.bias is None else y + self.out_proj.bias.to(y.dtype)).flatten(1, 2)
 
     def _saves(self, *inputs: Tensor) -> bool:
         """Whether projections are stored, because gradients will need them."""

@@ -23,8 +23,8 @@ class StreamCache:
         frames: number of frames seen.
         height, width: patches of a frame.
         mixer_caches: for every layer the `State` of its polynomial mixer, or the `KeyValues` of its attention.
-        conv_caches: for every layer the (B, 2, S, D) tokens of the last two frames, the input of its local convolution;
-            empty for a model without.
+        conv_caches: for every layer the tokens (B, earlier, S, D) of the last 1 or 2 frames, the input of its local
+            convolution; None for a layer whose convolution sees no earlier frame, () if no layer's does.
         context_window: which earlier frames a frame sees, and how much they count.
     """
 
@@ -32,14 +32,14 @@ class StreamCache:
     height: int
     width: int
     mixer_caches: tuple[State | KeyValues, ...]
-    conv_caches: tuple[Tensor, ...] = ()
+    conv_caches: tuple[Tensor | None, ...] = ()
     context_window: ContextWindow = FULL_CONTEXT
 
     @property
     def nbytes(self) -> int:
         """Bytes of the caches of all layers."""
         tensors = [tensor for cache in self.mixer_caches for tensor in cache.state_dict().values()]
-        return sum(tensor.nbytes for tensor in (*tensors, *self.conv_caches))
+        return sum(tensor.nbytes for tensor in (*tensors, *self._tails().values()))
 
     def clone(self) -> StreamCache:
         """A copy that shares no memory: a fork of the stream."""
@@ -51,15 +51,19 @@ class StreamCache:
         return self._map(lambda part: part.to(device))
 
     def _map(self, function: Callable[[Any], Any]) -> StreamCache:
-        mixer_caches, conv_caches = (tuple(map(function, parts)) for parts in (self.mixer_caches, self.conv_caches))
+        mixer_caches = tuple(map(function, self.mixer_caches))
+        conv_caches = tuple(None if cache is None else function(cache) for cache in self.conv_caches)
         return replace(self, mixer_caches=mixer_caches, conv_caches=conv_caches)
+
+    def _tails(self) -> dict[str, Tensor]:
+        return {f"{layer}.tail": cache for layer, cache in enumerate(self.conv_caches) if cache is not None}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors by name, as files hold them.
 
         "seen": (frames, height, width); "forgetting": (window, decay); then for every layer "{layer}.total",
         "{layer}.residual" and "{layer}.count", or "{layer}.keys" and "{layer}.values"; then "{layer}.tail", the cache
-        of the local convolution.
+        of the local convolution, of the layers that have one.
         """
         tensors = {
             "seen": torch.tensor([self.frames, self.height, self.width]),
@@ -67,7 +71,7 @@ class StreamCache:
         }
         for layer, cache in enumerate(self.mixer_caches):
             tensors |= {f"{layer}.{name}": tensor for name, tensor in cache.state_dict().items()}
-        return tensors | {f"{layer}.tail": cache for layer, cache in enumerate(self.conv_caches)}
+        return tensors | self._tails()
 
     @classmethod
     def from_state_dict(cls, tensors: Mapping[str, Tensor]) -> StreamCache:
@@ -99,12 +103,10 @@ class StreamCache:
                 mixer_caches.append(KeyValues(*(take(f"{layer}.{name}") for name in KeyValues._fields)))
             else:
                 mixer_caches.append(State.from_state_dict({name: take(f"{layer}.{name}") for name in FIELDS}))
-            if f"{layer}.tail" in remaining:
-                conv_caches.append(take(f"{layer}.tail"))
-        if remaining or len(conv_caches) not in (0, len(mixer_caches)):
+            conv_caches.append(remaining.pop(f"{layer}.tail", None))
+        if remaining:
             raise ValueError(
-                f"tensors: expected {len(mixer_caches)} layers, all or none of them with a tail, got "
-                f"{len(conv_caches)} tails" + (f" and beside them {', '.join(sorted(remaining))}" if remaining else "")
+                f"tensors: expected those of {len(mixer_caches)} layers, got beside them {', '.join(sorted(remaining))}"
             )
         context_window = ContextWindow(int(window), decay)
         return cls(frames, height, width, tuple(mixer_caches), tuple(conv_caches), context_window)

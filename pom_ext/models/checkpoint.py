@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._io import atomic_write
+from .config import VideoDiTConfig
 from .image import ImageDiT
 from .video import VideoDiT
 
@@ -69,6 +70,8 @@ def read_checkpoint(
         raise ValueError(f"checkpoint: {path} is truncated or is not a safetensors file ({error})") from error
     except KeyError:
         raise ValueError(f"checkpoint: {path} is a safetensors file, but not a checkpoint of pom_ext") from None
+    if "length" in settings.get("model", {}):
+        settings["model"] = VideoDiTConfig.from_file(settings["model"])
     return tensors, settings
 
 

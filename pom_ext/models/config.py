@@ -4,9 +4,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from ..layers.blocks import FRAME_MIXERS, MIXERS
+from ..layers.blocks import FRAME_MIXERS, MIXERS, MOST_EARLIER
+from ..layers.pom import FADES, READS
 from .checks import check_at_least, check_integers
 
+# `local_conv` by name; True and False are those of 0.1.
+NAMED_FRAMES = {"frame": 0, "clip": MOST_EARLIER, "True": MOST_EARLIER, "False": None}
 POSITIONS = ("sincos", "space", "rotary")
 SIZES = {
     "S": {"dim": 384, "n_layers": 12, "n_heads": 6},
@@ -94,8 +97,23 @@ class VideoDiTConfig(ModelConfig):
     degree: int | None = None
     expand: int = 2
     ffw_expand: int = 4
-    local_conv: bool = True
+    local_conv: bool | str | int | None | Sequence[bool | str | int | None] = True
     positions: str = "sincos"
+    read: str = "shared"
+    fade: str | None = None
+    sink: int = 0
+
+    @property
+    def conv_frames(self) -> list[int | None]:
+        """For every layer the number of earlier frames that its local convolution sees; None without."""
+        given = self.local_conv
+        each = list(given) if isinstance(given, list | tuple) else [given] * self.n_layers
+        return [NAMED_FRAMES.get(str(value), value) for value in each]  # type: ignore[misc] (a check follows)
+
+    @classmethod
+    def from_file(cls, stored: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a file, with those that models had before there was a choice."""
+        return {"read": "shared", "fade": None, "sink": 0} | stored
 
     def __post_init__(self):
         size, patch = check_integers("size", self.size, 2), check_integers("patch", self.patch, 3)
@@ -108,12 +126,39 @@ class VideoDiTConfig(ModelConfig):
         if self.dim % 8:
             raise ValueError(f"dim: expected a multiple of 8 (sine and cosine of three axes), got {self.dim}")
         self.check_mixers(FRAME_MIXERS)
+        self._check_memory()
         if self.positions not in POSITIONS:
             raise ValueError(f"positions: expected one of {', '.join(POSITIONS)}, got {self.positions!r}")
-        if self.positions == "rotary" and "power" not in self.mixers:
+        if self.positions == "rotary" and not any(kind.endswith("power") for kind in self.mixers):
             raise ValueError(
                 f"positions: 'rotary' turns the features of mixer='power', and there is none in {self.mixer!r}"
             )
+
+    def _check_memory(self):
+        """ValueError unless the arguments on what is kept of earlier frames go together."""
+        if self.read not in READS:
+            raise ValueError(f"read: expected 'shared' or 'split', got {self.read!r}")
+        if self.fade not in FADES or (self.fade is not None and self.read == "shared"):
+            raise ValueError(
+                f"fade: expected None, or with read='split' also 'head' or 'gated', got {self.fade!r} with "
+                f"read={self.read!r}"
+            )
+        check_at_least({"sink": self.sink}, {"sink": 0})
+        if self.sink and self.read == "shared":
+            raise ValueError(f"sink: expected 0 with read='shared', got {self.sink}; read='split' gives it a gate")
+        if self.sink > self.length // self.patch[0]:
+            raise ValueError(
+                f"sink: expected at most the {self.length // self.patch[0]} frames of tokens of a training clip, "
+                f"got {self.sink}"
+            )
+        each = self.conv_frames
+        if len(each) != self.n_layers:
+            raise ValueError(f"local_conv: expected one for each of n_layers={self.n_layers} layers, got {len(each)}")
+        for value in each:
+            if value is not None and (not isinstance(value, int) or value not in range(MOST_EARLIER + 1)):
+                raise ValueError(
+                    f"local_conv: expected 'frame', 'clip' or None, or 0 to {MOST_EARLIER} earlier frames, got {value!r}"
+                )
 
 
 # Whose arguments these are, if one is unknown.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..layers.blocks import FRAME_MIXERS
@@ -9,17 +11,22 @@ from .image import ImageDiT
 from .video import VideoDiT
 
 
-def inflate(model: ImageDiT, *, length: int, size: tuple[int, int] | None = None, frames: int = 1) -> VideoDiT:
-    """A `VideoDiT` with the weights of an `ImageDiT`. Of a still video, it predicts what the image model predicts.
+def inflate(
+    model: ImageDiT, *, length: int, size: tuple[int, int] | None = None, frames: int = 1, **options: Any
+) -> VideoDiT:
+    """A `VideoDiT` with the weights of an `ImageDiT`. Of a single frame, it predicts what the image model predicts.
 
-    The local convolution starts with the image model's weights on a frame itself and zeros on the two before. The video
-    model has positions="space", so a stream has no end.
+    The local convolution starts with the image model's weights on a frame itself and zeros on those before. With
+    read="split" the gate of a frame's own tokens is that of the image model. The video model has positions="space",
+    so a stream has no end.
 
     Args:
         model: an `ImageDiT` without registers and local attention, with a width that is a multiple of 8.
         length: video frames of a clip in training.
         size: (H, W) of the videos; None takes that of the images.
         frames: video frames in one token, patch[0].
+        options: `read`, `fade`, `sink` and `local_conv` of `VideoDiT`, and `mixer` to put softmax inside the frames of
+            a polynomial model ("attention+power").
 
     Returns:
         VideoDiT in the dtype and on the device of the model.
@@ -41,16 +48,21 @@ def inflate(model: ImageDiT, *, length: int, size: tuple[int, int] | None = None
     for name in ("n_registers", "window", "two_times"):
         del config[name]
     size = (side, side) if size is None else size
-    video = VideoDiT(size=size, length=length, patch=(frames, patch, patch), positions="space", **config)
-    tensors = {}
+    video = VideoDiT(size=size, length=length, patch=(frames, patch, patch), positions="space", **config | options)
+    tensors, new = {}, video.state_dict()
     for name, tensor in model.state_dict().items():
         if name == "patch_in.weight":  # (D, h * w * C) -> (D, t * h * w * C), the mean of the frames of a token
             tensor = tensor.repeat(1, frames) / frames
         elif name.startswith("patch_out."):  # (h * w * C, ...) -> (t * h * w * C, ...)
             tensor = torch.cat([tensor] * frames)
-        elif name.endswith("local_conv.conv.weight"):  # (D, 1, 3, 3) -> (D, 1, 3, 3, 3)
-            tensor = torch.stack([torch.zeros_like(tensor), torch.zeros_like(tensor), tensor], dim=2)
+        elif ".local_conv.conv." in name and name not in new:
+            continue
+        elif name.endswith("local_conv.conv.weight"):  # (D, 1, 3, 3) -> (D, 1, earlier + 1, 3, 3)
+            tensor = torch.stack([torch.zeros_like(tensor)] * (new[name].shape[2] - 1) + [tensor], dim=2)
+        elif ".mixer." in name and name not in new:  # the mixer of a hybrid
+            name = name.replace(".mixer.", ".mixer.across.")
         tensors[name] = tensor
     weight = model.patch_in.weight
-    video.to(weight.device, weight.dtype).load_state_dict(tensors)
+    added = {name: tensor for name, tensor in new.items() if ".mixer." in name}  # gates and fades of the past
+    video.to(weight.device, weight.dtype).load_state_dict(added | tensors)
     return video

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.blocks import CONV_FRAMES, AdaLN, FrameConv, VideoBlock, initialize, make_frame_mixer, make_text_mixer
+from ..layers.blocks import AdaLN, FrameConv, VideoBlock, initialize, make_frame_mixer, make_text_mixer
 from ..layers.embeddings import TimeEmbedding, patchify_video, sincos_positions, sincos_positions_3d, unpatchify_video
 from ..layers.layout import FULL_CONTEXT, ContextWindow, FrameLayout, Grid
 from ..ops.checks import under_autocast
@@ -34,13 +34,20 @@ class VideoDiT(nn.Module):
         dim: width of the tokens, a multiple of 8.
         n_layers: number of blocks.
         n_heads: heads of attention, and gates per token of the power form (1: a gate per channel).
-        mixer: "product", "power" or "attention", or a sequence with one of them per layer; for text and frames alike.
+        mixer: "product", "power" or "attention", for text and frames alike; "attention+power" or "attention+product":
+            softmax inside each frame and a polynomial state across frames; or a sequence with one of them per layer.
         degree, expand: of the polynomial mixers; degree None takes 2 for product, 3 for power.
         ffw_expand: width of the feed-forward layers, in multiples of dim.
-        local_conv: depthwise 3x3x3 convolution, causal in time, in every block (`FrameConv`).
+        local_conv: depthwise 3x3 convolution of a frame and 0, 1 or 2 frames before it (`FrameConv`): the number, or
+            "frame" for 0 and "clip" for 2, or None; or a sequence with one of them per layer. True is "clip".
         positions: "sincos", of time, row and column; "space", of row and column only: the model knows time from the
             local convolution, and a stream has no end; "rotary": as "space", and the power layers rotate their features
             by 3-D positions (at least 6 heads, or one).
+        read: how polynomial mixers read earlier frames: "shared", one mean over them and the frame itself, or "split",
+            each by a gate of its own (`PoM`).
+        fade: with read="split", how the past fades with every frame: None, not; "head", by a learned factor for every
+            gate; "gated", by factors computed from the finished frame.
+        sink: with read="split", number of first frames that never fade and are read by a gate of their own.
 
     `config` holds these arguments as plain JSON values: `VideoDiT(**model.config)` builds the same model.
 
@@ -64,12 +71,13 @@ class VideoDiT(nn.Module):
         self.text_embed = nn.Linear(text_dim, dim) if text_dim else None
         self.label_embed = nn.Embedding(n_classes + 1, dim) if n_classes else None
         self.blocks = nn.ModuleList()
-        polynomial = {"degree": config.degree, "expand": config.expand}
-        rope = "3d" if config.positions == "rotary" else None
-        for kind in config.mixers:
-            mixer = make_frame_mixer(kind, dim, config.n_heads, rope=rope, **polynomial)
+        polynomial: dict[str, Any] = {"degree": config.degree, "expand": config.expand}
+        memory = {"rope": "3d" if config.positions == "rotary" else None, "read": config.read, "fade": config.fade}
+        self.sink = config.sink
+        for kind, earlier in zip(config.mixers, config.conv_frames, strict=True):
+            mixer = make_frame_mixer(kind, dim, config.n_heads, sink=config.sink, **memory, **polynomial)
             cross_mixer = make_text_mixer(kind, dim, config.n_heads, **polynomial) if text_dim else None
-            local_conv = FrameConv(dim) if config.local_conv else None
+            local_conv = None if earlier is None else FrameConv(dim, earlier)
             self.blocks.append(VideoBlock(dim, mixer, config.ffw_expand, local_conv, cross_mixer))
         self.norm_out = AdaLN(dim)
         self.patch_out = nn.Linear(dim, t * h * w * config.in_channels)
@@ -93,7 +101,7 @@ class VideoDiT(nn.Module):
             batch: number of videos.
             size: (H, W) of the videos, multiples of the patch; None takes that of the training videos.
             window: a frame sees itself and the `window` - 1 frames of tokens before it; 0: all. The local convolution
-                sees two earlier frames in every layer, whatever the window.
+                sees its earlier frames and the mixer its sink, whatever the window. Not for a model that fades.
             decay: factor above 0 and at most 1 by which earlier frames count less with every new frame. For polynomial
                 mixers only.
 
@@ -106,7 +114,9 @@ class VideoDiT(nn.Module):
             raise ValueError(f"size: expected multiples of the patch {self.patch[1:]}, got {height} x {width}")
         if not 0 < decay <= 1:
             raise ValueError(f"decay: expected a number above 0 and at most 1, got {decay}")
-        if decay != 1 and (window or "attention" in self.config["mixer"]):
+        if window and self.config["fade"]:
+            raise ValueError(f"window: expected 0, got {window}; this model was trained with a past that fades")
+        if decay != 1 and (window or "attention" in VideoDiTConfig(**self.config).mixers):
             raise ValueError("decay: it goes without a window, and fades the sums of polynomial mixers, not attention")
         grid = Grid(height // self.patch[1], width // self.patch[2])
         return self._new_cache(batch, grid, 0, ContextWindow(window, decay), self.reference_parameter.device)
@@ -120,8 +130,8 @@ class VideoDiT(nn.Module):
         blocks: list[Any] = list(self.blocks)
         tokens = cached * patches
         mixer_caches = (b.mixer.new_cache(batch, tokens, context_window, weight.dtype, device) for b in blocks)
-        conv_cache = weight.new_zeros(batch, CONV_FRAMES - 1, patches, self.dim, device=device)
-        conv_caches = (conv_cache for block in blocks if block.local_conv is not None)
+        convs = (block.local_conv for block in blocks)
+        conv_caches = (None if conv is None else conv.new_cache(batch, patches, weight.dtype, device) for conv in convs)
         return StreamCache(frames, grid.height, grid.width, tuple(mixer_caches), tuple(conv_caches), context_window)
 
     def forward(
@@ -207,8 +217,8 @@ class VideoDiT(nn.Module):
             x, mixer_cache, conv_cache = block(x, cond, layout, text, text_weight, mixer_cache, conv_cache)
             if return_past:
                 mixer_caches.append(mixer_cache)
-                if conv_cache is not None:
-                    conv_caches.append(conv_cache.clone())  # a view would keep all frames in memory
+                # Cloned: a view would keep all frames in memory.
+                conv_caches.append(None if conv_cache is None else conv_cache.clone())
         if teacher_forced:
             x, cond = x.chunk(2)[1], cond.chunk(2)[1]
         out = unpatchify_video(self.patch_out(self.norm_out(x, cond)), grid, self.patch)  # (B, C, T, H, W)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
@@ -29,7 +29,8 @@ class State:
 
     total: (B, G, C) float32 (float64 for float64 inputs), the sum.
     residual: (B, G, C), what `total` cannot hold: the sum is total + residual.
-    count: (B, G) float64, number of tokens or sum of their weights.
+    count: (B, G) float64, number of tokens or sum of their weights. Of a state that fades (`then`) (B, G, R): each of
+        R equal parts of the channels fades at its own rate, and so does its count.
     """
 
     total: Tensor
@@ -76,10 +77,19 @@ class State:
 
         Raises:
             TypeError: `other` is no State.
-            ValueError: the states have different batch, width, dtype or device, or groups that do not go together.
+            ValueError: the states have different batch, width, dtype or device, or groups that do not go together, or
+                one of them fades.
         """
         if not isinstance(other, State):
             raise TypeError(f"other: expected a State, got {type(other).__name__}")
+        if self.fades or other.fades:
+            raise ValueError(
+                "other: a state that fades does not add, since the order of the tokens matters; use "
+                "earlier.then(later, fade)"
+            )
+        return self._plus(other)
+
+    def _plus(self, other: State) -> State:
         a, b = self.total, other.total
         groups_agree = a.shape[1] == b.shape[1] or 1 in (a.shape[1], b.shape[1])
         if a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2] or not groups_agree:
@@ -97,9 +107,45 @@ class State:
 
     __add__ = merge
 
+    @property
+    def fades(self) -> bool:
+        """Whether parts of the channels have counts of their own."""
+        return self.count.dim() == 3
+
+    def fading(self, parts: int) -> State:
+        """The same state with a count for each of `parts` equal parts of the channels."""
+        return self if self.fades else replace(self, count=self.count[..., None].expand(-1, -1, parts))
+
+    def then(self, later: State, fade: Tensor) -> State:
+        """The state after the tokens of `later`, of which this one, the earlier, has faded: fade ⊙ earlier + later.
+
+        Args:
+            later: State of as many groups, or one of the two has one.
+            fade: (R,) or (B, G, R), the share of the earlier sums and counts that is left, 0 to 1, of each of R equal
+                parts of the channels.
+
+        Raises:
+            TypeError: `later` is no State.
+            ValueError: R does not divide the channels, or the states do not go together.
+        """
+        if not isinstance(later, State):
+            raise TypeError(f"later: expected a State, got {type(later).__name__}")
+        width, parts = self.total.shape[2], fade.shape[-1]
+        if width % parts or {state.count.shape[-1] for state in (self, later) if state.fades} - {parts}:
+            raise ValueError(
+                f"fade: expected a factor for each of R equal parts of {width} channels, as the states have them, "
+                f"got shape {tuple(fade.shape)}"
+            )
+        left = fade.to(torch.float64)
+        exact = (self.total.double() + self.residual.double()) * left.repeat_interleave(width // parts, dim=-1)
+        earlier = State(exact, torch.zeros_like(exact), self.fading(parts).count * left).to(self.total.dtype)
+        return earlier._plus(later.fading(parts))
+
     def mean(self) -> Tensor:
         """H = (total + residual) / count, (B, G, C); 0 where the count is 0."""
         count = self.count[..., None]
+        if self.fades:
+            count = self.count.repeat_interleave(self.total.shape[2] // self.count.shape[2], dim=2)
         mean = (self.total.double() + self.residual.double()) / torch.where(count == 0, 1, count)
         return torch.where(count == 0, 0, mean).to(self.total.dtype)
 
@@ -145,8 +191,13 @@ class State:
             raise ValueError(f"tensors: expected {', '.join(FIELDS)}, got {', '.join(sorted(tensors)) or 'nothing'}")
         state = cls(**tensors)
         shapes = {name: tuple(tensors[name].shape) for name in FIELDS}
-        if len(shapes["total"]) != 3 or shapes["residual"] != shapes["total"] or shapes["count"] != shapes["total"][:2]:
-            raise ValueError(f"tensors: expected total and residual (B, G, C) and count (B, G), got {shapes}")
+        total, count = shapes["total"], shapes["count"]
+        faded = len(total) == len(count) == 3 and count[2] > 0 and total[2] % count[2] == 0
+        if len(total) != 3 or shapes["residual"] != total or count[:2] != total[:2] or not (len(count) == 2 or faded):
+            raise ValueError(
+                f"tensors: expected total and residual (B, G, C) and count (B, G), or (B, G, R) with R a divisor of C, "
+                f"got {shapes}"
+            )
         return state
 
     def save(self, path: str | PathLike) -> None:

@@ -259,24 +259,33 @@ class VideoStream:
     def _evaluate(
         self,
         x: Tensor,
-        time: float,
+        time: float | list[float],
         cache: StreamCache,
         conditions: dict[str, Tensor | None],
         return_past: bool = False,
     ) -> Any:
-        """The prediction for frames x (B, C, T, H, W) of one time; with return_past also the cache after them."""
+        """The prediction for frames x (B, C, T, H, W) of one time, or of one each; with return_past also the cache."""
         x = x.repeat(num_copies(self.config.guidance), 1, 1, 1, 1)
-        times = torch.full((len(x),), float(time), dtype=x.dtype, device=x.device)
+        if isinstance(time, list):
+            times = torch.tensor(time, dtype=x.dtype, device=x.device).expand(len(x), -1)
+        else:
+            times = torch.full((len(x),), float(time), dtype=x.dtype, device=x.device)
         return self.model(x, times, **conditions, frame_causal=True, past=cache, return_past=return_past)
 
     def _append(self, video: Tensor, cache: StreamCache, conditions: dict[str, Tensor | None]) -> StreamCache:
         """The cache after finished frames (B, C, T, H, W)."""
         time = MAX_TIME * self.config.context_noise
-        if time:
-            noise = self._noise(video.shape[2] // self.model.patch[0], REMEMBERED)
-            level = torch.full((self.batch,), time, dtype=video.dtype, device=video.device)
-            video = self.objective.add_noise(video, noise, level)
-        return self._evaluate(video, time, cache, conditions, return_past=True)[1]
+        frames, unit = video.shape[2] // self.model.patch[0], self.model.patch[0]
+        if not time:
+            return self._evaluate(video, 0.0, cache, conditions, return_past=True)[1]
+        level = torch.full((self.batch,), time, dtype=video.dtype, device=video.device)
+        noisy = self.objective.add_noise(video, self._noise(frames, REMEMBERED), level)
+        times = [time] * frames
+        clean = max(0, min(frames, self.model.sink - self.frame))  # a sink stays for ever, so it is kept without noise
+        if clean:
+            noisy[:, :, : clean * unit] = video[:, :, : clean * unit]
+            times[:clean] = [0.0] * clean
+        return self._evaluate(noisy, times if clean else time, cache, conditions, return_past=True)[1]
 
     def _noise(self, frames: int, purpose: int) -> Tensor:
         """(B, C, frames * patch[0], H, W), the noise of the next frames for DRAWN or REMEMBERED."""

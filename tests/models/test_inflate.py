@@ -50,7 +50,7 @@ def test_another_size_and_dtype():
         (
             lambda: image_model(mixer="local"),
             ValueError,
-            "model: expected mixers of product, power, attention, got local",
+            r"model: expected mixers of .*attention\+power, got local",
         ),
         (lambda: image_model(dim=20), ValueError, "dim: expected a multiple of 8"),
     ],
