@@ -61,6 +61,7 @@ class FrameOptions:
 
     def open(self, network, settings, labels=None):
         """The `VideoStream` of a network and its checkpoint's settings; with --resume the saved stream."""
+        from ..diffusion.context import stream_context
         from ..streaming import VideoStream
         from .common import parse_size, trained_objective
 
@@ -68,5 +69,5 @@ class FrameOptions:
             return VideoStream.load(self.resume, network)
         options = {**vars(self), "size": parse_size(self.size)}
         del options["resume"], options["device"]
-        context, objective = settings["train"]["context"], trained_objective(settings)
+        context, objective = stream_context(settings["train"]["context"]), trained_objective(settings)
         return VideoStream(network, labels, context=context, objective=objective, **options)

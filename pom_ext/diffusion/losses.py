@@ -11,19 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layers.embeddings import MAX_TIME
+from .context import TRAINED_CONTEXTS, add_noise, check_context, finished_frames
 from .network import Network
 
 if TYPE_CHECKING:
     from .objectives import Objective
-
-CONTEXTS = ("clean", "shared")  # what a frame sees of the frames before it: finished frames, or noisy ones
-
-
-def check_context(context: str) -> None:
-    """Raise ValueError for a context that is not in CONTEXTS."""
-    if context not in CONTEXTS:
-        raise ValueError(f"context: expected one of {', '.join(CONTEXTS)}, got {context!r}")
 
 
 def diffusion_loss(
@@ -57,6 +49,7 @@ def video_loss(
     context: str = "clean",
     context_noise: float = 0.0,
     given: int = 0,
+    progress: float = 1.0,
     **text: Tensor,
 ) -> Tensor:
     """Mean squared error of a `VideoDiT`'s prediction at random times, all frames in one pass.
@@ -69,11 +62,13 @@ def video_loss(
         generator: of noise and times, on the device of the video.
         context: "clean": every frame has its own time, and sees the finished frames before it: the loss is the same as
             if the frames were predicted one by one (diffusion forcing, Chen et al. 2024, arXiv 2407.01392, with
-            finished context). "shared": all frames have one time, and see each other's noise (arXiv 2411.12663).
-        context_noise: up to 1; the finished frames of a video are shown with noise, at one time between 0 and this
-            share of 1000. A model that has learned from noisy context corrects errors in its own frames
-            (`VideoStream`).
+            finished context). "self": the same, but the finished frames are partly the model's own
+            (`context.finished_frames`). "shared": all frames have one time, and see each other's noise (arXiv
+            2411.12663).
+        context_noise: up to 1; every finished frame is shown with noise, of a time between 0 and this share of 1000. A
+            model that has learned from noisy context corrects errors in its own frames (`VideoStream`).
         given: number of first frames of tokens that are shown without noise and do not count in the loss.
+        progress: completed share of the training, 0 to 1, on which the share of own frames depends.
         text: arguments `text` and `text_weight` of the model.
 
     Returns:
@@ -82,34 +77,26 @@ def video_loss(
     Raises:
         ValueError: an unknown context, or no frame left to predict.
     """
-    check_context(context)
+    check_context(context, TRAINED_CONTEXTS)
     unit = getattr(model, "module", model).config["patch"][0]
     batch, frames = len(video), video.shape[2] // unit
     if not 0 <= given < frames:
         raise ValueError(f"given: expected 0 to {frames - 1} of {frames} frames, got {given}")
 
-    def fold(video):  # (B, C, T, H, W) -> (B * T', C, t, H, W)
-        return video.unflatten(2, (frames, unit)).transpose(1, 2).flatten(0, 1)
-
-    if context == "clean":  # evenly spread times come in order: shuffle them
+    if context == "shared":
+        time = objective.draw_time(batch, generator).repeat_interleave(frames)
+    else:  # evenly spread times come in order: shuffle them
         order = torch.randperm(batch * frames, generator=generator, device=video.device)
         time = objective.draw_time(batch * frames, generator)[order]
-    else:
-        time = objective.draw_time(batch, generator).repeat_interleave(frames)
+    time = time.view(batch, frames)
     noise = torch.randn(video.shape, generator=generator, device=video.device, dtype=video.dtype)
-    noisy = objective.add_noise(fold(video), fold(noise), time)
-    noisy = noisy.unflatten(0, (batch, frames)).transpose(1, 2).flatten(2, 3)  # (B, C, T, H, W)
-    time = time.to(video.dtype).view(batch, frames)
+    noisy, time = add_noise(objective, video, noise, time), time.to(video.dtype)
     if given:
         noisy = torch.cat([video[:, :, : given * unit], noisy[:, :, given * unit :]], dim=2)
         time = torch.cat([torch.zeros_like(time[:, :given]), time[:, given:]], dim=1)
     finished = {}
-    if context == "clean":
-        finished = {"finished": video}
-        if context_noise:
-            level = context_noise * MAX_TIME * torch.rand(batch, generator=generator, device=video.device)
-            own_noise = torch.randn(video.shape, generator=generator, device=video.device, dtype=video.dtype)
-            remembered = objective.add_noise(video, own_noise, level)
-            finished = {"finished": remembered, "finished_time": level.to(video.dtype)}
+    if context != "shared":
+        options = {"own": context == "self", "context_noise": context_noise, "progress": progress}
+        finished = finished_frames(model, objective, video, labels, generator, **options, **text)
     prediction = model(noisy, time, labels=labels, frame_causal=True, **finished, **text).to(video.dtype)
     return F.mse_loss(prediction[:, :, given * unit :], objective.target(video, noise)[:, :, given * unit :])

@@ -57,6 +57,16 @@ class Objective(ABC):
     def target(self, clean: Tensor, noise: Tensor) -> Tensor:
         """What the network is trained to predict (B, ...)."""
 
+    def estimate(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
+        """The data (B, ...) that the prediction (B, ...) for noisy data (B, ...) at times (B,) amounts to.
+
+        Only needed to train a video model behind its own frames, context="self".
+
+        Raises:
+            NotImplementedError: the objective does not say it.
+        """
+        raise NotImplementedError(f"context: 'self' needs a method {type(self).__name__}.estimate")
+
     @abstractmethod
     def denoise(self, predict: Callable[..., Tensor], noise: Tensor, steps: int, solver: str = "euler") -> Tensor:
         """Data from noise.
@@ -93,7 +103,7 @@ class Objective(ABC):
             video: `context`, `context_noise` and `given` of `video_loss`; images do not use them.
         """
         if "length" in getattr(model, "module", model).config:
-            return video_loss(model, self, clean, labels, generator, **video)
+            return video_loss(model, self, clean, labels, generator, progress=progress, **video)
         return diffusion_loss(model, self, clean, labels, generator)
 
     def supports(

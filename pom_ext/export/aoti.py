@@ -6,7 +6,7 @@ The package is one function of tensors with constant shapes; it contains the com
 
 frame and prediction: (B, C, patch[0], H, W); time: (B,) in [0, 1000], in the dtype of the model; labels: (B,) int64.
 state: the tensors of a `StreamCache`, in the order of its `state_dict`: "{layer}.total", "{layer}.residual" and
-    "{layer}.count" of every layer, then "{layer}.tail" of every layer that looks at earlier frames. With positions other
+    "{layer}.count" of every layer, then "{layer}.tail" of every layer that sees earlier frames. With positions other
     than "space", "frames", the number of frames so far, int64 (), precedes them. The state before the first frame is
     all zeros.
 
@@ -27,7 +27,7 @@ from torch import nn
 
 from .._io import atomic_write
 from ..diffusion import FlowMatching
-from ..diffusion.losses import check_context
+from ..diffusion.context import check_context
 from ..models.config import VideoDiTConfig
 from ..models.video import VideoDiT
 from ..ops import State

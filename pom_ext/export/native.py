@@ -4,6 +4,7 @@ import torch
 from safetensors.torch import save_file
 
 from .._io import atomic_write
+from ..diffusion.context import stream_context
 from ..layers.blocks import MOST_EARLIER
 from ..layers.embeddings import sincos_positions, time_frequencies
 from ..layers.layout import Grid
@@ -44,7 +45,7 @@ def _check_supported(checkpoint, model, settings):
     earlier = [None if block.local_conv is None else block.local_conv.earlier for block in model.blocks]
     if set(earlier) not in ({None}, {MOST_EARLIER}):
         raise ValueError(
-            f"local_conv: expected 'clip' or None in all layers, which the engine has, got {model.config['local_conv']!r}"
+            f"local_conv: expected 'clip' or None in all layers, as the engine has it, got {model.config['local_conv']}"
         )
     if model.text_dim:
         raise ValueError(f"text_dim: expected a model without text, got text_dim={model.text_dim}")
@@ -69,7 +70,7 @@ def _metadata(model, settings):
         "degrees": [mixer.degree for mixer in mixers],
         "heads": [mixer.n_sel_heads for mixer in mixers],
         "widths": [mixer.dim * mixer.expand for mixer in mixers],
-        "context": settings["train"]["context"],
+        "context": stream_context(settings["train"]["context"]),
         "shift": settings["train"]["shift"],
         "fps": settings["data"].get("fps", 8.0),
     }

@@ -157,7 +157,7 @@ class VideoDiTConfig(ModelConfig):
         for value in each:
             if value is not None and (not isinstance(value, int) or value not in range(MOST_EARLIER + 1)):
                 raise ValueError(
-                    f"local_conv: expected 'frame', 'clip' or None, or 0 to {MOST_EARLIER} earlier frames, got {value!r}"
+                    f"local_conv: expected 'frame', 'clip', None, or 0 to {MOST_EARLIER} earlier frames, got {value!r}"
                 )
 
 
