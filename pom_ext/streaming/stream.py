@@ -232,6 +232,12 @@ class VideoStream:
         caches = tuple(StreamCache.from_state_dict(parts[f"past{i}"]).to(device) for i in range(len(parts)))
         if len(caches) != len(stream.caches):
             raise ValueError(f"path: {path} holds {len(caches)} pasts, its settings ask for {len(stream.caches)}")
+        start = stream.caches[0]
+        for cache in caches:
+            try:
+                model.check_cache(cache, stream.batch * num_copies(stream.config.guidance), start.height, start.width)
+            except ValueError as error:
+                raise ValueError(f"path: {path} holds no stream of this model ({error})") from None
         stream.caches, stream.frame = caches, frame
         return stream
 
