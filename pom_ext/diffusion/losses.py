@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +96,7 @@ def video_loss(
         time = torch.cat([torch.zeros_like(time[:, :given]), time[:, given:]], dim=1)
     finished = {}
     if context != "shared":
-        options = {"own": context == "self", "context_noise": context_noise, "progress": progress}
-        finished = finished_frames(model, objective, video, labels, generator, **options, **text)
+        options: dict[str, Any] = {"own": context == "self", "context_noise": context_noise, "progress": progress}
+        finished = finished_frames(model, objective, video, labels, generator, **options | text)
     prediction = model(noisy, time, labels=labels, frame_causal=True, **finished, **text).to(video.dtype)
     return F.mse_loss(prediction[:, :, given * unit :], objective.target(video, noise)[:, :, given * unit :])

@@ -7,7 +7,6 @@ from .._io import atomic_write
 from ..diffusion.context import stream_context
 from ..layers.embeddings import sincos_positions, time_frequencies
 from ..layers.layout import Grid
-from ..layers.local_conv import MOST_EARLIER
 from ..models.checkpoint import load_model
 from ..models.config import VideoDiTConfig
 

@@ -143,11 +143,12 @@ class State:
 
     def mean(self) -> Tensor:
         """H = (total + residual) / count, (B, G, C); 0 where the count is 0."""
-        count = self.count[..., None]
+        count, exact = self.count[..., None], torch.add(self.total.double(), self.residual)
         if self.fades:
-            count = self.count.repeat_interleave(self.total.shape[2] // self.count.shape[2], dim=2)
-        mean = (self.total.double() + self.residual.double()) / torch.where(count == 0, 1, count)
-        return torch.where(count == 0, 0, mean).to(self.total.dtype)
+            exact = exact.unflatten(2, (count.shape[2], -1))  # (B, G, R, C / R)
+        none = count == 0
+        mean = (exact / (count + none)).masked_fill(none, 0)
+        return mean.to(self.total.dtype).view(self.total.shape)
 
     def last(self) -> State:
         """The last group alone: with frames, everything seen up to the end."""
