@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def finished_frames(
     own: bool,
     context_noise: float,
     progress: float,
-    **text: Tensor,
+    **text: Any,
 ) -> dict[str, Tensor]:
     """The arguments `finished` and `finished_time` of a `VideoDiT` in training.
 
