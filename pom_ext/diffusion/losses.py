@@ -97,6 +97,6 @@ def video_loss(
     finished = {}
     if context != "shared":
         options: dict[str, Any] = {"own": context == "self", "context_noise": context_noise, "progress": progress}
-        finished = finished_frames(model, objective, video, labels, generator, **options, **text)
+        finished = finished_frames(model, objective, video, {"labels": labels, **text}, generator, **options)
     prediction = model(noisy, time, labels=labels, frame_causal=True, **finished, **text).to(video.dtype)
     return F.mse_loss(prediction[:, :, given * unit :], objective.target(video, noise)[:, :, given * unit :])
