@@ -142,5 +142,5 @@ class HybridMixer(nn.Module):
 
     def forward(self, x: Tensor, layout: FrameLayout, cache: State | None = None) -> tuple[Tensor, State]:
         """Mix tokens (B, T, S, D); also returns the cache after these frames."""
-        mixed, cache = self.across(x, layout, cache)
-        return mixed + self.inside(x.flatten(0, 1), layout.grid).view_as(x), cache
+        mixed, after = self.across(x, layout, cache)
+        return mixed + self.inside(x.flatten(0, 1), layout.grid).view_as(x), after

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import Rotary, State, _library, polynomial_mix, polynomial_readout, polynomial_state, rotary_table
@@ -369,13 +368,19 @@ class PoM(nn.Module):
         for groups in dict.fromkeys(mean.shape[1] for mean in means):  # reads of equal groups in one product
             alike = [(gate, mean) for gate, mean in zip(gates, means, strict=True) if mean.shape[1] == groups]
             gate, mean = torch.cat([gate for gate, _ in alike], dim=-1), torch.stack([mean for _, mean in alike], dim=2)
-            value = torch.sigmoid(gate) if self.form == "product" else F.hardsigmoid(gate)
+            value = self._gate_value(gate)  # (B, M, reads * heads)
             with torch.autocast(x.device.type, enabled=False):
                 weight = self.out_proj.weight.to(mean.dtype).unflatten(1, (heads, -1))  # (dim, heads, C / heads)
                 folded = torch.einsum("bgrhc,dhc->bgrhd", mean.unflatten(-1, (heads, -1)), weight)
                 folded = folded.flatten(2, 3).to(gate.dtype)  # (B, G, reads * heads, dim)
             y = y + (value.unflatten(1, (groups, x.shape[1] // groups)) @ folded).flatten(1, 2)  # (B, M, dim)
         return y if self.out_proj.bias is None else y + self.out_proj.bias.to(y.dtype)
+
+    def _gate_value(self, gate: Tensor) -> Tensor:
+        """γ of gates (B, M, K): the readout of means of one, which has second derivatives, as hardsigmoid has not."""
+        ones = gate.new_ones(len(gate), 1, gate.shape[2], dtype=accumulator(gate.dtype))
+        state = State(ones, torch.zeros_like(ones), torch.ones_like(ones[..., 0], dtype=torch.float64))
+        return polynomial_readout(gate, state, form=self.form)
 
     def _saves(self, *inputs: Tensor) -> bool:
         """Whether projections are stored, because gradients will need them."""
