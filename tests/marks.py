@@ -19,6 +19,7 @@ PLACES = {
         "tests/layers/test_split_read.py::test_gradcheck",
         "tests/layers/test_split_read.py::test_half_precision",
         "tests/models/test_frame_by_frame.py",
+        "tests/models/test_video_memory.py::test_compiled_whole",
         "tests/ops/test_autocast.py::test_models_train",
         "tests/ops/test_compile.py",
         "tests/ops/test_derivatives.py",
