@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import Rotary, State, _library, polynomial_mix, polynomial_readout, polynomial_state, rotary_table
@@ -15,7 +14,6 @@ from ..ops.checks import MAX_HEADS, accumulator, check_form, check_state, check_
 from ..ops.dispatch import LayerCall, choose
 from ..ops.linear import all_unmodified, project
 from ..ops.projected import folded_readout, projected_readout, projected_state
-from ..ops.reference import gate_value
 from ..ops.rotary import AXES
 from .grouped_linear import GroupedLinear
 from .layout import FULL_CONTEXT, frame_means
@@ -373,11 +371,9 @@ class PoM(nn.Module):
             return project(self.out_proj, y)
         y = self.out_proj.bias
         for groups in dict.fromkeys(mean.shape[1] for mean in means):  # reads of equal groups in one product
-            alike = [
-                (gate, mean) for gate, mean in zip(gate_projections, means, strict=True) if mean.shape[1] == groups
-            ]
+            alike = [pair for pair in zip(gate_projections, means, strict=True) if pair[1].shape[1] == groups]
             folded = self._fold(torch.stack([mean for _, mean in alike], dim=2))
-            gate = gate_value(_stacked(x, [gate for gate, _ in alike]), form=self.form)
+            gate = self._gate_value(_stacked(x, [gate for gate, _ in alike]))
             part = (gate.unflatten(1, (groups, -1)) @ folded.to(gate.dtype)).flatten(1, 2)  # (B, M, dim)
             y = part if y is None else part + y.to(part.dtype)
         assert y is not None
@@ -394,6 +390,12 @@ class PoM(nn.Module):
             by_head = means.unflatten(-1, (self.n_sel_heads, -1)).permute(3, 0, 1, 2, 4).flatten(1, 3)
             folded = torch.bmm(by_head, weight)  # (heads, B * G * reads, dim)
         return folded.transpose(0, 1).reshape(batch, groups, reads * self.n_sel_heads, -1)
+
+    def _gate_value(self, gate: Tensor) -> Tensor:
+        """γ of gates: sigmoid in product form, hardsigmoid in power form, with its second derivatives."""
+        if self.form == "product":
+            return torch.sigmoid(gate)
+        return (gate.to(accumulator(gate.dtype)) / 6 + 0.5).clamp(0, 1).to(gate.dtype)  # F.hardsigmoid has no second
 
     def _saves(self, *inputs: Tensor) -> bool:
         """Whether projections are stored, because gradients will need them."""
