@@ -15,6 +15,7 @@ from ..ops.checks import MAX_HEADS, accumulator, check_form, check_state, check_
 from ..ops.dispatch import LayerCall, choose
 from ..ops.linear import all_unmodified, project
 from ..ops.projected import folded_readout, projected_readout, projected_state
+from ..ops.reference import gate_value
 from ..ops.rotary import AXES
 from .grouped_linear import GroupedLinear
 from .layout import FULL_CONTEXT, frame_means
@@ -393,10 +394,13 @@ class PoM(nn.Module):
         return folded.transpose(0, 1).reshape(batch, groups, reads * self.n_sel_heads, -1)
 
     def _gate_value(self, gate: Tensor) -> Tensor:
-        """γ of gates: sigmoid in product form, hardsigmoid in power form, with its second derivatives."""
-        if self.form == "product":
-            return torch.sigmoid(gate)
-        return (gate.to(accumulator(gate.dtype)) / 6 + 0.5).clamp(0, 1).to(gate.dtype)  # F.hardsigmoid has no second
+        """γ of gates (B, M, K)."""
+        if not torch.is_grad_enabled() or self.form == "product":
+            return gate_value(gate, form=self.form)
+        # The readout of means of one has second derivatives, which F.hardsigmoid has not.
+        ones = gate.new_ones(len(gate), 1, gate.shape[2], dtype=accumulator(gate.dtype))
+        state = State(ones, torch.zeros_like(ones), torch.ones_like(ones[..., 0], dtype=torch.float64))
+        return polynomial_readout(gate, state, form=self.form)
 
     def _saves(self, *inputs: Tensor) -> bool:
         """Whether projections are stored, because gradients will need them."""
