@@ -391,7 +391,7 @@ class PoM(nn.Module):
             weight = self.out_proj.weight.to(means.dtype).unflatten(1, (self.n_sel_heads, -1)).permute(1, 2, 0)
             by_head = means.unflatten(-1, (self.n_sel_heads, -1)).permute(3, 0, 1, 2, 4).flatten(1, 3)
             folded = torch.bmm(by_head, weight)  # (heads, B * G * reads, dim)
-        return folded.transpose(0, 1).reshape(batch, groups, reads * self.n_sel_heads, -1)
+        return folded.transpose(0, 1).reshape(batch, groups, reads * self.n_sel_heads, self.dim)
 
     def _gate_value(self, gate: Tensor) -> Tensor:
         """γ of gates (B, M, K)."""
