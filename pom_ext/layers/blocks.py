@@ -54,9 +54,7 @@ class FrameMixer(PoM):
     def __init__(self, *args, sink: int = 0, **options):
         super().__init__(*args, **options)
         if sink and not self.split:
-            raise ValueError(
-                f"sink: expected 0 with read='shared', got {sink}; a sink has a gate, which read='split' gives"
-            )
+            raise ValueError(f"sink: expected 0 with read='shared', got {sink}; a sink has a gate, which read='split' gives")
         self.sink = sink
         if sink:
             self.sink_gate_proj = nn.Linear(self.dim, self.gate_proj.out_features)
@@ -108,11 +106,7 @@ class FrameMixer(PoM):
         earlier, past = layout.context_window.sum_earlier(past, clean, fade)
         seen = [earlier]
         if self.sink:
-            first = State(
-                cache.total[:, -1:],
-                cache.residual[:, -1:],
-                cache.count[:, -1:, 0] if cache.fades else cache.count[:, -1:],
-            )
+            first = State(cache.total[:, -1:], cache.residual[:, -1:], cache.count[:, -1:, 0] if cache.fades else cache.count[:, -1:])
             seen_first, first = sum_first(first, clean, self.sink, size)
             seen.append(seen_first)
             past = State.cat([past, first.fading(past.count.shape[2]) if past.fades else first], dim=1)
@@ -151,9 +145,7 @@ class HybridMixer(nn.Module):
         return mixed + self.inside(x.flatten(0, 1), layout.grid).view_as(x), cache
 
 
-def _make_polynomial(
-    layer: type[Layer], kind: str, dim: int, n_heads: int, degree: int | None, **options: Any
-) -> Layer:
+def _make_polynomial(layer: type[Layer], kind: str, dim: int, n_heads: int, degree: int | None, **options: Any) -> Layer:
     """A PoM, or a subclass of it, with one gate per head in power form and a gate per channel in product form."""
     degree = DEFAULT_DEGREE[kind] if degree is None else degree
     return layer(dim, degree, form=kind, n_sel_heads=n_heads if kind == "power" else 1, **options)
