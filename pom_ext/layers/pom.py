@@ -113,7 +113,9 @@ class PoM(nn.Module):
         if read not in READS:
             raise ValueError(f"read: expected 'shared' or 'split', got {read!r}")
         if fade not in FADES or (fade and read == "shared"):
-            raise ValueError(f"fade: expected None, or with read='split' also 'head' or 'gated', got {fade!r} and {read!r}")
+            raise ValueError(
+                f"fade: expected None, or with read='split' also 'head' or 'gated', got {fade!r} and {read!r}"
+            )
         self.memory, self.split, self.fade = memory, read == "split", fade
         bias = (form == "product") if bias is None else bias
         self.state_width = width
