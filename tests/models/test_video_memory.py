@@ -1,8 +1,11 @@
 """What a video model keeps of earlier frames: every choice of it streams, trains in parallel, and comes from files."""
 
 import json
+import math
 import random
+import re
 from itertools import combinations, product
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +15,10 @@ from video_cases import CONDITIONS, FRAMES, HYBRID, SMALL, cut, inputs, small, s
 
 from pom_ext.models import ImageDiT, StreamCache, VideoDiT, inflate
 from pom_ext.models.checkpoint import load_model, read_checkpoint, save_checkpoint
+from pom_ext.models.config import SIZES
 from pom_ext.streaming import VideoStream
 
+ROOT = Path(__file__).parents[2]
 OPTIONS = {
     "memory": [("shared", None), ("split", None), ("split", "head"), ("split", "gated")],
     "sink": [0, 1, 3],
@@ -236,6 +241,41 @@ def test_compiled_whole(options, streamed):
             outs, pasts = zip(*(step(past=past, **frame) for step, past in zip((model, compiled), pasts, strict=True)))
             torch.testing.assert_close(*outs)
     torch.testing.assert_close(*(past.state_dict() for past in pasts))
+
+
+# Bytes
+
+LATENTS = {"in_channels": 4, "size": (32, 32), "patch": (1, 2, 2)}
+PUBLISHED = {  # docs/streaming.md; the last number is `space_groups` of the last column
+    "digits": ({"in_channels": 1, "size": (28, 28), "patch": (1, 4, 4), "dim": 96, "n_layers": 4, "n_heads": 8}, 7),
+    "S/2": (LATENTS | SIZES["S"], 2),
+    "XL/2": (LATENTS | SIZES["XL"], 2),
+    "Wan-1.3B": (LATENTS | {"in_channels": 16, "size": (60, 104), "dim": 1536, "n_layers": 30, "n_heads": 12}, 2),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_bytes_in_the_guide_are_those_of_the_model(name):
+    """And those of its formula."""
+    options, groups = PUBLISHED[name]
+    layers, dim, heads = options["n_layers"], options["dim"], options["n_heads"]
+    bytes_of, patches = (4 if name == "digits" else 2), math.prod(options["size"]) // math.prod(options["patch"])
+    split = {"read": "split", "fade": "head", "sink": 1, "local_conv": "frame"}
+    columns = [{}, {"local_conv": "frame"}, split | {"local_conv": [1] + ["frame"] * (layers - 1)}, split]
+    found = []
+    for memory in [*columns, split | {"space_groups": groups}]:
+        with torch.device("meta"):
+            model = VideoDiT(**options, **memory).to(torch.float32 if bytes_of == 4 else torch.bfloat16)
+        found.append(model.start().nbytes)
+        states = 1 + model.sink + (patches // groups**2 if "space_groups" in memory else 0)
+        counts = heads if "fade" in memory else 1
+        tails = sum(block.local_conv.earlier for block in model.blocks)
+        expected = layers * states * (2 * 2 * dim * 4 + 8 * counts) + tails * patches * dim * bytes_of
+        assert found[-1] == expected
+    (row,) = re.findall(rf"^\| {name} \|.*$", (ROOT / "docs" / "streaming.md").read_text(), re.MULTILINE)
+    assert [int(n) for n in row.replace(",", "").split("|")[2:-1]] == [patches, *found]
+    if name == "digits":  # a quarter of the default, whatever else it keeps
+        assert found[2] * 4 < found[0]
 
 
 # Models of images
