@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 from stream_cases import conditions, draw, same
 from video_cases import CONDITIONS, FRAMES, HYBRID, SMALL, cut, inputs, small, stream, tensors
 
+from pom_ext import forward_mode
 from pom_ext.models import ImageDiT, StreamCache, VideoDiT, inflate
 from pom_ext.models.checkpoint import load_model, read_checkpoint, save_checkpoint
 from pom_ext.models.config import SIZES
@@ -241,6 +242,37 @@ def test_compiled_whole(options, streamed):
             outs, pasts = zip(*(step(past=past, **frame) for step, past in zip((model, compiled), pasts, strict=True)))
             torch.testing.assert_close(*outs)
     torch.testing.assert_close(*(past.state_dict() for past in pasts))
+
+
+@pytest.mark.parametrize("name", ["gated", "product"])
+@pytest.mark.parametrize("jvp", [torch.func.jvp, forward_mode.jvp], ids=["torch", "forward_mode"])
+def test_along_a_direction_of_noisy_frames_and_times(jvp, name):
+    """The derivative that one-step training takes, the finished frames standing still; and its gradient."""
+    model = small(**MODELS[name])
+    given = inputs(model, batch=2, per_frame=True)
+    video, time = given.pop("video"), given.pop("time")
+    finished, directions = torch.randn_like(video), (torch.randn_like(video), torch.randn_like(time))
+    seed = torch.randn_like(video)
+
+    def run(video, time):
+        return model(video, time, **given, frame_causal=True, finished=finished)
+
+    out, tangent = jvp(run, (video, time), directions)
+    leaves = video.requires_grad_(), time.requires_grad_()
+    expected = run(*leaves)
+    slopes = torch.autograd.grad(expected, leaves, seed, create_graph=True)
+    along = sum((slope * direction).sum() for slope, direction in zip(slopes, directions, strict=True))
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close((tangent * seed).sum(), along, rtol=1e-8, atol=1e-9)
+    if jvp is torch.func.jvp:
+        return  # gradients of torch's tangent of a layer norm are wrong (pytorch/pytorch#196700)
+    parameters = list(model.parameters())
+    second = torch.autograd.grad((tangent * seed).sum(), parameters, allow_unused=True)
+    for (key, _), a, b in zip(
+        model.named_parameters(), second, torch.autograd.grad(along, parameters, allow_unused=True), strict=True
+    ):
+        a, b = (torch.zeros(()) if grad is None else grad for grad in (a, b))
+        torch.testing.assert_close(*torch.broadcast_tensors(a, b), rtol=1e-7, atol=1e-7, msg=f"{key}: {a} {b}")
 
 
 # Bytes
