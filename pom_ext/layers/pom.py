@@ -15,7 +15,6 @@ from ..ops.checks import MAX_HEADS, accumulator, check_form, check_state, check_
 from ..ops.dispatch import LayerCall, choose
 from ..ops.linear import all_unmodified, project
 from ..ops.projected import folded_readout, projected_readout, projected_state
-from ..ops.reference import gate_value
 from ..ops.rotary import AXES
 from .grouped_linear import GroupedLinear
 from .layout import FULL_CONTEXT, frame_means
@@ -395,8 +394,10 @@ class PoM(nn.Module):
 
     def _gate_value(self, gate: Tensor) -> Tensor:
         """γ of gates (B, M, K)."""
-        if not torch.is_grad_enabled() or self.form == "product":
-            return gate_value(gate, form=self.form)
+        if self.form == "product":
+            return torch.sigmoid(gate)
+        if not torch.is_grad_enabled():
+            return F.hardsigmoid(gate)
         # The readout of means of one has second derivatives, which F.hardsigmoid has not.
         ones = gate.new_ones(len(gate), 1, gate.shape[2], dtype=accumulator(gate.dtype))
         state = State(ones, torch.zeros_like(ones), torch.ones_like(ones[..., 0], dtype=torch.float64))
