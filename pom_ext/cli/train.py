@@ -70,6 +70,15 @@ class ModelOptions:
     mixer: Annotated[str, typer.Option(help="product, power, attention, local; or one per layer: power,...")] = "power"
     degree: Annotated[int | None, typer.Option(help="Degree of the polynomial.")] = None
     local_conv: Annotated[bool, typer.Option(help="Depthwise convolution over 3 x 3 patches in every block.")] = True
+    conv_frames: Annotated[
+        str | None,
+        typer.Option(help="Video: earlier frames that the convolution sees, 0, 1 or 2; or one per layer: 1,0,0,0."),
+    ] = None
+    read: Annotated[
+        str | None, typer.Option(help="Video: shared (one mean of everything seen) or split (the frame, and the past).")
+    ] = None
+    fade: Annotated[str | None, typer.Option(help="Video, --read split: how the past fades: head or gated.")] = None
+    sink: Annotated[int | None, typer.Option(help="Video, --read split: first frames that never fade.")] = None
 
     def build(self, dataset, video, **extra):
         """A new network for the data set, or with --start a video model from an image model."""
@@ -77,9 +86,27 @@ class ModelOptions:
         sizes["degree"] = self.degree
         options = {name: value for name, value in sizes.items() if value is not None} | extra
         options |= {"local_conv": self.local_conv, "mixer": self.mixer.split(",") if "," in self.mixer else self.mixer}
+        memory = self._memory(video)
         if video and self.start is not None:
-            return self._inflated_network(dataset)
+            return self._inflated_network(dataset, memory)
+        options |= memory
         return self._new_network(dataset, video, options)
+
+    def _memory(self, video):
+        """The arguments of a video model on what it keeps of earlier frames, as far as they were given."""
+        given = {"read": self.read, "fade": self.fade, "sink": self.sink, "local_conv": self.conv_frames}
+        given = {name: value for name, value in given.items() if value is not None}
+        if given and not video:
+            raise ValueError("conv-frames, read, fade, sink: for video models only")
+        if self.conv_frames is not None:
+            frames = self.conv_frames.split(",")
+            if not self.local_conv or not all(word.isdecimal() for word in frames):
+                raise ValueError(
+                    "conv-frames: expected a number or one per layer, with a local convolution, got "
+                    f"{self.conv_frames!r}{'' if self.local_conv else ' and --no-local-conv'}"
+                )
+            given["local_conv"] = int(frames[0]) if len(frames) == 1 else list(map(int, frames))
+        return given
 
     def _new_network(self, dataset, video, options):
         from ..demo.images import MODEL
@@ -98,14 +125,14 @@ class ModelOptions:
             options["patch"] = (1, options["patch"], options["patch"])
         return VideoDiT(**options) if self.model is None else video_dit(self.model, **options)
 
-    def _inflated_network(self, dataset):
+    def _inflated_network(self, dataset, memory):
         from ..convert import inflate
         from ..models.checkpoint import load_model
 
         if self.model is not None:
             raise ValueError("start and model: the image model says what the video model is; give one of them")
         channels, frames, *size = dataset.shape
-        network = inflate(load_model(self.start)[0].train(), length=frames, size=size)
+        network = inflate(load_model(self.start)[0].train(), length=frames, size=size, **memory)
         trained = network.config["in_channels"], network.config["n_classes"]
         if trained != (channels, len(dataset.classes)):
             raise ValueError(

@@ -81,6 +81,30 @@ def test_a_video_model_starts_from_an_image_model(tmp_path):
     assert_fails(call("train", *other, "--out", tmp_path / "x"), "1 channels and 10 classes", "3 and 6")
 
 
+def test_a_model_that_remembers_otherwise(tmp_path):
+    memory = ["--read", "split", "--fade", "head", "--sink", 1, "--conv-frames", 1]
+    learning = ["--context", "self", "--frames", 3, "--late-frames", 5, "--steps", 2, "--patch", 7]
+    result = call("train", "--data", "moving-digits", "--out", tmp_path / "a", *memory, *learning, *TINY)
+    assert result.exit_code == 0, result.output
+    model, settings = load_model(tmp_path / "a" / "model.safetensors")
+    config = model.config
+    assert (config["read"], config["fade"], config["sink"], config["local_conv"]) == ("split", "head", 1, 1)
+    assert settings["train"]["context"] == "self" and settings["data"]["late"]["shape"] == [1, 5, 28, 28]
+    result = call("stream", tmp_path / "a" / "model.safetensors", "--frames", 3, "--out", tmp_path / "clip.gif")
+    assert result.exit_code == 0, result.output
+
+    def fails(*arguments):
+        return call("train", "--data", "moving-digits", "--out", tmp_path / "x", *TINY, *arguments)
+
+    assert_fails(fails("--fade", "head"), "fade: expected None, or with read='split'", "'head'")
+    assert_fails(fails("--conv-frames", "1,x"), "conv-frames: expected a number or one per layer", "'1,x'")
+    assert_fails(fails("--conv-frames", "1,0,0"), "local_conv: expected one for each of n_layers=1 layers, got 3")
+    assert_fails(fails("--conv-frames", "3"), "local_conv: expected", "0 to 2", "got 3")
+    assert_fails(fails("--conv-frames", "1", "--no-local-conv"), "conv-frames: ", "--no-local-conv")
+    assert_fails(call("train", "--sink", 1, "--out", tmp_path / "x"), "sink: for video models only")
+    assert_fails(call("train", "--late-frames", 9, "--out", tmp_path / "x"), "late-frames: for videos only")
+
+
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.png"])
 def test_stream_writes_files(digits, name, tmp_path):
     result = call("stream", digits, "--out", tmp_path / name, "--frames", 3, "--steps", 1, "--labels", "3,8")
