@@ -114,7 +114,7 @@ class LearningOptions:
     """What the network learns, and how."""
 
     objective: Annotated[
-        str, typer.Option(help="flow (matching), noise (prediction), or meanflow (draws images in one step).")
+        str, typer.Option(help="flow (matching), noise (prediction), or meanflow (draws in one step).")
     ] = "flow"
     guidance: Annotated[float | None, typer.Option(help="meanflow: trained guidance; 1: none. Default: 2.")] = None
     shift: Annotated[float | None, typer.Option(help="Noise shift. Default: computed from the size.")] = None
@@ -135,7 +135,8 @@ class LearningOptions:
         from ..training import TrainConfig
 
         shift = resolution_shift(dataset.shape[-1] * dataset.shape[-2])
-        guidance = objective_class(self.objective).trained_guidance or 1.0
+        trained_in = objective_class(self.objective).trained_guidance or 1.0
+        guidance = trained_in if network.config["n_classes"] else 1.0
         batch_size, lr = 8 if video else 32, 0.4 / network.config["dim"]
         computed = {"shift": shift, "guidance": guidance, "batch_size": batch_size, "lr": lr}
         options = computed | {name: value for name, value in vars(self).items() if value is not None}

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 CONTEXTS = ("clean", "shared")  # what a frame sees of the frames before it: finished frames, or noisy ones
 
 
-def check_context(context: str) -> None:
-    """Raise ValueError for a context that is not in CONTEXTS."""
+def check_context(context: str, objective: Objective | None = None) -> None:
+    """Raise ValueError for a context that is not in CONTEXTS, or that the objective does not have."""
     if context not in CONTEXTS:
         raise ValueError(f"context: expected one of {', '.join(CONTEXTS)}, got {context!r}")
+    if objective is not None and context not in objective.contexts:
+        raise ValueError(f"context: expected {' or '.join(objective.contexts)} with {objective.label}, got {context!r}")
 
 
 def diffusion_loss(
@@ -82,7 +85,52 @@ def video_loss(
     Raises:
         ValueError: an unknown context, or no frame left to predict.
     """
-    check_context(context)
+
+    def draw_times(batch, generator):
+        return (objective.draw_time(batch, generator),)
+
+    options = {"context": context, "context_noise": context_noise, "given": given}
+    drawn = draw_frames(model, objective, draw_times, video, generator, **options)
+    prediction = model(drawn.noisy, *drawn.times, labels=labels, frame_causal=True, **drawn.finished, **text)
+    target = objective.target(video, drawn.noise)
+    return F.mse_loss(prediction.to(video.dtype)[:, :, drawn.given :], target[:, :, drawn.given :])
+
+
+class NoisyFrames(NamedTuple):
+    """Clips with noise for one step of training.
+
+    Attributes:
+        noisy: (B, C, T, H, W).
+        times: what was drawn for every frame of tokens, each (B, T').
+        noise: (B, C, T, H, W), of which `noisy` is made.
+        finished: arguments `finished` and `finished_time` of the model.
+        given: number of first video frames that do not count in the loss.
+    """
+
+    noisy: Tensor
+    times: tuple[Tensor, ...]
+    noise: Tensor
+    finished: dict[str, Tensor]
+    given: int
+
+
+def draw_frames(
+    model: Network,
+    objective: Objective,
+    draw_times: Callable[[int, torch.Generator], tuple[Tensor, ...]],
+    video: Tensor,
+    generator: torch.Generator,
+    *,
+    context: str = "clean",
+    context_noise: float = 0.0,
+    given: int = 0,
+) -> NoisyFrames:
+    """Draw times and noise for the frames of clips; the arguments are those of `video_loss`, which names its errors.
+
+    Args:
+        draw_times: draw_times(n, generator) gives tensors (n,), the first of them the times of the noise.
+    """
+    check_context(context, objective)
     unit = getattr(model, "module", model).config["patch"][0]
     batch, frames = len(video), video.shape[2] // unit
     if not 0 <= given < frames:
@@ -93,16 +141,16 @@ def video_loss(
 
     if context == "clean":  # evenly spread times come in order: shuffle them
         order = torch.randperm(batch * frames, generator=generator, device=video.device)
-        time = objective.draw_time(batch * frames, generator)[order]
+        times = tuple(drawn[order] for drawn in draw_times(batch * frames, generator))
     else:
-        time = objective.draw_time(batch, generator).repeat_interleave(frames)
+        times = tuple(drawn.repeat_interleave(frames) for drawn in draw_times(batch, generator))
     noise = torch.randn(video.shape, generator=generator, device=video.device, dtype=video.dtype)
-    noisy = objective.add_noise(fold(video), fold(noise), time)
+    noisy = objective.add_noise(fold(video), fold(noise), times[0])
     noisy = noisy.unflatten(0, (batch, frames)).transpose(1, 2).flatten(2, 3)  # (B, C, T, H, W)
-    time = time.to(video.dtype).view(batch, frames)
+    times = tuple(drawn.to(video.dtype).view(batch, frames) for drawn in times)
     if given:
         noisy = torch.cat([video[:, :, : given * unit], noisy[:, :, given * unit :]], dim=2)
-        time = torch.cat([torch.zeros_like(time[:, :given]), time[:, given:]], dim=1)
+        times = tuple(torch.cat([torch.zeros_like(t[:, :given]), t[:, given:]], dim=1) for t in times)
     finished = {}
     if context == "clean":
         finished = {"finished": video}
@@ -111,5 +159,4 @@ def video_loss(
             own_noise = torch.randn(video.shape, generator=generator, device=video.device, dtype=video.dtype)
             remembered = objective.add_noise(video, own_noise, level)
             finished = {"finished": remembered, "finished_time": level.to(video.dtype)}
-    prediction = model(noisy, time, labels=labels, frame_causal=True, **finished, **text).to(video.dtype)
-    return F.mse_loss(prediction[:, :, given * unit :], objective.target(video, noise)[:, :, given * unit :])
+    return NoisyFrames(noisy, times, noise, finished, given * unit)

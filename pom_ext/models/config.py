@@ -1,10 +1,12 @@
 """Configurations of the models: their arguments with defaults, checks, and the JSON form that checkpoints hold."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from ..layers.blocks import FRAME_MIXERS, MIXERS, MOST_EARLIER
+from ..layers.embeddings import SMOOTH
 from ..layers.pom import FADES, READS
 from .checks import check_at_least, check_integers
 
@@ -102,6 +104,8 @@ class VideoDiTConfig(ModelConfig):
     read: str = "shared"
     fade: str | None = None
     sink: int = 0
+    two_times: bool = False
+    time_frequency: float | None = None
 
     @property
     def conv_frames(self) -> list[int | None]:
@@ -110,10 +114,17 @@ class VideoDiTConfig(ModelConfig):
         each = list(given) if isinstance(given, list | tuple) else [given] * self.n_layers
         return [NAMED_FRAMES.get(str(value), value) for value in each]  # type: ignore[misc] (a check follows)
 
+    @property
+    def fastest(self) -> float:
+        """The highest frequency of the time embedding."""
+        if self.time_frequency is None:
+            return SMOOTH if self.two_times else 1.0
+        return self.time_frequency
+
     @classmethod
     def from_file(cls, stored: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a file, with those that models had before there was a choice."""
-        return {"read": "shared", "fade": None, "sink": 0} | stored
+        return {"read": "shared", "fade": None, "sink": 0, "two_times": False, "time_frequency": None} | stored
 
     def __post_init__(self):
         size, patch = check_integers("size", self.size, 2), check_integers("patch", self.patch, 3)
@@ -127,6 +138,8 @@ class VideoDiTConfig(ModelConfig):
             raise ValueError(f"dim: expected a multiple of 8 (sine and cosine of three axes), got {self.dim}")
         self.check_mixers(FRAME_MIXERS)
         self._check_memory()
+        if not 0 < self.fastest < math.inf:
+            raise ValueError(f"time_frequency: expected a positive number or None, got {self.time_frequency}")
         if self.positions not in POSITIONS:
             raise ValueError(f"positions: expected one of {', '.join(POSITIONS)}, got {self.positions!r}")
         if self.positions == "rotary" and not any(kind.endswith("power") for kind in self.mixers):

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from .._random import seeded_generator
 from ..diffusion import Objective, build_objective
 from ..diffusion.guidance import drop_labels
+from ..diffusion.losses import check_context
 from ..models import ImageDiT, VideoDiT
 from ..models.checkpoint import read_checkpoint, save_checkpoint
 from ..ops import _library
@@ -55,7 +56,7 @@ class Trainer:
         model: moved to the device of the accelerator.
         objective: what to train it for.
         config: how to train it.
-        settings: of the data, kept in the checkpoint and compared on resume.
+        settings: groups such as that of the data, kept in the checkpoint and compared on resume.
         accelerator: chooses the device, and connects the processes.
     """
 
@@ -96,8 +97,8 @@ class Trainer:
             ValueError: the checkpoint is broken, or was made with other settings than these.
         """
         parts, settings = read_checkpoint(path)
-        for group, expected in self.settings.items():
-            _check_same(path, group, settings[group], expected)
+        for group, expected in ({"distilled": {}} | self.settings).items():
+            _check_same(path, group, settings.get(group, {}), expected)
         self.model.load_state_dict(parts["model"])
         self.ema.module.load_state_dict(parts["ema"])
         self.ema.n_averaged.copy_(parts["history"]["averaged"])
@@ -183,24 +184,46 @@ def train(
             to resume from is broken or was made with other settings.
         ArithmeticError: the loss is not finite any more. The last checkpoint is kept.
     """
+    config = TrainConfig() if config is None else config
+    trained_in = {} if config.guidance == 1 else {"guidance": config.guidance}
+    objective = build_objective(config.objective, config.shift, **trained_in)
+    run = {"steps": steps, "seconds": seconds, "resume": resume, "save_every": save_every}
+    return fit(model, objective, dataset, path, config, {}, **run, workers=workers, progress=progress)
+
+
+def fit(
+    model: ImageDiT | VideoDiT,
+    objective: Objective,
+    dataset: Any,
+    path: str | os.PathLike[str],
+    config: TrainConfig,
+    settings: dict[str, Any],
+    *,
+    steps: int | None,
+    seconds: float | None,
+    resume: bool,
+    save_every: int,
+    workers: int,
+    progress: bool,
+) -> TrainResult:
+    """`train` for an objective that is given, with further settings to keep in the checkpoint and compare on resume."""
     from accelerate import Accelerator
 
-    config = TrainConfig() if config is None else config
     if (steps is None) == (seconds is None):
         raise ValueError(f"steps, seconds: expected one of the two, got steps={steps}, seconds={seconds}")
     if not (steps if seconds is None else seconds) > 0 or save_every < 1:
         raise ValueError(f"expected positive numbers, got steps={steps}, seconds={seconds}, save_every={save_every}")
     if model.config["n_classes"] != len(dataset.classes):
         raise ValueError(f"model: made for {model.config['n_classes']} classes, the data has {len(dataset.classes)}")
-    trained_in = {} if config.guidance == 1 else {"guidance": config.guidance}
-    objective = build_objective(config.objective, config.shift, **trained_in)
     for reason in objective.supports(model):
         raise ValueError(reason)
+    if "length" in model.config:
+        check_context(config.context, objective)
     accelerator = Accelerator(cpu=_library.default_device() == "cpu")
     if seconds is not None and accelerator.num_processes > 1:
         raise ValueError("seconds: processes would stop at different steps; use steps with several processes")
 
-    trainer = Trainer(model, objective, config, {"data": dataset.describe()}, accelerator)
+    trainer = Trainer(model, objective, config, {"data": dataset.describe(), **settings}, accelerator)
     if resume:
         trainer.resume(path)
     rank, ranks = accelerator.process_index, accelerator.num_processes
