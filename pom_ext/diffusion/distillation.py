@@ -1,4 +1,4 @@
-"""Distillation: a video model of many solver steps teaches one of one or two (`training.distill`)."""
+"""Distillation: a video model of many solver steps teaches one of one or two (`pom_ext.training.distill`)."""
 
 from __future__ import annotations
 
