@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.blocks import AdaLN, FrameConv, VideoBlock, initialize, make_frame_mixer, make_text_mixer
-from ..layers.embeddings import SMOOTH, TimeEmbedding, patchify_video, sincos_positions, sincos_positions_3d, unpatchify_video
+from ..layers.embeddings import (
+    SMOOTH,
+    TimeEmbedding,
+    patchify_video,
+    sincos_positions,
+    sincos_positions_3d,
+    unpatchify_video,
+)
 from ..layers.layout import FULL_CONTEXT, ContextWindow, FrameLayout, Grid
 from ..ops.checks import under_autocast
 from .cache import StreamCache

@@ -40,7 +40,7 @@ def load_teacher(checkpoint: str | os.PathLike[str]) -> tuple[VideoDiT, dict[str
 
 
 def make_student(teacher: VideoDiT, seed: int = 0) -> VideoDiT:
-    """A model of two times with the teacher's weights: for every span it predicts what the teacher predicts, bit for bit.
+    """A model of two times with the teacher's weights, which predicts the same for every span, bit for bit.
 
     Args:
         teacher: a `VideoDiT` with one time.
@@ -49,9 +49,9 @@ def make_student(teacher: VideoDiT, seed: int = 0) -> VideoDiT:
     config = {**teacher.config, "two_times": True, "time_frequency": VideoDiTConfig(**teacher.config).fastest}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = VideoDiT(**config)
+        student = VideoDiT(**config).to(teacher.reference_parameter)
     student.load_state_dict(student.state_dict() | teacher.state_dict())
-    return student.to(teacher.reference_parameter)
+    return student
 
 
 def distill_config(settings: dict[str, Any], **options: Any) -> TrainConfig:
@@ -112,8 +112,8 @@ def distill(
         raise ValueError(f"config: expected objective={Distillation.name!r}, got {config.objective!r}")
     if config.context_noise > settings["train"]["context_noise"]:
         raise ValueError(
-            f"context_noise: expected at most {settings['train']['context_noise']}, which the teacher was trained with, "
-            f"got {config.context_noise}"
+            f"context_noise: expected at most {settings['train']['context_noise']}, which the teacher was trained "
+            f"with, got {config.context_noise}"
         )
     objective = Distillation(teacher, config.shift, config.guidance, draw_steps)
     distilled = {"distilled": {"teacher": fingerprint(teacher), "draw_steps": draw_steps}}

@@ -104,8 +104,7 @@ def test_drawing_in_one_step_equals_the_parallel_pass(condition):
 def test_drawing_in_spans_visits_one_after_the_other():
     model, calls = small(two_times=True), []
     stream = VideoStream(model, objective=MeanFlow(2.0), steps=3)
-    forward = model.forward
-    model.forward = lambda *args, span=None, **more: (calls.append((args[1], span)), forward(*args, span=span, **more))[1]
+    model.register_forward_pre_hook(lambda _, args, more: calls.append((args[1], more["span"])), with_kwargs=True)
     stream.next()
     *drawn, (time, span) = [(float(t), 0.0 if s is None else float(s)) for t, s in calls]
     assert (time, span) == (0, 0), "the finished frame enters the cache"
