@@ -15,7 +15,7 @@ struct Config {
       patch_width;            // of a video and of a patch; `frames` video frames are drawn together
   int64_t height, width;      // of a video frame
   int64_t dim, ffw, classes;  // of a token, of its feed-forward layers; 0 classes: no labels
-  bool local_conv;
+  std::vector<int64_t> conv_frames;  // that the convolution of each layer sees, its own and those before; 0: no such
   bool shared;  // frames see the noise of earlier frames at the same evaluation; else the finished frames
   double shift, fps;
   std::vector<pom_layer> layers;
@@ -37,9 +37,9 @@ class ConfigReader {
  public:
   explicit ConfigReader(const Safetensors& file) : file_(file) {}
 
-  // The bytes beside each layer hold the two frames that its convolution reaches back to, for every video.
+  // The bytes beside each layer hold the earlier frames that its convolution sees, for every video.
   Config read(int64_t batch) const {
-    if (file_.metadata("format") != "pom_ext video 1")
+    if (file_.metadata("format") != "pom_ext video 2")
       file_.fail("is of another version; write it with: pom-ext export");
     const auto patch = integers("patch", 3, 1), size = integers("size", 2, 1);
     Config c = {};
@@ -51,14 +51,15 @@ class ConfigReader {
     if (c.dim % 8) file_.fail("has a 'dim' that is no multiple of 8");
     const double pixels = double(c.height) * double(c.width);
     if (std::max(double(c.values()), double(c.dim)) * pixels > 0x1p31) file_.fail("has sizes that are too large");
-    c.local_conv = integers("local_conv", 1, 0)[0] != 0;
     c.shared = file_.metadata("context") == "shared";
     c.shift = positive("shift"), c.fps = positive("fps");
     const auto forms = words("forms");
     const auto degrees = integers("degrees", forms.size(), 1), heads = integers("heads", forms.size(), 1),
                widths = integers("widths", forms.size(), 1);
-    const auto cache_bytes = c.local_conv ? size_t(batch * 2 * c.tokens() * c.dim) * sizeof(float) : 0;
+    c.conv_frames = integers("conv_frames", forms.size(), 0);
     for (size_t i = 0; i < forms.size(); ++i) {
+      const auto cached = std::max<int64_t>(0, c.conv_frames[i] - 1) * batch * c.tokens() * c.dim;
+      const auto cache_bytes = size_t(cached) * sizeof(float);
       if (forms[i] != "product" && forms[i] != "power") file_.fail("has a layer of the unknown form " + forms[i]);
       const int32_t form = forms[i] == "product" ? POM_PRODUCT : POM_POWER;
       c.layers.push_back({form, int32_t(degrees[i]), POM_F32, int32_t(heads[i]), widths[i], cache_bytes});

@@ -63,44 +63,48 @@ struct Embed {
   }
 };
 
-// y = x + depthwise 3 x 3 x 3 convolution over the frame and the two before it, `cache` (videos, 2, tokens, n).
+// y = x + depthwise convolution over 3 x 3 patches of the frame and of the `earlier` frames before it, of which `cache`
+// (videos, earlier, tokens, n) holds the tokens.
 struct Convolve {
-  int64_t n, height, width;
-  const float *x, *cache, *weight, *bias;  // weight (27, n)
+  int64_t n, height, width, earlier;
+  const float *x, *cache, *weight, *bias;  // weight ((earlier + 1) * 9, n)
   float* y;
   template <class Lanes>
   POM_BOTH void operator()(int64_t token, const Lanes& lanes) const {
     constexpr int W = Lanes::width;
     const int64_t frame = height * width * n, video = token / (height * width), place = token % (height * width);
     const int64_t row = place / width, column = place % width;
-    const float* const frames[] = {cache + 2 * video * frame, cache + (2 * video + 1) * frame, x + video * frame};
     const int64_t top = row > 0 ? -1 : 0, bottom = row + 1 < height ? 1 : 0;
     const int64_t left = column > 0 ? -1 : 0, right = column + 1 < width ? 1 : 0;
     for (int64_t i = lanes.first * W; i < n; i += lanes.step * W) {
       float sums[W];
       for (int k = 0; k < W; ++k) sums[k] = bias[i + k];
-      for (int64_t f = 0; f < 3; ++f)
+      for (int64_t f = 0; f <= earlier; ++f) {
+        const float* const patches = f < earlier ? cache + (earlier * video + f) * frame : x + video * frame;
         for (int64_t r = top; r <= bottom; ++r)
           for (int64_t c = left; c <= right; ++c) {
             const float* const w = weight + ((3 * f + r + 1) * 3 + c + 1) * n + i;
-            const float* const from = frames[f] + (place + r * width + c) * n + i;
+            const float* const from = patches + (place + r * width + c) * n + i;
             for (int k = 0; k < W; ++k) sums[k] += w[k] * from[k];
           }
+      }
       for (int k = 0; k < W; ++k) y[token * n + i + k] = x[token * n + i + k] + sums[k];
     }
   }
 };
 
-// Moves the frame into the convolution's cache of two frames (videos, 2, tokens, n).
+// Moves the frame into the convolution's cache (videos, earlier, tokens, n), and the oldest one out.
 struct UpdateCache {
-  int64_t n, tokens;
+  int64_t n, tokens, earlier;
   const float* x;
   float* cache;
   template <class Lanes>
   POM_BOTH void operator()(int64_t row, const Lanes& lanes) const {
-    float* const older = cache + (row / tokens * 2 * tokens + row % tokens) * n;
-    float* const newer = older + tokens * n;
-    for (int64_t i = lanes.first; i < n; i += lanes.step) older[i] = newer[i], newer[i] = x[row * n + i];
+    float* const oldest = cache + (row / tokens * earlier * tokens + row % tokens) * n;
+    for (int64_t i = lanes.first; i < n; i += lanes.step) {
+      for (int64_t f = 0; f + 1 < earlier; ++f) oldest[f * tokens * n + i] = oldest[(f + 1) * tokens * n + i];
+      if (earlier) oldest[(earlier - 1) * tokens * n + i] = x[row * n + i];
+    }
   }
 };
 

@@ -1,7 +1,7 @@
 // The model: blocks of local convolution, polynomial mixer and feed-forward layer, modulated by time and label.
 //
-// A layer's memory of earlier frames lies in the engine's stream: the state of its mixer, and beside it the two frames
-// that its convolution reaches back to.
+// A layer's memory of earlier frames lies in the engine's stream: the state of its mixer, and beside it the earlier
+// frames that its convolution sees.
 #pragma once
 
 #include "conditions.h"
@@ -24,7 +24,8 @@ class VideoDit {
     const int64_t rows = batch * config.tokens();
     for (float** const tokens : {&x_, &spare_, &normed_, &branch_}) *tokens = device.floats(rows * config.dim);
     for (size_t i = 0; i < config.layers.size(); ++i)
-      layers_.emplace_back(device, file, config, "layers." + std::to_string(i), config.layers[i]);
+      layers_.emplace_back(device, file, config, "layers." + std::to_string(i), config.layers[i],
+                           config.conv_frames[i]);
     hidden_ = device.floats(rows * config.ffw);
     for (Layer& layer : layers_) layer.step.x = normed_, layer.step.y = branch_;
   }
@@ -48,13 +49,14 @@ class VideoDit {
     device_.rows(rows, Embed{dim, tokens, spare, positions_, now});
     for (size_t i = 0; i < layers_.size(); ++i, modulation.values += kParts * dim) {
       const Layer& layer = layers_[i];
-      if (config_.local_conv) {
+      if (config_.conv_frames[i]) {
+        const int64_t earlier = config_.conv_frames[i] - 1;
         pom_state state;
         check(pom_stream_state(&stream, evaluation, int64_t(i), &state));
         float* const cache = static_cast<float*>(state.kept);
-        device_.rows(rows, Convolve{dim, config_.rows(), config_.columns(), now, cache, layer.conv_weight,
+        device_.rows(rows, Convolve{dim, config_.rows(), config_.columns(), earlier, now, cache, layer.conv_weight,
                                     layer.conv_bias, spare});
-        if (memory == Memory::goes_on) device_.rows(rows, UpdateCache{dim, tokens, now, cache});
+        if (memory == Memory::goes_on) device_.rows(rows, UpdateCache{dim, tokens, earlier, now, cache});
         std::swap(now, spare);
       }
       device_.rows(rows, Normalise{dim, part(modulation, kMixerScale), now, normed_});
@@ -79,13 +81,13 @@ class VideoDit {
     pom_step step = {};
 
     Layer(Device& device, const Safetensors& file, const Config& config, const std::string& name,
-          const pom_layer& shape)
+          const pom_layer& shape, int64_t conv_frames)
         : mixer_in(device, file, name + ".mixer_in", channels_of(shape) + gates_of(shape), config.dim),
           mixer_out(device, file, name + ".mixer_out", config.dim, channels_of(shape)),
           ffw_in(device, file, name + ".ffw_in", config.ffw, config.dim),
           ffw_out(device, file, name + ".ffw_out", config.dim, config.ffw) {
-      if (config.local_conv) {
-        conv_weight = uploaded(device, file, name + ".conv.weight", {27, config.dim});
+      if (conv_frames) {
+        conv_weight = uploaded(device, file, name + ".conv.weight", {9 * conv_frames, config.dim});
         conv_bias = uploaded(device, file, name + ".conv.bias", {config.dim});
       }
       step.tokens = config.tokens(), step.dim = config.dim;

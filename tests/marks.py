@@ -12,6 +12,7 @@ PLACES = {
         "tests/cli/test_cli.py::test_images_in_one_step",
         "tests/cli/test_cli_video.py",
         "tests/data/test_video_data.py",
+        "tests/demo/test_measures.py",
         "tests/layers/test_projected.py::test_derivatives",
         "tests/layers/test_projected.py::test_transforms_of_a_direction",
         "tests/models/test_frame_by_frame.py",

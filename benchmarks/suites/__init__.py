@@ -10,6 +10,7 @@ SUITES = {
     "forward-mode": "the derivative in a direction (jvp) of layers and image models, beside their forward",
     "one-step": "images drawn in one step: a model trained by MeanFlow beside one trained by flow matching",
     "streaming": "time and memory of one more frame of video, with PoM and with attention",
+    "video-lasts": "digits streamed for 192 frames: read, motion and distance from real ones, early and late",
     "engine": "latency of one more frame of a layer: the C++ engine, the engine from Python, and torch",
     "launches": "launches and bytes of the CUDA kernels, counted on the CPU; needs no GPU",
     "resources": "registers, spills and occupancy of the CUDA kernels, read from the build; needs no GPU",

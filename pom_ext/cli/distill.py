@@ -17,6 +17,9 @@ class DistillOptions:
     guidance: Annotated[
         float | None, typer.Option(help="Guidance of the teacher, trained in; 1: none. Default: 2; without classes 1.")
     ] = None
+    context: Annotated[
+        str | None, typer.Option(help="clean, or self: partly behind frames that the new model drew itself.")
+    ] = None
     context_noise: Annotated[float | None, typer.Option(help="Most noise in finished frames, 0 to 1.")] = None
     batch_size: Annotated[int | None, typer.Option(help="Clips per step and process.")] = None
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None

@@ -63,12 +63,13 @@ class FrameOptions:
 
     def open(self, network, settings, labels=None):
         """The `VideoStream` of a network and its checkpoint's settings; with --resume the saved stream."""
+        from ..diffusion.context import stream_context
         from ..streaming import VideoStream
         from .common import parse_size, trained_objective
 
         if self.resume is not None:
             return VideoStream.load(self.resume, network)
-        context, objective = settings["train"]["context"], trained_objective(settings)
+        context, objective = stream_context(settings["train"]["context"]), trained_objective(settings)
         steps = min(self.usual_steps, objective.default_steps) if self.steps is None else self.steps
         options = {**vars(self), "size": parse_size(self.size), "steps": steps}
         del options["resume"], options["device"]

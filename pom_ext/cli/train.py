@@ -120,7 +120,11 @@ class LearningOptions:
     guidance: Annotated[float | None, typer.Option(help="meanflow: trained guidance; 1: none. Default: 2.")] = None
     shift: Annotated[float | None, typer.Option(help="Noise shift. Default: computed from the size.")] = None
     context: Annotated[
-        str, typer.Option(help="Video: clean (a noisy frame sees finished frames) or shared (it sees noisy frames).")
+        str,
+        typer.Option(
+            help="Video: clean (a noisy frame sees finished frames), self (partly frames that the model drew itself: "
+            "streams last longer) or shared (it sees noisy frames)."
+        ),
     ] = "clean"
     context_noise: Annotated[float, typer.Option(help="Video: most noise in finished frames, 0 to 1.")] = 0.5
     batch_size: Annotated[int | None, typer.Option(help="Per step and process. Default: 32 images, 8 clips.")] = None

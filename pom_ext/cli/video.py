@@ -146,8 +146,10 @@ def export(
 
         export_model(checkpoint, out)
     else:
+        from ..diffusion.context import stream_context
         from ..export import export_frame_step
 
         model, settings = load_video_model(checkpoint, device)
-        export_frame_step(model, aoti, objective=trained_objective(settings), context=settings["train"]["context"])
+        context = stream_context(settings["train"]["context"])
+        export_frame_step(model, aoti, objective=trained_objective(settings), context=context)
     typer.echo(f"wrote {out if aoti is None else aoti}", err=True)

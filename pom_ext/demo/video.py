@@ -4,6 +4,7 @@ import time
 from dataclasses import asdict
 
 import torch
+from tqdm.auto import tqdm
 
 from ..convert import inflate
 from ..data import MovingDigits
@@ -14,9 +15,9 @@ from ..media.frames import tile
 from ..models import VideoDiT
 from ..streaming import VideoStream
 from ..training import TrainConfig, train
-from .classifier import train_classifier
+from .measures import by_length, read_as, real_videos, train_judges
 
-CLIP, STREAM = 8, 24  # frames of a training clip and of a drawn video
+CLIP, STREAM = 8, 192  # frames of a training clip and of a drawn video
 TRAIN = TrainConfig(lr=7e-3, shift=2.0, batch_size=4, warmup=50, ema_decay=0.995, context_noise=1.0)
 # Without context noise strokes grow or fade from frame to frame: after 16 frames half of the digits were readable.
 SAMPLING = {"steps": 6, "guidance": 4.0, "solver": "euler", "context_noise": 0.8}
@@ -38,18 +39,13 @@ def run_video(out, image_model, *, seconds, per_class, seed):
     labels = torch.arange(len(data.classes)).repeat_interleave(per_class)
     stream = VideoStream(result.model, labels, objective=FlowMatching(config.shift), seed=seed, **SAMPLING)
     start = time.perf_counter()
-    video = torch.cat([stream.next() for _ in range(STREAM)], dim=2).float().cpu().clamp(-1, 1)  # (B, 1, T, H, W)
+    video = draw_video(stream, STREAM)
     drawing_seconds = time.perf_counter() - start
-    shown = video[::per_class]
-    contact_sheet(shown, out / "video.png", row_labels=data.classes)
-    tiled = torch.stack([tile(frame, columns=5) for frame in shown.unbind(2)], dim=1)
-    for name in ("video.mp4", "video.gif"):
-        write_video(out / name, tiled, fps=8)
+    show_video(video[::per_class], data.classes, out / "video.png", out / "video.mp4", out / "video.gif")
 
-    classifier, held_out_accuracy = train_classifier(*still_frames(data))
-    with torch.no_grad():
-        read = (classifier(video.transpose(1, 2).flatten(0, 1)).argmax(1).view(-1, STREAM) == labels[:, None]).float()
-    by_frame = read.mean(0).tolist()
+    classifier, clip_net, reached = train_judges(STREAM, seed)
+    by_frame = read_as(video, labels, classifier).float().mean(0).tolist()
+    real = real_videos(MovingDigits(frames=STREAM, seed=seed + 1, begin=data.begin), labels.repeat(2), seed)
     costs = compare_costs(result.model, seed)
     save_stream_costs(costs, out / "stream.png", "one more frame of the stream, against the number of frames before it")
     final = result.losses[-200:]
@@ -63,10 +59,11 @@ def run_video(out, image_model, *, seconds, per_class, seed):
         "clip_frames": CLIP,
         "stream": {**SAMPLING, "videos": len(video), "frames": STREAM, "seconds": round(drawing_seconds, 1)},
         "state_bytes_per_video": stream.nbytes // len(video),
-        "classifier_accuracy_on_real_frames": held_out_accuracy,
+        **reached,
         "frames_read_as_requested": by_frame,
         "read_within_the_trained_length": mean(by_frame[:CLIP]),
         "read_at_twice_the_trained_length": mean(by_frame[2 * CLIP - 4 : 2 * CLIP]),
+        "by_length": by_length(video, labels, classifier, clip_net, real),
         "costs": costs,
     }
 
@@ -75,11 +72,24 @@ def mean(values):
     return sum(values) / len(values)
 
 
-def still_frames(data):
-    """One frame of a moving digit for every image, with its label."""
-    clips = [data[index] for index in range(data.images_shown)]
-    frames = torch.stack([clip[:, index % CLIP] for index, (clip, _) in enumerate(clips)])
-    return frames, torch.stack([label for _, label in clips])
+def draw_video(stream, frames):
+    """(B, C, T, H, W) in [-1, 1] on the CPU: the next frames of a stream."""
+    drawn = [stream.next().float().cpu() for _ in tqdm(range(frames), desc="stream", unit="frame")]
+    return torch.cat(drawn, dim=2).clamp(-1, 1)
+
+
+def show_video(video, names, sheet, *movies):
+    """Write a contact sheet of videos (B, 1, T, H, W), a named row for each, and movies with five of them in a row.
+
+    Movies show 24 frames of a second. To stay small, a GIF has every second frame and 16 shades of grey.
+    """
+    contact_sheet(video, sheet, row_labels=names)
+    tiled = torch.stack([tile(frame, columns=5) for frame in video.unbind(2)], dim=1)
+    for path in movies:
+        if path.suffix == ".gif":
+            write_video(path, (7.5 * (tiled[:, ::2] + 1)).round() / 7.5 - 1, fps=12)
+        else:
+            write_video(path, tiled, fps=24)
 
 
 def compare_costs(model, seed):

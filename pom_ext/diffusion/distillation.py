@@ -73,8 +73,19 @@ class Distillation(MeanFlow):
         **text: Tensor,
     ) -> Tensor:
         """Squared error of the mean velocity, for clips (B, C, T, H, W); arguments as of `meanflow_video_loss`."""
-        options = {"context": context, "context_noise": context_noise, "given": given}
-        drawn = draw_frames(model, self, self.draw_times, clean, generator, **options)
+        drawn = draw_frames(
+            model,
+            self,
+            self.draw_times,
+            clean,
+            labels,
+            generator,
+            context=context,
+            context_noise=context_noise,
+            given=given,
+            progress=progress,
+            **text,
+        )
         noisy, (time, span) = drawn.noisy, drawn.times
         arguments = {"labels": labels, "frame_causal": True, **drawn.finished, **text}
         step = span.clamp_max(self.STEP)

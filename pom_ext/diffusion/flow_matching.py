@@ -40,6 +40,11 @@ class FlowMatching(Objective):
         """The velocity (B, ...)."""
         return noise - clean
 
+    def estimate(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
+        """See `Objective.estimate`: where the velocity leads."""
+        t = (time / MAX_TIME).to(noisy.dtype).view(-1, *[1] * (noisy.dim() - 1))
+        return noisy - t * prediction
+
     def denoise(self, predict: Callable[..., Tensor], noise: Tensor, steps: int, solver: str = "euler") -> Tensor:
         """See `Objective.denoise`: follows the velocity from noise to data."""
         return integrate(lambda x, t: predict(x, MAX_TIME * t), noise, flow_times(steps, self.shift), solver)

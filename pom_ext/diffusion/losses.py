@@ -12,21 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layers.embeddings import MAX_TIME
+from .context import TRAINED_CONTEXTS, add_noise, check_context, finished_frames
 from .network import Network
 
 if TYPE_CHECKING:
     from .objectives import Objective
-
-CONTEXTS = ("clean", "shared")  # what a frame sees of the frames before it: finished frames, or noisy ones
-
-
-def check_context(context: str, objective: Objective | None = None) -> None:
-    """Raise ValueError for a context that is not in CONTEXTS, or that the objective does not have."""
-    if context not in CONTEXTS:
-        raise ValueError(f"context: expected one of {', '.join(CONTEXTS)}, got {context!r}")
-    if objective is not None and context not in objective.contexts:
-        raise ValueError(f"context: expected {' or '.join(objective.contexts)} with {objective.label}, got {context!r}")
 
 
 def diffusion_loss(
@@ -60,6 +50,7 @@ def video_loss(
     context: str = "clean",
     context_noise: float = 0.0,
     given: int = 0,
+    progress: float = 1.0,
     **text: Tensor,
 ) -> Tensor:
     """Mean squared error of a `VideoDiT`'s prediction at random times, all frames in one pass.
@@ -72,11 +63,13 @@ def video_loss(
         generator: of noise and times, on the device of the video.
         context: "clean": every frame has its own time, and sees the finished frames before it: the loss is the same as
             if the frames were predicted one by one (diffusion forcing, Chen et al. 2024, arXiv 2407.01392, with
-            finished context). "shared": all frames have one time, and see each other's noise (arXiv 2411.12663).
-        context_noise: up to 1; the finished frames of a video are shown with noise, at one time between 0 and this
-            share of 1000. A model that has learned from noisy context corrects errors in its own frames
-            (`VideoStream`).
+            finished context). "self": the same, but the finished frames are partly the model's own
+            (`context.finished_frames`). "shared": all frames have one time, and see each other's noise (arXiv
+            2411.12663).
+        context_noise: up to 1; every finished frame is shown with noise, of a time between 0 and this share of 1000. A
+            model that has learned from noisy context corrects errors in its own frames (`VideoStream`).
         given: number of first frames of tokens that are shown without noise and do not count in the loss.
+        progress: completed share of the training, 0 to 1, on which the share of own frames depends.
         text: arguments `text` and `text_weight` of the model.
 
     Returns:
@@ -89,8 +82,19 @@ def video_loss(
     def draw_times(batch, generator):
         return (objective.draw_time(batch, generator),)
 
-    options = {"context": context, "context_noise": context_noise, "given": given}
-    drawn = draw_frames(model, objective, draw_times, video, generator, **options)
+    drawn = draw_frames(
+        model,
+        objective,
+        draw_times,
+        video,
+        labels,
+        generator,
+        context=context,
+        context_noise=context_noise,
+        given=given,
+        progress=progress,
+        **text,
+    )
     prediction = model(drawn.noisy, *drawn.times, labels=labels, frame_causal=True, **drawn.finished, **text)
     target = objective.target(video, drawn.noise)
     return F.mse_loss(prediction.to(video.dtype)[:, :, drawn.given :], target[:, :, drawn.given :])
@@ -119,44 +123,48 @@ def draw_frames(
     objective: Objective,
     draw_times: Callable[[int, torch.Generator], tuple[Tensor, ...]],
     video: Tensor,
+    labels: Tensor | None,
     generator: torch.Generator,
     *,
     context: str = "clean",
     context_noise: float = 0.0,
     given: int = 0,
+    progress: float = 1.0,
+    **text: Tensor,
 ) -> NoisyFrames:
-    """Draw times and noise for the frames of clips; the arguments are those of `video_loss`, which names its errors.
+    """Draw times, noise and finished frames for clips; the arguments are those of `video_loss`, which names its errors.
 
     Args:
         draw_times: draw_times(n, generator) gives tensors (n,), the first of them the times of the noise.
     """
-    check_context(context, objective)
+    check_context(context, TRAINED_CONTEXTS, objective)
     unit = getattr(model, "module", model).config["patch"][0]
     batch, frames = len(video), video.shape[2] // unit
     if not 0 <= given < frames:
         raise ValueError(f"given: expected 0 to {frames - 1} of {frames} frames, got {given}")
 
-    def fold(video):  # (B, C, T, H, W) -> (B * T', C, t, H, W)
-        return video.unflatten(2, (frames, unit)).transpose(1, 2).flatten(0, 1)
-
-    if context == "clean":  # evenly spread times come in order: shuffle them
+    if context == "shared":
+        times = tuple(drawn.repeat_interleave(frames) for drawn in draw_times(batch, generator))
+    else:  # evenly spread times come in order: shuffle them
         order = torch.randperm(batch * frames, generator=generator, device=video.device)
         times = tuple(drawn[order] for drawn in draw_times(batch * frames, generator))
-    else:
-        times = tuple(drawn.repeat_interleave(frames) for drawn in draw_times(batch, generator))
+    times = tuple(drawn.view(batch, frames) for drawn in times)
     noise = torch.randn(video.shape, generator=generator, device=video.device, dtype=video.dtype)
-    noisy = objective.add_noise(fold(video), fold(noise), times[0])
-    noisy = noisy.unflatten(0, (batch, frames)).transpose(1, 2).flatten(2, 3)  # (B, C, T, H, W)
-    times = tuple(drawn.to(video.dtype).view(batch, frames) for drawn in times)
+    noisy, times = add_noise(objective, video, noise, times[0]), tuple(drawn.to(video.dtype) for drawn in times)
     if given:
         noisy = torch.cat([video[:, :, : given * unit], noisy[:, :, given * unit :]], dim=2)
         times = tuple(torch.cat([torch.zeros_like(t[:, :given]), t[:, given:]], dim=1) for t in times)
     finished = {}
-    if context == "clean":
-        finished = {"finished": video}
-        if context_noise:
-            level = context_noise * MAX_TIME * torch.rand(batch, generator=generator, device=video.device)
-            own_noise = torch.randn(video.shape, generator=generator, device=video.device, dtype=video.dtype)
-            remembered = objective.add_noise(video, own_noise, level)
-            finished = {"finished": remembered, "finished_time": level.to(video.dtype)}
+    if context != "shared":
+        finished = finished_frames(
+            model,
+            objective,
+            video,
+            labels,
+            generator,
+            own=context == "self",
+            context_noise=context_noise,
+            progress=progress,
+            **text,
+        )
     return NoisyFrames(noisy, times, noise, finished, given * unit)

@@ -43,7 +43,7 @@ class MeanFlow(FlowMatching):
     default_steps = 1
     default_guidance = 1.0
     trained_guidance = 2.0
-    contexts = ("clean",)
+    contexts = ("clean", "self")
     model_options = MappingProxyType({"two_times": True})
 
     INSTANT = 0.5  # share of samples trained with span 0
@@ -102,9 +102,9 @@ class MeanFlow(FlowMatching):
     ) -> Tensor:
         """See `Objective.loss`: that of flow matching until VELOCITY_FIRST of the training, then of mean velocities."""
         if progress < self.VELOCITY_FIRST:
-            return super().loss(model, clean, labels, generator, **video)
+            return super().loss(model, clean, labels, generator, progress=progress, **video)
         if "length" in getattr(model, "module", model).config:
-            return meanflow_video_loss(model, self, clean, labels, generator, **video)
+            return meanflow_video_loss(model, self, clean, labels, generator, progress=progress, **video)
         return meanflow_loss(model, self, clean, labels, generator)
 
     def supports(self, model: Network | None = None, **options: Any) -> list[str]:
@@ -167,6 +167,7 @@ def meanflow_video_loss(
     context: str = "clean",
     context_noise: float = 0.0,
     given: int = 0,
+    progress: float = 1.0,
     **text: Tensor,
 ) -> Tensor:
     """The loss of `meanflow_loss` for the frames of videos, all in one pass, each with its own time, span and weight.
@@ -180,9 +181,10 @@ def meanflow_video_loss(
         video: (B, C, T, H, W) in [-1, 1].
         labels: (B,) or (B, T'); None for a model without.
         generator: of noise and times, on the device of the video.
-        context: "clean", see `video_loss`.
+        context: "clean" or "self", see `video_loss`.
         context_noise: see `video_loss`.
         given: see `video_loss`.
+        progress: see `video_loss`.
         text: arguments `text` and `text_weight` of the model.
 
     Returns:
@@ -191,8 +193,19 @@ def meanflow_video_loss(
     Raises:
         ValueError: another context, or no frame left to predict.
     """
-    options = {"context": context, "context_noise": context_noise, "given": given}
-    drawn = draw_frames(model, objective, objective.draw_times, video, generator, **options)
+    drawn = draw_frames(
+        model,
+        objective,
+        objective.draw_times,
+        video,
+        labels,
+        generator,
+        context=context,
+        context_noise=context_noise,
+        given=given,
+        progress=progress,
+        **text,
+    )
     time, span = drawn.times
     arguments = {"frame_causal": True, **drawn.finished, **text}
     velocity = objective.target(video, drawn.noise)

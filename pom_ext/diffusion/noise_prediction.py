@@ -47,6 +47,11 @@ class NoisePrediction(Objective):
         """The noise (B, ...)."""
         return noise
 
+    def estimate(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
+        """See `Objective.estimate`: the noisy data without the predicted noise."""
+        signal = self.scheduler.alphas_cumprod.to(noisy)[time.long()].view(-1, *[1] * (noisy.dim() - 1))
+        return (noisy - (1 - signal).sqrt() * prediction) / signal.sqrt()
+
     def denoise(self, predict: Callable[..., Tensor], noise: Tensor, steps: int, solver: str = "euler") -> Tensor:
         """See `Objective.denoise`; "euler" is deterministic DDIM."""
         self.scheduler.set_timesteps(steps, device=noise.device)

@@ -18,7 +18,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from .losses import CONTEXTS, diffusion_loss, video_loss
+from .context import TRAINED_CONTEXTS
+from .losses import diffusion_loss, video_loss
 from .network import Network
 from .timesteps import resolution_shift
 
@@ -40,7 +41,7 @@ class Objective(ABC):
     default_guidance: ClassVar[float] = 3.0  # of the sampler, for an image
     trained_guidance: ClassVar[float | None] = None  # default of the argument `guidance`, if the objective takes one
     for_video: ClassVar[bool] = True  # whether it trains on videos and draws them frame after frame
-    contexts: ClassVar[tuple[str, ...]] = CONTEXTS  # what a frame may see of those before it, see `video_loss`
+    contexts: ClassVar[tuple[str, ...]] = TRAINED_CONTEXTS  # of `video_loss`, that it has
     model_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # arguments of the model that it needs
 
     def __init__(self, shift: float = 1.0) -> None:
@@ -57,6 +58,16 @@ class Objective(ABC):
     @abstractmethod
     def target(self, clean: Tensor, noise: Tensor) -> Tensor:
         """What the network is trained to predict (B, ...)."""
+
+    def estimate(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
+        """The data (B, ...) that the prediction (B, ...) for noisy data (B, ...) at times (B,) amounts to.
+
+        Only needed to train a video model behind its own frames, context="self".
+
+        Raises:
+            NotImplementedError: the objective does not say it.
+        """
+        raise NotImplementedError(f"context: 'self' needs a method {type(self).__name__}.estimate")
 
     @abstractmethod
     def denoise(self, predict: Callable[..., Tensor], noise: Tensor, steps: int, solver: str = "euler") -> Tensor:
@@ -94,7 +105,7 @@ class Objective(ABC):
             video: `context`, `context_noise` and `given` of `video_loss`; images do not use them.
         """
         if "length" in getattr(model, "module", model).config:
-            return video_loss(model, self, clean, labels, generator, **video)
+            return video_loss(model, self, clean, labels, generator, progress=progress, **video)
         return diffusion_loss(model, self, clean, labels, generator)
 
     def supports(

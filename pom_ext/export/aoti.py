@@ -6,7 +6,7 @@ The package is one function of tensors with constant shapes; it contains the com
 
 frame and prediction: (B, C, patch[0], H, W); time: (B,) in [0, 1000], in the dtype of the model; labels: (B,) int64.
 state: the tensors of a `StreamCache`, in the order of its `state_dict`: "{layer}.total", "{layer}.residual" and
-    "{layer}.count" of every layer, then "{layer}.tail" of every layer that looks at earlier frames. With positions other
+    "{layer}.count" of every layer, then "{layer}.tail" of every layer that sees earlier frames. With positions other
     than "space", "frames", the number of frames so far, int64 (), precedes them. The state before the first frame is
     all zeros.
 
@@ -27,7 +27,7 @@ from torch import nn
 
 from .._io import atomic_write
 from ..diffusion import FlowMatching
-from ..diffusion.losses import check_context
+from ..diffusion.context import check_context
 from ..models.config import VideoDiTConfig
 from ..models.video import VideoDiT
 from ..ops import State
@@ -143,7 +143,7 @@ def export_frame_step(model, path, *, batch=1, size=None, window=0, decay=1.0, o
     path, objective = Path(path), FlowMatching() if objective is None else objective
     if path.suffix != ".pt2":
         raise ValueError(f"path: expected a name that ends in .pt2, by which torch knows a package, got {path}")
-    check_context(context, objective)
+    check_context(context, objective=objective)
     program, inputs = trace_frame_step(model, batch=batch, size=size, window=window, decay=decay)
     for reason in objective.supports(model, video=True):
         raise ValueError(reason)

@@ -4,13 +4,13 @@ import torch
 from safetensors.torch import save_file
 
 from .._io import atomic_write
-from ..layers.blocks import MOST_EARLIER
+from ..diffusion.context import stream_context
 from ..layers.embeddings import sincos_positions, time_frequencies
 from ..layers.layout import Grid
 from ..models.checkpoint import load_model
 from ..models.config import VideoDiTConfig
 
-FORMAT = "pom_ext video 1"  # change it whenever programs for the last format would misread a file
+FORMAT = "pom_ext video 2"  # change it whenever programs for the last format would misread a file
 
 
 def export_model(checkpoint, path):
@@ -41,11 +41,6 @@ def _check_supported(checkpoint, model, settings):
         raise ValueError("mixer: expected product or power in every layer; the engine has no attention")
     if model.config["read"] != "shared":
         raise ValueError(f"read: expected 'shared', got {model.config['read']!r}, which the engine does not have yet")
-    earlier = [None if block.local_conv is None else block.local_conv.earlier for block in model.blocks]
-    if set(earlier) not in ({None}, {MOST_EARLIER}):
-        raise ValueError(
-            f"local_conv: expected 'clip' or None in all layers, which the engine has, got {model.config['local_conv']!r}"
-        )
     if model.text_dim:
         raise ValueError(f"text_dim: expected a model without text, got text_dim={model.text_dim}")
     if model.positions != "space":
@@ -66,12 +61,12 @@ def _metadata(model, settings):
         "dim": model.dim,
         "ffw": model.blocks[0].ffw[0].out_features,
         "classes": model.n_classes,
-        "local_conv": int(model.blocks[0].local_conv is not None),
+        "conv_frames": [0 if block.local_conv is None else 1 + block.local_conv.earlier for block in model.blocks],
         "forms": [mixer.form for mixer in mixers],
         "degrees": [mixer.degree for mixer in mixers],
         "heads": [mixer.n_sel_heads for mixer in mixers],
         "widths": [mixer.dim * mixer.expand for mixer in mixers],
-        "context": settings["train"]["context"],
+        "context": stream_context(settings["train"]["context"]),
         "shift": settings["train"]["shift"],
         "fps": settings["data"].get("fps", 8.0),
     }
@@ -102,7 +97,7 @@ def _tensors(model):
         tensors |= _linear(f"{name}.ffw_in", block.ffw[0]) | _linear(f"{name}.ffw_out", block.ffw[2])
         if block.local_conv is not None:
             conv = block.local_conv.conv
-            weight = conv.weight.flatten(1).t()  # (27, D): (frame, row, column), channels last
+            weight = conv.weight.flatten(1).t()  # (conv_frames * 9, D): (frame, row, column), channels last
             tensors |= {f"{name}.conv.weight": weight, f"{name}.conv.bias": conv.bias}
     return tensors
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layout import ContextWindow, FrameLayout, Grid
+from .layout import FrameLayout, Grid
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
@@ -121,7 +121,7 @@ class FrameAttention(Attention):
     """Attention over frames, with the same choices of who sees whom as `FrameMixer`, and a key-value cache."""
 
     def new_cache(
-        self, batch: int, tokens: int, context_window: ContextWindow, dtype: torch.dtype, device: torch.device | str
+        self, batch: int, tokens: int, layout: FrameLayout, dtype: torch.dtype, device: torch.device | str
     ) -> KeyValues:
         """The cache of `tokens` tokens, with zeros for keys and values."""
         return KeyValues(*torch.zeros(2, batch, tokens, self.out_proj.out_features, dtype=dtype, device=device))

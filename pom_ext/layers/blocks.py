@@ -9,21 +9,18 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import State
-from ..ops.checks import accumulator
 from .attention import Attention, CrossAttention, FrameAttention, LocalAttention
 from .embeddings import TimeEmbedding
-from .layout import FULL_CONTEXT, ContextWindow, FrameLayout, Grid, sum_first
+from .frame_mixer import FrameMixer, HybridMixer
+from .layout import FrameLayout, Grid
 from .pom import PoM
 
 MIXERS = ("product", "power", "attention", "local")
 FRAME_MIXERS = ("product", "power", "attention", "attention+product", "attention+power")
 INSIDE = "attention+"  # prefix of mixers with softmax inside each frame
 DEFAULT_DEGREE = {"product": 2, "power": 3}
-MOST_EARLIER = 2  # frames before its own that the local convolution of a video may see
 
 Layer = TypeVar("Layer", bound=PoM)
 
@@ -37,115 +34,9 @@ class PolynomialMixer(PoM):
         return super().forward(x)  # pyright: ignore[reportReturnType] (no state is asked for)
 
 
-class FrameMixer(PoM):
-    """PoM over the frames of a video. Its cache is a `State` (B, G, C).
-
-    With read="shared" it is what `ContextWindow.sum_earlier` takes; with read="split" the same of the past, and after
-    it, if there is a sink, one more group for the first frames.
-
-    Args:
-        options: of `PoM`.
-        sink: with read="split", number of first frames that never fade, and that a gate of their own reads.
-
-    Raises:
-        ValueError: as `PoM`, or a sink without split read.
-    """
-
-    def __init__(self, *args, sink: int = 0, **options):
-        super().__init__(*args, **options)
-        if sink and not self.split:
-            raise ValueError(f"sink: expected 0 with read='shared', got {sink}; a sink has a gate, which read='split' gives")
-        self.sink = sink
-        if sink:
-            self.sink_gate_proj = nn.Linear(self.dim, self.gate_proj.out_features)
-            self.reset_past()
-
-    def reset_past(self) -> None:
-        """As `PoM.reset_past`; half of the sink is read too."""
-        super().reset_past()
-        if getattr(self, "sink", 0):
-            for parameter in self.sink_gate_proj.parameters():
-                nn.init.zeros_(parameter)
-
-    def new_cache(
-        self, batch: int, tokens: int, context_window: ContextWindow, dtype: torch.dtype, device: torch.device | str
-    ) -> State:
-        """The cache before the first frame. Its size does not depend on `tokens`, the number of earlier tokens."""
-        groups = context_window.window - 1 if context_window.window else 1
-        return self.new_past(batch, accumulator(dtype), device, groups + bool(self.sink))
-
-    def forward(self, x: Tensor, layout: FrameLayout, cache: State | None = None) -> tuple[Tensor, State]:
-        """Mix tokens (B, T, S, D); also returns the cache after these frames."""
-        tokens = x.flatten(1, 2)  # (B, T * S, D)
-        positions = None if self.rope is None else layout.coordinates
-        if self.split or layout.teacher_forced or layout.context_window != FULL_CONTEXT:
-            mixed, cache = self._mix_each_frame(tokens, x.shape[2], positions, layout, cache)
-            return mixed.view_as(x), cache
-        frames = x.shape[2] if layout.causal and x.shape[1] > 1 else None  # one frame alone is a whole sequence
-        options = {"frames": frames, "positions": positions, "state": cache, "return_state": True}
-        mixed: Tensor
-        after: State
-        mixed, after = super().forward(tokens, **options)  # pyright: ignore[reportAssignmentType]
-        # Cloned: a view would keep the states of all frames in memory.
-        return mixed.view_as(x), after if frames is None else after.clone()
-
-    def _mix_each_frame(
-        self, tokens: Tensor, size: int, positions: Tensor | None, layout: FrameLayout, cache: State | None
-    ) -> tuple[Tensor, State]:
-        """Sum every frame of `size` tokens alone, then let it see the earlier frames that the layout lets it see."""
-        rotary, gate_rotary = self._rotaries(tokens, tokens, positions, None)
-        offsets = torch.arange(0, tokens.shape[1] + 1, size, device=tokens.device)
-        if not layout.causal:  # every frame sees all of them: they are one frame
-            offsets, size = None, tokens.shape[1]
-        own = self.state_of(tokens, cu_seqlens=offsets, rotary=rotary)  # (B, T, C)
-        clean = own.map(layout.clean_frames)
-        if cache is None:
-            cache = self.new_cache(clean.total.shape[0], 0, layout.context_window, own.total.dtype, tokens.device)
-        fade = self.fade_of(layout.clean_frames(tokens), offsets)
-        past = cache.map(lambda t: t[:, :-1]) if self.sink else cache
-        earlier, past = layout.context_window.sum_earlier(past, clean, fade)
-        seen = [earlier]
-        if self.sink:
-            first = State(cache.total[:, -1:], cache.residual[:, -1:], cache.count[:, -1:, 0] if cache.fades else cache.count[:, -1:])
-            seen_first, first = sum_first(first, clean, self.sink, size)
-            seen.append(seen_first)
-            past = State.cat([past, first.fading(past.count.shape[2]) if past.fades else first], dim=1)
-        if layout.teacher_forced:
-            seen = [State.cat([state, state], dim=0) for state in seen]
-        if not self.split:
-            return self.read(tokens, seen[0] + own, rotary=gate_rotary), past
-        gates = [self.gate_proj, self.past_gate_proj, *([self.sink_gate_proj] if self.sink else [])]
-        return self.read_each(tokens, [own, *seen], gates, rotary=gate_rotary), past
-
-
-class HybridMixer(nn.Module):
-    """Softmax attention inside each frame, plus a `FrameMixer` across frames. It has the cache of the latter.
-
-    Its cost is quadratic in the tokens of a frame and linear in frames. The output of the attention starts at zero.
-
-    Args:
-        dim: width D of the tokens.
-        n_heads: heads of the attention.
-        across: the mixer across frames.
-    """
-
-    def __init__(self, dim: int, n_heads: int, across: FrameMixer):
-        super().__init__()
-        self.inside, self.across = Attention(dim, n_heads), across
-
-    def new_cache(
-        self, batch: int, tokens: int, context_window: ContextWindow, dtype: torch.dtype, device: torch.device | str
-    ) -> State:
-        """See `FrameMixer.new_cache`."""
-        return self.across.new_cache(batch, tokens, context_window, dtype, device)
-
-    def forward(self, x: Tensor, layout: FrameLayout, cache: State | None = None) -> tuple[Tensor, State]:
-        """Mix tokens (B, T, S, D); also returns the cache after these frames."""
-        mixed, cache = self.across(x, layout, cache)
-        return mixed + self.inside(x.flatten(0, 1), layout.grid).view_as(x), cache
-
-
-def _make_polynomial(layer: type[Layer], kind: str, dim: int, n_heads: int, degree: int | None, **options: Any) -> Layer:
+def _make_polynomial(
+    layer: type[Layer], kind: str, dim: int, n_heads: int, degree: int | None, **options: Any
+) -> Layer:
     """A PoM, or a subclass of it, with one gate per head in power form and a gate per channel in product form."""
     degree = DEFAULT_DEGREE[kind] if degree is None else degree
     return layer(dim, degree, form=kind, n_sel_heads=n_heads if kind == "power" else 1, **options)
@@ -196,7 +87,7 @@ def make_frame_mixer(
         n_heads: as in `make_mixer`.
         degree: as in `make_mixer`.
         rope: "3d" rotates the features of the power form by 3-D positions.
-        options: `expand`, `read` and `fade` of `PoM`, and `sink` of `FrameMixer`.
+        options: `expand`, `read` and `fade` of `PoM`, `sink` and `space_groups` of `FrameMixer`.
     """
     if kind == "attention":
         return FrameAttention(dim, n_heads)
@@ -210,73 +101,6 @@ def make_text_mixer(kind: str, dim: int, n_heads: int, *, degree: int | None = N
     if kind == "attention":
         return CrossAttention(dim, n_heads)
     return _make_polynomial(PoM, kind.removeprefix(INSIDE), dim, n_heads, degree, expand=expand)
-
-
-# Local convolutions
-
-
-class LocalConv(nn.Module):
-    """x + depthwise 3x3 convolution of the patches, which starts at zero. Registers stay as they are.
-
-    Tokens (B, N, D) seen as (B, D, H, W) are already in torch's channels-last format, so nothing is transposed.
-    """
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
-        for parameter in self.conv.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:  # (B, R + N, D) -> (B, R + N, D)
-        patches = x[:, grid.registers :]  # (B, N, D)
-        image = patches.unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2)  # (B, D, h, w), a view
-        patches = patches + self.conv(image).permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, D)
-        return torch.cat([x[:, : grid.registers], patches], dim=1) if grid.registers else patches
-
-
-class FrameConv(nn.Module):
-    """x + depthwise 3x3 convolution of the patches over a frame and some frames before it, which starts at zero.
-
-    Tokens (B, T, S, D) seen as (B, D, T, h, w) are already in torch's channels-last format, so nothing is transposed.
-
-    Args:
-        dim: width D of the tokens.
-        earlier: number of frames before its own that a frame sees, 0 to 2.
-    """
-
-    def __init__(self, dim: int, earlier: int = MOST_EARLIER):
-        super().__init__()
-        self.earlier = earlier
-        self.conv = nn.Conv3d(dim, dim, kernel_size=(earlier + 1, 3, 3), padding=(0, 1, 1), groups=dim)
-        for parameter in self.conv.parameters():
-            nn.init.zeros_(parameter)
-
-    def new_cache(self, batch: int, patches: int, dtype: torch.dtype, device: torch.device | str) -> Tensor | None:
-        """The cache before the first frame: zeros, or None for a convolution that sees no earlier frame."""
-        if not self.earlier:
-            return None
-        return torch.zeros(batch, self.earlier, patches, self.conv.in_channels, dtype=dtype, device=device)
-
-    def forward(self, x: Tensor, layout: FrameLayout, cache: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Convolve tokens (B, T, S, D). The cache holds the last `earlier` frames (B, earlier, S, D)."""
-        sizes = layout.grid.height, layout.grid.width
-        if not self.earlier:
-            frames = x.flatten(0, 1).unflatten(1, sizes).permute(0, 3, 1, 2)  # (B * T, D, h, w), a view
-            conv = self.conv
-            change = F.conv2d(frames, conv.weight[:, :, 0], conv.bias, padding=1, groups=conv.groups)
-            return x + change.permute(0, 2, 3, 1).reshape(x.shape), None
-        clean = layout.clean_frames(x)
-        if cache is None:
-            cache = self.new_cache(len(clean), x.shape[2], x.dtype, x.device)
-            assert cache is not None
-        padded = torch.cat([cache, clean], dim=1)  # (B, earlier + T, S, D)
-        video = padded.unflatten(2, sizes).permute(0, 4, 1, 2, 3)  # (B, D, earlier + T, h, w), a view
-        change = self.conv(video).permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, T, S, D)
-        if layout.teacher_forced:  # a noisy frame replaces the clean one under the kernel's last slice only
-            noise = (x.chunk(2)[1] - clean).flatten(0, 1).unflatten(1, sizes).permute(0, 3, 1, 2)  # (B * T, D, h, w)
-            noise = F.conv2d(noise, self.conv.weight[:, :, -1], padding=1, groups=noise.shape[1])
-            change = torch.cat([change, change + noise.permute(0, 2, 3, 1).reshape(change.shape)])
-        return x + change, padded[:, clean.shape[1] :]
 
 
 # Blocks

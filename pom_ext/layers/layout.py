@@ -78,15 +78,58 @@ class ContextWindow(NamedTuple):
         # Cloned: a view would keep the sums of all frames in memory.
         return earlier, (parts if self.window else sums).map(lambda t: t[:, frames:].clone())
 
+    def sum_earlier_blocks(
+        self, cache: State, own: State, blocks: int, fade: Tensor | None = None
+    ) -> tuple[State, State]:
+        """`sum_earlier` of every block of a frame alone, for a cache (B, G * blocks, C) and own (B, T * blocks, C)."""
+        batch = len(own.total)
+
+        def apart(sums: Tensor) -> Tensor:  # (B, G * blocks, ...) -> (B * blocks, G, ...)
+            return sums.unflatten(1, (-1, blocks)).transpose(1, 2).flatten(0, 1)
+
+        def together(sums: Tensor) -> Tensor:
+            return sums.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(1, 2)
+
+        if fade is not None and fade.dim() == 3:
+            fade = fade.repeat_interleave(blocks, dim=0)
+        earlier, cache = self.sum_earlier(cache.map(apart), own.map(apart), fade)
+        return earlier.map(together), cache.map(together)
+
 
 FULL_CONTEXT = ContextWindow()
+
+
+def swap_blocks(x: Tensor, grid: Grid, side: int, *, back: bool = False) -> Tensor:
+    """Patches (B, T, S, D) in the order of their blocks of side x side, row by row; `back` undoes it."""
+    height, width = grid.height // side, grid.width // side
+    sizes = (height, width, side, side) if back else (height, side, width, side)
+    return x.unflatten(2, sizes).transpose(3, 4).flatten(2, 5)
+
+
+def frame_means(x: Tensor, frames: int | Tensor, weight: Tensor | None = None) -> Tensor:
+    """The mean token of each frame of x (B, N, D), weighted by (B, N): (B, T, D), 0 where there is no weight.
+
+    `frames` is their number T, for frames of one length, or their offsets (T + 1,).
+    """
+    weight = x.new_ones(1, x.shape[1]) if weight is None else weight.to(x.dtype)
+    if isinstance(frames, Tensor):
+        token = torch.arange(x.shape[1], device=x.device)
+        inside = (frames[:-1, None] <= token) & (token < frames[1:, None])  # (T, N)
+        weight = weight[:, None] * inside  # (B, T, N)
+        with torch.autocast(x.device.type, enabled=False):
+            total, count = weight @ x, weight.sum(-1, keepdim=True)
+    else:
+        sizes = frames, x.shape[1] // frames
+        weight = weight.unflatten(1, sizes)[..., None]  # (B, T, N / T, 1)
+        total, count = (weight * x.unflatten(1, sizes)).sum(2), weight.sum(2)
+    return total / torch.where(count == 0, 1, count)
 
 
 def sum_first(cache: State, own: State, frames: int, size: int) -> tuple[State, State]:
     """Sums over the first frames of a stream, as each of T frames sees them: all of the first that are earlier.
 
     Args:
-        cache: State (B, 1, C) of the first frames among those before these.
+        cache: State (B, 1, C) of the first frames among those before these. It may have counts (B, 1, R), all alike.
         own: State (B, T, C), the sums of every frame alone.
         frames: number of first frames.
         size: tokens of a frame.
@@ -95,9 +138,12 @@ def sum_first(cache: State, own: State, frames: int, size: int) -> tuple[State, 
         State (B, T, C) of what each frame sees of the first frames, and the cache (B, 1, C) after the T frames.
     """
     number = torch.arange(own.count.shape[1], device=own.count.device)
-    counted = (cache.count + size * number < size * frames)[..., None]  # (B, T, 1); told by the count, not by the host
-    own = own.map(lambda t: torch.where(counted if t.dim() == 3 else counted[..., 0], t, 0))
-    return FULL_CONTEXT.sum_earlier(cache, own)
+    own = own.fading(cache.count.shape[2]) if cache.fades else own
+    seen = cache.count[:, :, 0] if cache.fades else cache.count  # (B, 1)
+    counted = seen + size * number < size * frames  # (B, T); told by the count, not by the host
+    return FULL_CONTEXT.sum_earlier(
+        cache, own.map(lambda t: torch.where(counted if t.dim() == 2 else counted[..., None], t, 0))
+    )
 
 
 class FrameLayout(NamedTuple):

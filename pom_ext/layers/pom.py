@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import Rotary, State, _library, polynomial_mix, polynomial_readout, polynomial_state, rotary_table
 from ..ops.arguments import Frames, Gate, Polynomial, Visibility, check_mutually_exclusive, query_offsets
-from ..ops.checks import MAX_HEADS, check_form, check_state, check_tensor, frame_offsets, is_integer
+from ..ops.checks import MAX_HEADS, accumulator, check_form, check_state, check_tensor, frame_offsets, is_integer
 from ..ops.dispatch import LayerCall, choose
 from ..ops.linear import is_unmodified_linear, project
 from ..ops.projected import folded_readout, projected_readout, projected_state
-from ..ops.reference import gate_value
 from ..ops.rotary import AXES
-from .layout import FULL_CONTEXT
+from .grouped_linear import GroupedLinear
+from .layout import FULL_CONTEXT, frame_means
 
 MEMORY = ("store", "recompute")
 READS = ("shared", "split")
@@ -25,41 +25,17 @@ FADES = (None, "head", "gated")
 SLOWEST = 4.0  # logit of the slowest fade at the start, 0.98; the fastest is 0.5
 
 
-def check_past(state: State, expected: State) -> None:
-    """TypeError or ValueError unless `state` is a past as this layer keeps it."""
+def check_past(state: State, expected: State, device: torch.device) -> None:
+    """TypeError or ValueError unless `state` is on the device and a past as this layer keeps it."""
     if not isinstance(state, State):
         raise TypeError(f"state: expected a State, got {type(state).__name__}")
     for name, tensor in expected.state_dict().items():
         given = getattr(state, name)
-        if given.shape != tensor.shape or given.dtype != tensor.dtype:
+        if given.shape != tensor.shape or given.dtype != tensor.dtype or given.device != device:
             raise ValueError(
-                f"state.{name}: expected {tuple(tensor.shape)} in {tensor.dtype}, as this layer returns it, got "
-                f"{tuple(given.shape)} in {given.dtype}"
+                f"state.{name}: expected {tuple(tensor.shape)} in {tensor.dtype} on {device}, as this layer returns "
+                f"it, got {tuple(given.shape)} in {given.dtype} on {given.device}"
             )
-
-
-class GroupedLinear(nn.Module):
-    """A linear map whose weight is block diagonal: group i of the inputs makes group i of the outputs.
-
-    weight: (groups, out_features / groups, in_features / groups)
-    bias: (out_features,) or None
-    """
-
-    def __init__(self, in_features, out_features, groups, bias=True):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(groups, out_features // groups, in_features // groups))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        bound = math.sqrt(groups / in_features)
-        nn.init.uniform_(self.weight, -bound, bound)
-
-    def forward(self, x):  # (B, N, in) -> (B, N, out)
-        groups, _, width = self.weight.shape
-        tokens, weight = x.reshape(-1, groups, width).transpose(0, 1), self.weight.mT
-        if self.bias is None:
-            y = tokens @ weight
-        else:  # added before the one rounding of half precision, as nn.Linear does
-            y = torch.baddbmm(self.bias.view(groups, 1, -1), tokens, weight)
-        return y.transpose(0, 1).unflatten(0, x.shape[:-1]).flatten(-2)
 
 
 class PoM(nn.Module):
@@ -130,7 +106,9 @@ class PoM(nn.Module):
         if read not in READS:
             raise ValueError(f"read: expected 'shared' or 'split', got {read!r}")
         if fade not in FADES or (fade and read == "shared"):
-            raise ValueError(f"fade: expected None, or with read='split' also 'head' or 'gated', got {fade!r} and {read!r}")
+            raise ValueError(
+                f"fade: expected None, or with read='split' also 'head' or 'gated', got {fade!r} and {read!r}"
+            )
         self.memory, self.split, self.fade = memory, read == "split", fade
         bias = (form == "product") if bias is None else bias
         self.state_width = width
@@ -335,30 +313,35 @@ class PoM(nn.Module):
         offsets = None if frames is None else frame_offsets(frames, x.shape[1], x)
         own = self.state_of(context, cu_seqlens=offsets, **features)
         state = self.new_past(len(x), own.total.dtype, x.device) if state is None else state
-        check_past(state, self.new_past(len(x), own.total.dtype, "meta"))
-        past, after = FULL_CONTEXT.sum_earlier(state, own, self.fade_of(context, offsets))
-        groups = {"offsets": None if is_integer(frames) else offsets, "rotary": gate_rotary}
-        return self.read_each(x, [own, past], [self.gate_proj, self.past_gate_proj], **groups), after
+        check_past(state, self.new_past(len(x), own.total.dtype, "meta"), x.device)
+        if is_integer(frames) and not x.shape[1]:  # no frame, so nothing fades
+            return self.read_each(x, [own], [self.gate_proj]), state
+        uneven = None if is_integer(frames) else offsets
+        fade = self.fade_of(context, own.total.shape[1] if uneven is None else uneven, features["weight"])
+        past, after = FULL_CONTEXT.sum_earlier(state, own, fade)
+        gates = [self.gate_proj, self.past_gate_proj]
+        return self.read_each(x, [own, past], gates, offsets=uneven, rotary=gate_rotary), after
 
     def new_past(self, batch: int, dtype: torch.dtype, device: torch.device | str, groups: int = 1) -> State:
         """The past before the first frame: a `State` (B, groups, C) of no tokens, which fades if the layer does."""
         empty = State.empty(batch, self.state_width, groups, dtype=dtype, device=device)
         return empty.fading(self.gate_proj.out_features).clone() if self.fade else empty
 
-    def fade_of(self, context: Tensor, offsets: Tensor | None) -> Tensor | None:
-        """How much of the past is left when each frame of the context (B, N, D) is added: (R,), (B, T, R) or None."""
-        if self.fade == "head":
-            return self.fade_logit.sigmoid()
+    def fade_of(self, context: Tensor, frames: int | Tensor, weight: Tensor | None = None) -> Tensor | None:
+        """How much of the past is left when each frame of the context (B, N, D) is added: (R,), (B, T, R) or None.
+
+        Args:
+            context: tokens of T frames.
+            frames: T, for frames of one length, or offsets (T + 1,).
+            weight: (B, N) or None.
+        """
         if self.fade is None:
             return None
-        if offsets is None:
-            mean = context.mean(dim=1, keepdim=True)
-        else:
-            sizes, (batch, _, dim) = offsets.diff(), context.shape
-            frame = torch.repeat_interleave(sizes, output_size=context.shape[1])  # (N,)
-            mean = context.new_zeros(batch, len(sizes), dim).index_add(1, frame, context)
-            mean = mean / sizes.clamp_min(1).to(mean.dtype)[:, None]
-        return self.fade_proj(mean).sigmoid()
+        wide = accumulator(context.dtype)  # near 1, half precision would round the fade itself too coarsely
+        if self.fade == "head":
+            return self.fade_logit.to(wide).sigmoid()
+        mean = frame_means(context.to(wide), frames, weight).to(context.dtype)
+        return project(self.fade_proj, mean).to(wide).sigmoid()
 
     def read_each(
         self,
@@ -375,22 +358,24 @@ class PoM(nn.Module):
         """
         means = [state.mean() for state in states]  # (B, G, C)
         gates = [project(projection, x) for projection in gate_projections]  # (B, M, heads) or (B, M, C)
-        heads = self.n_sel_heads
+        heads, y = self.n_sel_heads, x.new_zeros(())
         if heads == 1 or rotary is not None or offsets is not None or not is_unmodified_linear(self.out_proj):
-            y = 0
             for gate, mean in zip(gates, means, strict=True):
                 state = State(mean, torch.zeros_like(mean), mean.new_ones(mean.shape[:2], dtype=torch.float64))
                 options = {"form": self.form, "n_sel_heads": heads, "rotary": rotary}
                 y = y + polynomial_readout(gate, state, cu_seqlens=offsets, **options)
             return project(self.out_proj, y)
         # A scalar gate commutes with the output projection: project the means of every head, not the tokens.
-        with torch.autocast(x.device.type, enabled=False):
-            mean = torch.stack(means, dim=2).unflatten(-1, (heads, -1))  # (B, G, reads, heads, C / heads)
-            weight = self.out_proj.weight.to(mean.dtype).unflatten(1, (heads, -1))  # (dim, heads, C / heads)
-            folded = torch.einsum("bgrhc,dhc->bgrhd", mean, weight).flatten(2, 3).to(gates[0].dtype)
-        gate = gate_value(torch.cat(gates, dim=-1), form=self.form).unflatten(1, (folded.shape[1], -1))
-        y = gate @ folded  # (B, G, M / G, dim)
-        return (y if self.out_proj.bias is None else y + self.out_proj.bias.to(y.dtype)).flatten(1, 2)
+        for groups in dict.fromkeys(mean.shape[1] for mean in means):  # reads of equal groups in one product
+            alike = [(gate, mean) for gate, mean in zip(gates, means, strict=True) if mean.shape[1] == groups]
+            gate, mean = torch.cat([gate for gate, _ in alike], dim=-1), torch.stack([mean for _, mean in alike], dim=2)
+            value = torch.sigmoid(gate) if self.form == "product" else F.hardsigmoid(gate)
+            with torch.autocast(x.device.type, enabled=False):
+                weight = self.out_proj.weight.to(mean.dtype).unflatten(1, (heads, -1))  # (dim, heads, C / heads)
+                folded = torch.einsum("bgrhc,dhc->bgrhd", mean.unflatten(-1, (heads, -1)), weight)
+                folded = folded.flatten(2, 3).to(gate.dtype)  # (B, G, reads * heads, dim)
+            y = y + (value.unflatten(1, (groups, x.shape[1] // groups)) @ folded).flatten(1, 2)  # (B, M, dim)
+        return y if self.out_proj.bias is None else y + self.out_proj.bias.to(y.dtype)
 
     def _saves(self, *inputs: Tensor) -> bool:
         """Whether projections are stored, because gradients will need them."""

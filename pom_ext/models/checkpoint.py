@@ -70,8 +70,9 @@ def read_checkpoint(
         raise ValueError(f"checkpoint: {path} is truncated or is not a safetensors file ({error})") from error
     except KeyError:
         raise ValueError(f"checkpoint: {path} is a safetensors file, but not a checkpoint of pom_ext") from None
-    if "length" in settings.get("model", {}):
-        settings["model"] = VideoDiTConfig.from_file(settings["model"])
+    model = settings.get("model") if isinstance(settings, dict) else None
+    if isinstance(model, dict) and "length" in model:
+        settings["model"] = VideoDiTConfig.from_file(model)
     return tensors, settings
 
 

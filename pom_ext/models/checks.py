@@ -25,6 +25,14 @@ def check_integers(name: str, value: Any, count: int) -> list[int]:
     return numbers
 
 
+def check_blocks(space_groups: int, height: int, width: int) -> None:
+    """ValueError unless blocks of space_groups x space_groups patches cover a frame of height x width patches."""
+    if height % space_groups or width % space_groups:
+        raise ValueError(
+            f"space_groups: expected a divisor of the patches of a frame, {height} x {width}, got {space_groups}"
+        )
+
+
 def check_placed(weight: Tensor, **inputs: Tensor | None) -> None:
     """TypeError or ValueError unless every input is None or a tensor on the device of the model's weight."""
     for name, tensor in inputs.items():

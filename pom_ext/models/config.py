@@ -5,13 +5,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from ..layers.blocks import FRAME_MIXERS, MIXERS, MOST_EARLIER
+from ..layers.blocks import FRAME_MIXERS, MIXERS
 from ..layers.embeddings import SMOOTH
+from ..layers.local_conv import MOST_EARLIER
 from ..layers.pom import FADES, READS
-from .checks import check_at_least, check_integers
+from ..ops.checks import is_integer
+from .checks import check_at_least, check_blocks, check_integers
 
-# `local_conv` by name; True and False are those of 0.1.
-NAMED_FRAMES = {"frame": 0, "clip": MOST_EARLIER, "True": MOST_EARLIER, "False": None}
+NAMED_FRAMES = {"frame": 0, "clip": MOST_EARLIER}  # `local_conv` by name
 POSITIONS = ("sincos", "space", "rotary")
 SIZES = {
     "S": {"dim": 384, "n_layers": 12, "n_heads": 6},
@@ -104,6 +105,7 @@ class VideoDiTConfig(ModelConfig):
     read: str = "shared"
     fade: str | None = None
     sink: int = 0
+    space_groups: int = 1
     two_times: bool = False
     time_frequency: float | None = None
 
@@ -112,7 +114,14 @@ class VideoDiTConfig(ModelConfig):
         """For every layer the number of earlier frames that its local convolution sees; None without."""
         given = self.local_conv
         each = list(given) if isinstance(given, list | tuple) else [given] * self.n_layers
-        return [NAMED_FRAMES.get(str(value), value) for value in each]  # type: ignore[misc] (a check follows)
+        return [self._earlier(value) for value in each]
+
+    @staticmethod
+    def _earlier(value: Any) -> Any:
+        """The number that a value of `local_conv` stands for, None for no convolution; others as they are."""
+        if isinstance(value, bool):  # those of 0.1
+            return MOST_EARLIER if value else None
+        return NAMED_FRAMES.get(value, value) if isinstance(value, str) else value
 
     @property
     def fastest(self) -> float:
@@ -124,7 +133,15 @@ class VideoDiTConfig(ModelConfig):
     @classmethod
     def from_file(cls, stored: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a file, with those that models had before there was a choice."""
-        return {"read": "shared", "fade": None, "sink": 0, "two_times": False, "time_frequency": None} | stored
+        added = {
+            "read": "shared",
+            "fade": None,
+            "sink": 0,
+            "space_groups": 1,
+            "two_times": False,
+            "time_frequency": None,
+        }
+        return added | stored
 
     def __post_init__(self):
         size, patch = check_integers("size", self.size, 2), check_integers("patch", self.patch, 3)
@@ -156,21 +173,27 @@ class VideoDiTConfig(ModelConfig):
                 f"fade: expected None, or with read='split' also 'head' or 'gated', got {self.fade!r} with "
                 f"read={self.read!r}"
             )
-        check_at_least({"sink": self.sink}, {"sink": 0})
-        if self.sink and self.read == "shared":
-            raise ValueError(f"sink: expected 0 with read='shared', got {self.sink}; read='split' gives it a gate")
+        for name, none in (("sink", 0), ("space_groups", 1)):
+            given = getattr(self, name)
+            if not is_integer(given) or given < none:
+                raise ValueError(f"{name}: expected an integer of at least {none}, got {given!r}")
+            if given != none and self.read == "shared":
+                raise ValueError(
+                    f"{name}: expected {none} with read='shared', got {given}; read='split' has a gate for it"
+                )
         if self.sink > self.length // self.patch[0]:
             raise ValueError(
                 f"sink: expected at most the {self.length // self.patch[0]} frames of tokens of a training clip, "
                 f"got {self.sink}"
             )
+        check_blocks(self.space_groups, self.size[0] // self.patch[1], self.size[1] // self.patch[2])
         each = self.conv_frames
         if len(each) != self.n_layers:
             raise ValueError(f"local_conv: expected one for each of n_layers={self.n_layers} layers, got {len(each)}")
         for value in each:
-            if value is not None and (not isinstance(value, int) or value not in range(MOST_EARLIER + 1)):
+            if value is not None and not (is_integer(value) and 0 <= value <= MOST_EARLIER):
                 raise ValueError(
-                    f"local_conv: expected 'frame', 'clip' or None, or 0 to {MOST_EARLIER} earlier frames, got {value!r}"
+                    f"local_conv: expected 'frame', 'clip', None, or 0 to {MOST_EARLIER} earlier frames, got {value!r}"
                 )
 
 

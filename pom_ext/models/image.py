@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.blocks import AdaLN, Block, LocalConv, initialize, make_mixer
+from ..layers.blocks import AdaLN, Block, initialize, make_mixer
 from ..layers.embeddings import SMOOTH, LearnedPositions, TimeEmbedding, patchify, sincos_positions, unpatchify
 from ..layers.layout import Grid
+from ..layers.local_conv import LocalConv
 from .checks import check_dtype, check_labels, check_placed
 from .config import SIZES, ImageDiTConfig
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.blocks import AdaLN, FrameConv, VideoBlock, initialize, make_frame_mixer, make_text_mixer
+from ..layers.blocks import AdaLN, VideoBlock, initialize, make_frame_mixer, make_text_mixer
 from ..layers.embeddings import (
     SMOOTH,
     TimeEmbedding,
@@ -22,9 +22,10 @@ from ..layers.embeddings import (
     unpatchify_video,
 )
 from ..layers.layout import FULL_CONTEXT, ContextWindow, FrameLayout, Grid
+from ..layers.local_conv import FrameConv
 from ..ops.checks import under_autocast
 from .cache import StreamCache
-from .checks import check_at_least, check_dtype, check_integers, check_labels, check_placed
+from .checks import check_at_least, check_blocks, check_dtype, check_integers, check_labels, check_placed
 from .config import SIZES, VideoDiTConfig
 
 
@@ -55,6 +56,8 @@ class VideoDiT(nn.Module):
         fade: with read="split", how the past fades with every frame: None, not; "head", by a learned factor for every
             gate; "gated", by factors computed from the finished frame.
         sink: with read="split", number of first frames that never fade and are read by a gate of their own.
+        space_groups: with read="split", side of blocks of patches: a token also reads the past of its own block, by a
+            gate of its own. 1: none. It divides the patches of a frame in height and width.
         two_times: the model also takes a duration, `span`, and predicts the mean velocity over it
             (`diffusion.MeanFlow`). At initialisation it equals the model without.
         time_frequency: highest frequency of the embedding of time, in radians per unit of time; None takes 1, and with
@@ -84,10 +87,11 @@ class VideoDiT(nn.Module):
         self.label_embed = nn.Embedding(n_classes + 1, dim) if n_classes else None
         self.blocks = nn.ModuleList()
         polynomial: dict[str, Any] = {"degree": config.degree, "expand": config.expand}
-        memory = {"rope": "3d" if config.positions == "rotary" else None, "read": config.read, "fade": config.fade}
+        memory = {name: getattr(config, name) for name in ("read", "fade", "sink", "space_groups")}
+        memory["rope"] = "3d" if config.positions == "rotary" else None
         self.sink = config.sink
         for kind, earlier in zip(config.mixers, config.conv_frames, strict=True):
-            mixer = make_frame_mixer(kind, dim, config.n_heads, sink=config.sink, **memory, **polynomial)
+            mixer = make_frame_mixer(kind, dim, config.n_heads, **memory, **polynomial)
             cross_mixer = make_text_mixer(kind, dim, config.n_heads, **polynomial) if text_dim else None
             local_conv = None if earlier is None else FrameConv(dim, earlier)
             self.blocks.append(VideoBlock(dim, mixer, config.ffw_expand, local_conv, cross_mixer))
@@ -133,6 +137,7 @@ class VideoDiT(nn.Module):
         if decay != 1 and (window or "attention" in VideoDiTConfig(**self.config).mixers):
             raise ValueError("decay: it goes without a window, and fades the sums of polynomial mixers, not attention")
         grid = Grid(height // self.patch[1], width // self.patch[2])
+        check_blocks(self.config["space_groups"], grid.height, grid.width)
         return self._new_cache(batch, grid, 0, ContextWindow(window, decay), self.reference_parameter.device)
 
     def _new_cache(
@@ -140,10 +145,11 @@ class VideoDiT(nn.Module):
     ) -> StreamCache:
         """A cache of `frames` frames, with zeros in every tensor."""
         weight, patches = self.reference_parameter, grid.height * grid.width
+        layout = FrameLayout(grid, causal=True, context_window=context_window)
         cached = min(frames, context_window.window - 1) if context_window.window else frames
         blocks: list[Any] = list(self.blocks)
         tokens = cached * patches
-        mixer_caches = (b.mixer.new_cache(batch, tokens, context_window, weight.dtype, device) for b in blocks)
+        mixer_caches = (b.mixer.new_cache(batch, tokens, layout, weight.dtype, device) for b in blocks)
         convs = (block.local_conv for block in blocks)
         conv_caches = (None if conv is None else conv.new_cache(batch, patches, weight.dtype, device) for conv in convs)
         return StreamCache(frames, grid.height, grid.width, tuple(mixer_caches), tuple(conv_caches), context_window)
@@ -198,10 +204,11 @@ class VideoDiT(nn.Module):
             raise ValueError("finished_time: expected None where no finished frames are given")
         t, h, w = self.patch
         grid, frames = Grid(video.shape[3] // h, video.shape[4] // w), video.shape[2] // t
+        check_blocks(self.config["space_groups"], grid.height, grid.width)
         if not frame_causal and (past is not None or return_past):
             raise ValueError("frame_causal: expected True with past or return_past, since what is past stays as it is")
         if past is not None:
-            self._check_cache(past, video.shape[0], grid)
+            self.check_cache(past, video.shape[0], grid.height, grid.width)
         first = 0 if past is None else past.frames
         span = torch.zeros_like(time) if span is None else span
         if finished is not None:
@@ -323,19 +330,19 @@ class VideoDiT(nn.Module):
                 f"{tuple(finished.shape)} in {finished.dtype}"
             )
 
-    def _check_cache(self, past: StreamCache, batch: int, grid: Grid) -> None:
-        """TypeError or ValueError unless `past` comes from this model, with this batch and size."""
+    def check_cache(self, past: StreamCache, batch: int, height: int, width: int) -> None:
+        """TypeError or ValueError unless `past` comes from this model, with this batch and height x width patches."""
         if not isinstance(past, StreamCache):
             raise TypeError(f"past: expected a StreamCache, got {type(past).__name__}")
         layers, cached = len(self.blocks), len(past.mixer_caches)
         if cached != layers:
             raise ValueError(f"past: expected one of {layers} layers as the model, got {cached}")
-        if (past.height, past.width) != (grid.height, grid.width):
+        if (past.height, past.width) != (height, width):
             raise ValueError(
-                f"past: its frames have {past.height} x {past.width} patches, the video {grid.height} x {grid.width}"
+                f"past: its frames have {past.height} x {past.width} patches, the video {height} x {width}"
             )
         weight = self.reference_parameter
-        expected = self._new_cache(batch, grid, past.frames, past.context_window, "meta").state_dict()
+        expected = self._new_cache(batch, Grid(height, width), past.frames, past.context_window, "meta").state_dict()
         tensors = past.state_dict()
         exact = not under_autocast(weight)
         for name in [name for name in {**expected, **tensors} if name not in ("seen", "forgetting")]:

@@ -178,6 +178,16 @@ class State:
         """States side by side: dim 0 along the batch, 1 along the groups."""
         return cls(*(torch.cat([getattr(state, name) for state in states], dim) for name in FIELDS))
 
+    def split(self, groups: Sequence[int]) -> list[State]:
+        """The inverse of `cat` along the groups: states of so many groups each."""
+        pieces = (getattr(self, name).split(list(groups), dim=1) for name in FIELDS)
+        return [State(*piece) for piece in zip(*pieces, strict=True)]
+
+    def sum_groups(self, size: int) -> State:
+        """The sums of every `size` groups in a row: (B, G / size, C)."""
+        exact = (self.total.double() + self.residual.double()).unflatten(1, (-1, size)).sum(2)
+        return State(exact, torch.zeros_like(exact), self.count.unflatten(1, (-1, size)).sum(2)).to(self.total.dtype)
+
     def to_kernel(self) -> dict[str, Tensor]:
         """The tensors by name: total, residual and count, as files hold them and operations take them."""
         return {"total": self.total, "residual": self.residual, "count": self.count}

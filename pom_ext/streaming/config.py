@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..diffusion.losses import check_context
+from ..diffusion.context import check_context
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .._random import seeded_generator
 from ..diffusion import FlowMatching, Objective, build_objective
+from ..diffusion.context import check_context
 from ..diffusion.guidance import append_empty_text, append_unconditional_labels, apply_guidance, num_copies
-from ..diffusion.losses import check_context
 from ..diffusion.objectives import check_objective
 from ..diffusion.solvers import check_solver, num_function_evals
 from ..layers.embeddings import MAX_TIME
@@ -75,7 +75,7 @@ class VideoStream:
             raise TypeError(reason)
         for reason in self.objective.supports(model):
             raise ValueError(reason)
-        check_context(config.context, self.objective)
+        check_context(config.context, objective=self.objective)
         check_solver(self.objective, config.steps, config.guidance, config.solver)
         if config.guidance != 1 and not (model.n_classes or model.text_dim):
             raise ValueError(
@@ -236,6 +236,12 @@ class VideoStream:
         caches = tuple(StreamCache.from_state_dict(parts[f"past{i}"]).to(device) for i in range(len(parts)))
         if len(caches) != len(stream.caches):
             raise ValueError(f"path: {path} holds {len(caches)} pasts, its settings ask for {len(stream.caches)}")
+        start = stream.caches[0]
+        for cache in caches:
+            try:
+                model.check_cache(cache, stream.batch * num_copies(stream.config.guidance), start.height, start.width)
+            except ValueError as error:
+                raise ValueError(f"path: {path} holds no stream of this model ({error})") from None
         stream.caches, stream.frame = caches, frame
         return stream
 

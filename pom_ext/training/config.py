@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..diffusion.losses import check_context
+from ..diffusion.context import TRAINED_CONTEXTS, check_context
 from ..diffusion.objectives import OBJECTIVES, list_objectives
 
 
@@ -51,7 +51,7 @@ class TrainConfig:
         for name in ("batch_size", "lr", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        check_context(self.context)
+        check_context(self.context, TRAINED_CONTEXTS)
         kind = OBJECTIVES.get(self.objective)
         if self.guidance != 1 and (kind is None or kind.trained_guidance is None):
             names = list_objectives(lambda kind: kind.trained_guidance is not None)

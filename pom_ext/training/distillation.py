@@ -33,7 +33,7 @@ def load_teacher(checkpoint: str | os.PathLike[str]) -> tuple[VideoDiT, dict[str
     if trained["objective"] != "flow":
         raise ValueError(f"objective: expected a model of flow matching, 'flow', got {trained['objective']!r}")
     if trained["context"] == "shared":
-        raise ValueError("context: expected a model trained with finished frames, 'clean', got 'shared'")
+        raise ValueError("context: expected a model trained with finished frames, 'clean' or 'self', got 'shared'")
     if teacher.text_dim:
         raise ValueError(f"text_dim: expected a model without text, got text_dim={teacher.text_dim}")
     return teacher, settings
@@ -58,12 +58,12 @@ def distill_config(settings: dict[str, Any], **options: Any) -> TrainConfig:
     """How to train the student of a teacher.
 
     Args:
-        settings: of the teacher's checkpoint. The student has its shift, context noise, given frames, batch size,
-            learning rate, decay of the average and clipping.
+        settings: of the teacher's checkpoint. The student has its shift, context, context noise, given frames, batch
+            size, learning rate, decay of the average and clipping.
         options: of `TrainConfig`, to have others; `guidance` is that of the teacher in the training, 2 by default, and
             1 without classes.
     """
-    names = ("shift", "context_noise", "given", "batch_size", "lr", "ema_decay", "grad_clip")
+    names = ("shift", "context", "context_noise", "given", "batch_size", "lr", "ema_decay", "grad_clip")
     kept = {name: settings["train"][name] for name in names if name in settings["train"]}
     guidance = Distillation.trained_guidance if settings["model"]["n_classes"] else 1.0
     return TrainConfig(**{"objective": Distillation.name, "guidance": guidance, **kept, **options})
@@ -88,7 +88,7 @@ def distill(
     The student starts with the weights of the teacher. Its checkpoint is that of any model of `MeanFlow`.
 
     Args:
-        checkpoint: of the teacher, a `VideoDiT` trained with flow matching and clean context.
+        checkpoint: of the teacher, a `VideoDiT` trained with flow matching, and clean or self context.
         dataset: a `VideoDataset` like that of the teacher.
         path: the student's checkpoint file.
         config: how to train; None takes `distill_config`.

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from .._random import seeded_generator
 from ..diffusion import Objective, build_objective
+from ..diffusion.context import TRAINED_CONTEXTS, check_context
 from ..diffusion.guidance import drop_labels
-from ..diffusion.losses import check_context
 from ..models import ImageDiT, VideoDiT
 from ..models.checkpoint import read_checkpoint, save_checkpoint
 from ..ops import _library
@@ -218,7 +218,7 @@ def fit(
     for reason in objective.supports(model):
         raise ValueError(reason)
     if "length" in model.config:
-        check_context(config.context, objective)
+        check_context(config.context, TRAINED_CONTEXTS, objective)
     accelerator = Accelerator(cpu=_library.default_device() == "cpu")
     if seconds is not None and accelerator.num_processes > 1:
         raise ValueError("seconds: processes would stop at different steps; use steps with several processes")

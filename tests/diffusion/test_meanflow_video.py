@@ -22,19 +22,19 @@ MEMORIES = {
     "split": {"mixer": "power", "read": "split", "fade": "head", "sink": 2},
     "gated": {"mixer": "product", "read": "split", "fade": "gated"},
     "inside": {"mixer": "attention+power", "read": "split", "fade": "head", "sink": 1},
+    "blocks": {"mixer": "power", "size": (4, 8), "read": "split", "space_groups": 2},
     "rotary": {"mixer": "power", "positions": "rotary", "n_heads": 1},
 }
 MEMORY = pytest.mark.parametrize("memory", MEMORIES)
-CASES = [  # guidance, context noise, given frames
-    (1.0, 0.0, 0),
-    (2.5, 0.0, 2),
-    (2.5, 0.7, 0),
+CASES = [  # guidance, context, context noise, given frames
+    (1.0, "clean", 0.0, 0),
+    (2.5, "clean", 0.0, 2),
+    (2.5, "self", 0.7, 0),
 ]
 
 
-def clip(batch=3):
-    generator = torch.Generator().manual_seed(2)
-    return torch.randn(batch, 3, 2 * FRAMES, 4, 6, generator=generator, dtype=torch.float64)
+def clip(size=(4, 6)):
+    return torch.randn(3, 3, 2 * FRAMES, *size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
 def one_frame(tensor, frame):
@@ -45,13 +45,13 @@ def one_frame(tensor, frame):
 
 
 @MEMORY
-@pytest.mark.parametrize("guidance, context_noise, given", CASES)
-def test_the_loss_frame_by_frame_by_finite_differences(memory, guidance, context_noise, given):
+@pytest.mark.parametrize("guidance, context, context_noise, given", CASES)
+def test_the_loss_frame_by_frame_by_finite_differences(memory, guidance, context, context_noise, given):
     """Value and gradient. Only the frame itself moves along its path; the cache of finished frames stands still."""
     model, objective = small(two_times=True, n_classes=4, **MEMORIES[memory]), MeanFlow(1.5, guidance)
-    video, labels = clip(), torch.tensor([1, 4, 2])
-    options = {"context_noise": context_noise, "given": given}
-    drawn = draw_frames(model, objective, objective.draw_times, video, seeded_generator(1), **options)
+    video, labels = clip(model.size), torch.tensor([1, 4, 2])
+    options = {"context": context, "context_noise": context_noise, "given": given}
+    drawn = draw_frames(model, objective, objective.draw_times, video, labels, seeded_generator(1), **options)
     (times, spans), finished = drawn.times, drawn.finished["finished"]
     finished_time = drawn.finished.get("finished_time", torch.zeros(3, dtype=torch.float64))
     assert (spans[:, given:] > 0).any() and (spans[:, given:] == 0).any()
@@ -74,8 +74,8 @@ def test_the_loss_frame_by_frame_by_finite_differences(memory, guidance, context
             target = velocity - (span / MAX_TIME).view(-1, 1, 1, 1, 1) * (ahead - behind) / (2 * step)
         if frame >= given:
             errors.append((run(x, time, labels, span, past) - target).square().mean((1, 2, 3, 4)))
-        _, past = run(before, finished_time, labels, None, past, return_past=True)
-        _, free_past = run(before, finished_time, no_class, None, free_past, return_past=True)
+        _, past = run(before, one_frame(finished_time, frame), labels, None, past, return_past=True)
+        _, free_past = run(before, one_frame(finished_time, frame), no_class, None, free_past, return_past=True)
     error = torch.cat(errors)
     weight = 1 / (error.detach() + WEIGHT_FLOOR)
     expected = (weight * error).sum() / weight.sum()
@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_named():
         small()(**given, span=given["time"])
     with pytest.raises(ValueError, match=r"span: expected shape \(3,\), one per video, or \(3, 6\)"):
         model(**given, span=given["time"][:2])
-    with pytest.raises(ValueError, match="context: expected clean with MeanFlow, got 'shared'"):
+    with pytest.raises(ValueError, match="context: expected clean or self with MeanFlow, got 'shared'"):
         MeanFlow().loss(model, clip(), None, generator, context="shared")
     with pytest.raises(ValueError, match="context: expected clean with MeanFlow, got 'shared'"):
         VideoStream(model, objective=MeanFlow(), context="shared")

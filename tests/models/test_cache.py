@@ -7,7 +7,7 @@ from video_cases import CHUNKINGS, CONV, FRAMES, HYBRID, MIXER, MIXERS, SMALL, Z
 
 from pom_ext import PoM, State
 from pom_ext.layers.attention import FrameAttention, KeyValues
-from pom_ext.layers.blocks import FrameMixer
+from pom_ext.layers.frame_mixer import FrameMixer
 from pom_ext.layers.layout import ContextWindow, FrameLayout, Grid
 from pom_ext.models import StreamCache, VideoDiT
 
@@ -133,7 +133,7 @@ def test_forgetting_is_a_mask_with_those_weights(form, heads, window, decay):
     )
     expected = PoM.forward(mixer, x.flatten(1, 2), mask=mask).view_as(x)
     layout = FrameLayout(Grid(1, size), causal=True, context_window=ContextWindow(window, decay))
-    empty = mixer.new_cache(2, 0, layout.context_window, torch.float64, "cpu")
+    empty = mixer.new_cache(2, 0, layout, torch.float64, "cpu")
     for chunks in ((5,), (1,) * 5, (2, 3), (4, 1)):
         cache, outs = empty, []
         for part in x.split(chunks, dim=1):

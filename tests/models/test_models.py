@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from pom_ext.layers.attention import LocalAttention
-from pom_ext.layers.blocks import MIXERS, AdaLN, LocalConv, ResidualGate, make_mixer
+from pom_ext.layers.blocks import MIXERS, AdaLN, ResidualGate, make_mixer
 from pom_ext.layers.embeddings import patchify, unpatchify
 from pom_ext.layers.layout import Grid
+from pom_ext.layers.local_conv import LocalConv
 from pom_ext.models import ImageDiT, image_dit
 from pom_ext.models.image import IMAGE_DITS
 

@@ -19,9 +19,10 @@ from video_cases import (
 )
 
 from pom_ext.layers.attention import CrossAttention, FrameAttention
-from pom_ext.layers.blocks import FrameConv, ResidualGate
+from pom_ext.layers.blocks import ResidualGate
 from pom_ext.layers.embeddings import patchify_video, sincos_positions_3d, unpatchify_video
 from pom_ext.layers.layout import FrameLayout, Grid
+from pom_ext.layers.local_conv import FrameConv
 from pom_ext.models import VideoDiT, video_dit
 from pom_ext.models.video import VIDEO_DITS
 

@@ -15,7 +15,7 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS
 
-from pom_ext.layers.pom import GroupedLinear
+from pom_ext.layers.grouped_linear import GroupedLinear
 
 CASES = int(os.environ.get("POM_EXT_FUZZ_CASES", "300"))
 SEED = int(os.environ.get("POM_EXT_FUZZ_SEED", "0"))

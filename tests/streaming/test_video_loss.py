@@ -1,11 +1,13 @@
 """Training all frames in one pass is the loss of the frames evaluated one by one."""
 
+import itertools
+
 import pytest
 import torch
 from stream_cases import conditions
 from video_cases import CONDITION, CONDITIONS, MIXER, small
 
-from pom_ext.diffusion import FlowMatching
+from pom_ext.diffusion import FlowMatching, NoisePrediction
 from pom_ext.diffusion.losses import video_loss
 from pom_ext.streaming import VideoStream
 from pom_ext.streaming.stream import DRAWN, REMEMBERED
@@ -53,11 +55,11 @@ def test_a_frame_is_remembered_with_noise_of_its_own():
     assert torch.corrcoef(torch.stack([drawn, remembered]))[0, 1].abs() < 4 / len(drawn) ** 0.5
 
 
-def test_context_noise_gives_the_finished_frames_a_time_of_their_own():
+def test_context_noise_gives_every_finished_frame_a_time_of_its_own():
     recorded = []
 
     class Recorder(torch.nn.Module):
-        config = small().config
+        config = small(read="split", sink=2).config
 
         def forward(self, noisy, time, **arguments):
             recorded.append(arguments)
@@ -66,11 +68,84 @@ def test_context_noise_gives_the_finished_frames_a_time_of_their_own():
     video = torch.randn(64, 3, 12, 4, 6, dtype=torch.float64)
     video_loss(Recorder(), FlowMatching(), video, None, torch.Generator().manual_seed(0), context_noise=0.5)
     finished, time = recorded[0]["finished"], recorded[0]["finished_time"]
-    assert time.shape == (64,) and 0 <= time.min() < 30 and 470 < time.max() < 500
-    share = (time / 1000).view(-1, 1, 1, 1, 1)
-    noise = (finished - (1 - share) * video) / share
-    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    assert time.shape == (64, 6)
+    assert (time[:, :2] == 0).all(), "a sink is not noised"
+    assert torch.equal(finished[:, :, :4], video[:, :, :4])
+    quiet = (time == 0).all(dim=1)
+    assert 8 <= quiet.sum() <= 24, "a quarter of the clips has no noise at all"
+    assert torch.equal(finished[quiet], video[quiet])
+    time, share = time[~quiet, 2:], (time[~quiet, 2:] / 1000).view(-1, 1, 4, 1, 1).repeat_interleave(2, dim=2)
+    assert len(time.unique()) == time.numel() and 0 < time.min() < 30 and 470 < time.max() < 500
+    noise = (finished[~quiet, :, 4:] - (1 - share) * video[~quiet, :, 4:]) / share
+    assert abs(noise.mean()) < 4 / noise.numel() ** 0.5 and abs(noise.std() - 1) < 4 / noise.numel() ** 0.5
     assert not torch.isclose(noise[:, :, 0], noise[:, :, 1]).any()
+
+
+@pytest.mark.parametrize("objective", [FlowMatching(2.0), NoisePrediction()], ids=["flow", "noise"])
+def test_own_frames_are_drawn_behind_own_frames_in_the_place_of_the_true_ones(objective):
+    """A perfect model draws the true frames again, whatever the generation and the noise."""
+    video, recorded = torch.randn(8, 3, 12, 4, 6, dtype=torch.float64), []
+    model, options = small(read="split", sink=1), {"context": "self", "context_noise": 0.5}
+
+    class Perfect(torch.nn.Module):
+        config = model.config
+
+        def forward(self, noisy, time, **arguments):
+            recorded.append((noisy, time, arguments))
+            one, zero = torch.ones(48, dtype=torch.float64), torch.zeros(48, dtype=torch.float64)
+            factors = (
+                objective.add_noise(one, zero, time.float().flatten()),
+                objective.add_noise(zero, one, time.float().flatten()),
+            )
+            signal, spread = (t.view(8, 1, 6, 1, 1).repeat_interleave(2, dim=2) for t in factors)
+            noise = (noisy - signal * video) / spread
+            return noise - video if isinstance(objective, FlowMatching) else noise
+
+    calls = []
+    for seed in range(40):
+        recorded.clear()
+        loss = video_loss(Perfect(), objective, video, None, torch.Generator().manual_seed(seed), **options)
+        calls.append(len(recorded))
+        assert loss < 1e-20
+        arguments = recorded[-1][2]
+        share = (arguments["finished_time"] == 0).view(8, 1, 6, 1, 1).repeat_interleave(2, dim=2).expand_as(video)
+        torch.testing.assert_close(arguments["finished"][share], video[share], rtol=1e-9, atol=1e-9)
+    assert set(calls) == {1, 2, 3, 4}, "none to three generations"
+    assert 10 <= sum(count == 1 for count in calls) <= 24, "three fifths of the batches, at the end of the training"
+    recorded.clear()
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        video_loss(Perfect(), objective, video, None, generator, progress=0.0, **options)
+    assert len(recorded) == 20, "and none at its beginning"
+
+
+def test_own_frames_are_those_of_the_model_and_carry_no_gradient():
+    """Generation after generation, each sees the one before; the sink stays true."""
+    model, objective = small(read="split", fade="head", sink=1), FlowMatching()
+    video, recorded = torch.randn(2, 3, 12, 4, 6, dtype=torch.float64), []
+
+    class Recorder(torch.nn.Module):
+        config = model.config
+
+        def forward(self, noisy, time, **arguments):
+            prediction = model(noisy, time, **arguments)
+            recorded.append((noisy, time, arguments["finished"], prediction))
+            return prediction
+
+    seed = next(
+        seed
+        for seed in range(100)
+        if recorded.clear() is None
+        and video_loss(Recorder(), objective, video, None, torch.Generator().manual_seed(seed), context="self") > 0
+        and len(recorded) == 4
+    )
+    assert seed >= 0 and torch.equal(recorded[0][2], video)
+    for (noisy, time, _, prediction), (_, _, finished, _) in itertools.pairwise(recorded):
+        share = (time.float() / 1000).double().view(2, 1, 6, 1, 1).repeat_interleave(2, dim=2)
+        assert not prediction.requires_grad and (time >= 150).all() and (time <= 900).all()
+        torch.testing.assert_close(finished[:, :, 2:], (noisy - share * prediction)[:, :, 2:], rtol=1e-12, atol=1e-12)
+        assert torch.equal(finished[:, :, :2], video[:, :, :2])
+    assert recorded[-1][3].requires_grad
 
 
 def test_shared_noise_has_one_time_for_a_video():
@@ -94,5 +169,5 @@ def test_shared_noise_has_one_time_for_a_video():
     for given in (-1, 6):
         with pytest.raises(ValueError, match="given: expected 0 to 5 of 6 frames"):
             video_loss(Recorder(), FlowMatching(), video, None, generator, given=given)
-    with pytest.raises(ValueError, match="context: expected one of clean, shared, got 'both'"):
+    with pytest.raises(ValueError, match="context: expected one of clean, shared, self, got 'both'"):
         video_loss(Recorder(), FlowMatching(), video, None, generator, context="both")

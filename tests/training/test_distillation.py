@@ -78,22 +78,24 @@ def test_the_mean_velocity_of_straight_paths_has_no_loss():
     assert objective.loss(Straight(clip, wrong=0.5), video, None, seeded_generator(0)) > 1e-6
 
 
-@pytest.mark.parametrize("guidance, context_noise, given", [(1.0, 0.0, 0), (2.5, 0.7, 2)])
-def test_the_loss_frame_by_frame(guidance, context_noise, given):
+@pytest.mark.parametrize(
+    "guidance, context, context_noise, given", [(1.0, "clean", 0.0, 0), (2.5, "clean", 0.7, 2), (2.5, "self", 0.5, 0)]
+)
+def test_the_loss_frame_by_frame(guidance, context, context_noise, given):
     """Value and gradient, with a cache for the student, and two for its guided teacher."""
     options = {"n_classes": 4, "read": "split", "fade": "head", "sink": 1}
     teacher, student = small(**options), small(seed=1, two_times=True, **options)
     objective = Distillation(teacher, 1.5, guidance)
     video, labels = torch.randn(3, 3, 2 * FRAMES, 4, 6, dtype=torch.float64), torch.tensor([1, 4, 2])
-    settings = {"context_noise": context_noise, "given": given}
-    drawn = draw_frames(student, objective, objective.draw_times, video, seeded_generator(1), **settings)
+    settings = {"context": context, "context_noise": context_noise, "given": given}
+    drawn = draw_frames(student, objective, objective.draw_times, video, labels, seeded_generator(1), **settings)
     finished = drawn.finished["finished"]
-    finished_time = drawn.finished.get("finished_time", torch.zeros(3, dtype=torch.float64))
+    finished_times = drawn.finished.get("finished_time", torch.zeros(3, FRAMES, dtype=torch.float64))
     no_class, causal = torch.full_like(labels, 4), {"frame_causal": True}
     past, taught, free, errors = None, None, None, []
     for frame in range(FRAMES):
         x, before = (t[:, :, 2 * frame : 2 * frame + 2] for t in (drawn.noisy, finished))
-        time, span = (t[:, frame] for t in drawn.times)
+        time, span, finished_time = (t[:, frame] for t in (*drawn.times, finished_times))
         step = span.clamp_max(MAX_TIME / 32)
         with torch.no_grad():
             velocity = teacher(x, time, labels=no_class, past=free, **causal)
@@ -186,7 +188,9 @@ def test_what_cannot_be_distilled_is_named(teacher, tmp_path):
     train_image(tmp_path / "image", steps=1)
     refused(tmp_path / "image", "checkpoint: expected a video model, .*image is one of images")
     train_video(tmp_path / "shared", steps=1, context="shared")
-    refused(tmp_path / "shared", "context: expected a model trained with finished frames, 'clean', got 'shared'")
+    refused(
+        tmp_path / "shared", "context: expected a model trained with finished frames, 'clean' or 'self', got 'shared'"
+    )
     train_video(tmp_path / "noise", steps=1, objective="noise")
     refused(tmp_path / "noise", "objective: expected a model of flow matching, 'flow', got 'noise'")
     run(teacher, tmp_path / "again", steps=1)
