@@ -23,11 +23,11 @@ class Distillation(MeanFlow):
         span u(x, t, span) = d v + (span - d) u(x - d v, t - d, span - d)
 
     The right side is held constant. It is the identity of `meanflow_loss` with a difference in place of the derivative.
-    The derivative is no use here: a teacher's embedding of time has frequencies up to 1, and its derivative by time is
-    several times that of the velocity averaged over 40 units of time. The difference needs no model of smooth time.
+    A teacher is not smooth in time, which it sees in frequencies up to 1: the derivative would be mostly noise
+    (docs/streaming.md has figures).
 
     Args:
-        teacher: the `VideoDiT` that was trained with flow matching and clean context. Stays as it is.
+        teacher: the `VideoDiT` that was trained with flow matching, and clean or self context.
         shift: of the times, as for flow matching.
         guidance: of the teacher, trained into the network.
         draw_steps: solver steps that the network will draw with. Spans do not cross the times that these visit.
