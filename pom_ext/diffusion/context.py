@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,13 +56,12 @@ def finished_frames(
     model: Network,
     objective: Objective,
     video: Tensor,
-    labels: Tensor | None,
+    conditions: dict[str, Any],
     generator: torch.Generator,
     *,
     own: bool,
     context_noise: float,
     progress: float,
-    **text: Tensor,
 ) -> dict[str, Tensor]:
     """The arguments `finished` and `finished_time` of a `VideoDiT` in training.
 
@@ -78,12 +77,11 @@ def finished_frames(
         model: a `VideoDiT`, or a wrapper of one with the attribute `module`.
         objective: says what the network predicts.
         video: (B, C, T, H, W) in [-1, 1].
-        labels: (B,) or (B, T'); None for a model without.
+        conditions: arguments `labels`, `text` and `text_weight` of the model.
         generator: on the device of the video.
         own: whether the model's own frames are used.
         context_noise: up to 1; each finished frame gets noise of a time between 0 and this share of 1000.
         progress: completed share of the training, 0 to 1.
-        text: arguments `text` and `text_weight` of the model.
 
     Returns:
         {"finished": (B, C, T, H, W)}, and if there is noise {"finished_time": (B, T')}.
@@ -117,8 +115,8 @@ def finished_frames(
             time = least + (most - least) * uniform(batch, frames)
             noisy = add_noise(objective, video, noise(), time)
             with torch.no_grad():
-                given = {"labels": labels, "frame_causal": True, **behind(context), **text}
-                prediction = model(noisy, time.to(video.dtype), **given).to(video.dtype)
+                given = conditions | behind(context)
+                prediction = model(noisy, time.to(video.dtype), frame_causal=True, **given).to(video.dtype)
             parts = split_frames(noisy, frames), split_frames(prediction, frames)
             drawn = join_frames(objective.estimate(*parts, time.flatten()), frames)
             context = torch.cat([video[:, :, : sink * unit], drawn[:, :, sink * unit :]], dim=2)

@@ -73,21 +73,12 @@ class Distillation(MeanFlow):
         **text: Tensor,
     ) -> Tensor:
         """Squared error of the mean velocity, for clips (B, C, T, H, W); arguments as of `meanflow_video_loss`."""
-        drawn = draw_frames(
-            model,
-            self,
-            self.draw_times,
-            clean,
-            labels,
-            generator,
-            context=context,
-            context_noise=context_noise,
-            given=given,
-            progress=progress,
-            **text,
-        )
+        options: dict[str, Any] = {"context": context, "context_noise": context_noise}
+        options |= {"given": given, "progress": progress}
+        conditions = {"labels": labels, **text}
+        drawn = draw_frames(model, self, self.draw_times, clean, conditions, generator, **options)
         noisy, (time, span) = drawn.noisy, drawn.times
-        arguments = {"labels": labels, "frame_causal": True, **drawn.finished, **text}
+        arguments = {"frame_causal": True, **drawn.finished, **conditions}
         step = span.clamp_max(self.STEP)
         with torch.no_grad():
             velocity = self.teach(noisy, time, **arguments).to(clean.dtype)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -82,20 +82,11 @@ def video_loss(
     def draw_times(batch, generator):
         return (objective.draw_time(batch, generator),)
 
-    drawn = draw_frames(
-        model,
-        objective,
-        draw_times,
-        video,
-        labels,
-        generator,
-        context=context,
-        context_noise=context_noise,
-        given=given,
-        progress=progress,
-        **text,
-    )
-    prediction = model(drawn.noisy, *drawn.times, labels=labels, frame_causal=True, **drawn.finished, **text)
+    options: dict[str, Any] = {"context": context, "context_noise": context_noise}
+    options |= {"given": given, "progress": progress}
+    conditions = {"labels": labels, **text}
+    drawn = draw_frames(model, objective, draw_times, video, conditions, generator, **options)
+    prediction = model(drawn.noisy, *drawn.times, frame_causal=True, **drawn.finished, **conditions)
     target = objective.target(video, drawn.noise)
     return F.mse_loss(prediction.to(video.dtype)[:, :, drawn.given :], target[:, :, drawn.given :])
 
@@ -123,19 +114,19 @@ def draw_frames(
     objective: Objective,
     draw_times: Callable[[int, torch.Generator], tuple[Tensor, ...]],
     video: Tensor,
-    labels: Tensor | None,
+    conditions: dict[str, Tensor | None],
     generator: torch.Generator,
     *,
     context: str = "clean",
     context_noise: float = 0.0,
     given: int = 0,
     progress: float = 1.0,
-    **text: Tensor,
 ) -> NoisyFrames:
     """Draw times, noise and finished frames for clips; the arguments are those of `video_loss`, which names its errors.
 
     Args:
         draw_times: draw_times(n, generator) gives tensors (n,), the first of them the times of the noise.
+        conditions: arguments `labels`, `text` and `text_weight` of the model.
     """
     check_context(context, TRAINED_CONTEXTS, objective)
     unit = getattr(model, "module", model).config["patch"][0]
@@ -156,15 +147,6 @@ def draw_frames(
         times = tuple(torch.cat([torch.zeros_like(t[:, :given]), t[:, given:]], dim=1) for t in times)
     finished = {}
     if context != "shared":
-        finished = finished_frames(
-            model,
-            objective,
-            video,
-            labels,
-            generator,
-            own=context == "self",
-            context_noise=context_noise,
-            progress=progress,
-            **text,
-        )
+        options: dict[str, Any] = {"own": context == "self", "context_noise": context_noise, "progress": progress}
+        finished = finished_frames(model, objective, video, conditions, generator, **options)
     return NoisyFrames(noisy, times, noise, finished, given * unit)

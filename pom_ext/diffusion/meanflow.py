@@ -193,19 +193,10 @@ def meanflow_video_loss(
     Raises:
         ValueError: another context, or no frame left to predict.
     """
-    drawn = draw_frames(
-        model,
-        objective,
-        objective.draw_times,
-        video,
-        labels,
-        generator,
-        context=context,
-        context_noise=context_noise,
-        given=given,
-        progress=progress,
-        **text,
-    )
+    options: dict[str, Any] = {"context": context, "context_noise": context_noise}
+    options |= {"given": given, "progress": progress}
+    conditions = {"labels": labels, **text}
+    drawn = draw_frames(model, objective, objective.draw_times, video, conditions, generator, **options)
     time, span = drawn.times
     arguments = {"frame_causal": True, **drawn.finished, **text}
     velocity = objective.target(video, drawn.noise)

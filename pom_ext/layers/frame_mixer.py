@@ -69,6 +69,8 @@ class FrameMixer(PoM):
 
     def forward(self, x: Tensor, layout: FrameLayout, cache: State | None = None) -> tuple[Tensor, State]:
         """Mix tokens (B, T, S, D); also returns the cache after these frames."""
+        if cache is not None and self._only_reads(x, layout):
+            return self._read_past(x, layout, cache), cache
         each = layout.teacher_forced or layout.context_window != FULL_CONTEXT
         if each or (self.split and layout.causal):
             return self._mix_each_frame(x, layout, cache)
@@ -80,6 +82,19 @@ class FrameMixer(PoM):
         mixed, after = super().forward(x.flatten(1, 2), **options)  # pyright: ignore[reportAssignmentType]
         # Cloned: a view would keep the states of all frames in memory.
         return mixed.view_as(x), after if frames is None else after.clone()
+
+    def _only_reads(self, x: Tensor, layout: FrameLayout) -> bool:
+        """Whether this is one frame of a stream that stays as it is, as in every evaluation of a solver."""
+        alone = x.shape[1] == 1 and not layout.keeps and not layout.teacher_forced
+        return self.split and alone and not layout.context_window.window and not self._num_blocks(layout)
+
+    def _read_past(self, x: Tensor, layout: FrameLayout, cache: State) -> Tensor:
+        """Mix the tokens of one frame (B, 1, S, D), which sees what is past as the cache has it."""
+        tokens = x.flatten(1, 2)
+        rotary, gate_rotary = self._rotaries(tokens, tokens, layout.coordinates if self.rope else None, None)
+        means = [self.state_of(tokens, rotary=rotary).mean(), *cache.mean().split(1, dim=1)]
+        gates = [self.gate_proj, self.past_gate_proj, *([self.sink_gate_proj] if self.sink else [])]
+        return self.read_each(tokens, means, gates, rotary=gate_rotary).view_as(x)
 
     def _mix_each_frame(self, x: Tensor, layout: FrameLayout, cache: State | None) -> tuple[Tensor, State]:
         """Sum every frame alone, then let it see the earlier frames that the layout lets it see."""
@@ -115,7 +130,8 @@ class FrameMixer(PoM):
             seen = [State.cat([state, state], dim=0) for state in seen]
         if not self.split:
             return self.read(tokens, seen[0] + own, rotary=gate_rotary).view_as(x), past
-        mixed = self.read_each(tokens, [own, *seen], [self.gate_proj, *gates], rotary=gate_rotary).view_as(x)
+        means = [state.mean() for state in (own, *seen)]
+        mixed = self.read_each(tokens, means, [self.gate_proj, *gates], rotary=gate_rotary).view_as(x)
         return swap_blocks(mixed, layout.grid, self.space_groups, back=True) if blocks else mixed, past
 
 
@@ -142,5 +158,5 @@ class HybridMixer(nn.Module):
 
     def forward(self, x: Tensor, layout: FrameLayout, cache: State | None = None) -> tuple[Tensor, State]:
         """Mix tokens (B, T, S, D); also returns the cache after these frames."""
-        mixed, cache = self.across(x, layout, cache)
-        return mixed + self.inside(x.flatten(0, 1), layout.grid).view_as(x), cache
+        mixed, after = self.across(x, layout, cache)
+        return mixed + self.inside(x.flatten(0, 1), layout.grid).view_as(x), after

@@ -156,6 +156,7 @@ class FrameLayout(NamedTuple):
             with noise. Both see the earlier clean frames, and their own frame as it is in their half. Needs `causal`.
         context_window: which earlier frames are seen, and how much they count.
         coordinates: (T * S, 3) frame, row and column of every token, for rotary positions.
+        keeps: whether the caches after these frames are wanted.
     """
 
     grid: Grid
@@ -163,6 +164,7 @@ class FrameLayout(NamedTuple):
     teacher_forced: bool = False
     context_window: ContextWindow = FULL_CONTEXT
     coordinates: Tensor | None = None
+    keeps: bool = True
 
     def clean_frames(self, x: Tensor) -> Tensor:
         """The clean half of the batch of `x`; all of it without teacher forcing."""

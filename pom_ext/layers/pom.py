@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import Rotary, State, _library, polynomial_mix, polynomial_readout, polynomial_state, rotary_table
 from ..ops.arguments import Frames, Gate, Polynomial, Visibility, check_mutually_exclusive, query_offsets
 from ..ops.checks import MAX_HEADS, accumulator, check_form, check_state, check_tensor, frame_offsets, is_integer
 from ..ops.dispatch import LayerCall, choose
-from ..ops.linear import is_unmodified_linear, project
+from ..ops.linear import all_unmodified, project
 from ..ops.projected import folded_readout, projected_readout, projected_state
 from ..ops.rotary import AXES
 from .grouped_linear import GroupedLinear
@@ -36,6 +35,12 @@ def check_past(state: State, expected: State, device: torch.device) -> None:
                 f"state.{name}: expected {tuple(tensor.shape)} in {tensor.dtype} on {device}, as this layer returns "
                 f"it, got {tuple(given.shape)} in {given.dtype} on {given.device}"
             )
+
+
+def _stacked(x: Tensor, projections: Sequence[Any]) -> Tensor:
+    """The projections of x side by side, as one product."""
+    biases = [p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in projections]
+    return F.linear(x, torch.cat([p.weight for p in projections]), torch.cat(biases))
 
 
 class PoM(nn.Module):
@@ -315,12 +320,12 @@ class PoM(nn.Module):
         state = self.new_past(len(x), own.total.dtype, x.device) if state is None else state
         check_past(state, self.new_past(len(x), own.total.dtype, "meta"), x.device)
         if is_integer(frames) and not x.shape[1]:  # no frame, so nothing fades
-            return self.read_each(x, [own], [self.gate_proj]), state
+            return self.read_each(x, [own.mean()], [self.gate_proj]), state
         uneven = None if is_integer(frames) else offsets
         fade = self.fade_of(context, own.total.shape[1] if uneven is None else uneven, features["weight"])
         past, after = FULL_CONTEXT.sum_earlier(state, own, fade)
         gates = [self.gate_proj, self.past_gate_proj]
-        return self.read_each(x, [own, past], gates, offsets=uneven, rotary=gate_rotary), after
+        return self.read_each(x, [own.mean(), past.mean()], gates, offsets=uneven, rotary=gate_rotary), after
 
     def new_past(self, batch: int, dtype: torch.dtype, device: torch.device | str, groups: int = 1) -> State:
         """The past before the first frame: a `State` (B, groups, C) of no tokens, which fades if the layer does."""
@@ -346,36 +351,51 @@ class PoM(nn.Module):
     def read_each(
         self,
         x: Tensor,
-        states: Sequence[State],
+        means: Sequence[Tensor],
         gate_projections: Sequence[nn.Module],
         *,
         offsets: Tensor | None = None,
         rotary: Rotary | None = None,
     ) -> Tensor:
-        """W_o Σ_i γ(P_i x) ⊙ mean_i + b_o (B, M, dim), for states (B, G, C) and a gate projection P_i for each.
+        """W_o Σ_i γ(P_i x) ⊙ mean_i + b_o (B, M, dim), for means (B, G, C) and a gate projection P_i of each.
 
         `offsets` (G + 1,) are those of the queries of every group; None divides them evenly.
         """
-        means = [state.mean() for state in states]  # (B, G, C)
-        gates = [project(projection, x) for projection in gate_projections]  # (B, M, heads) or (B, M, C)
-        heads, y = self.n_sel_heads, x.new_zeros(())
-        if heads == 1 or rotary is not None or offsets is not None or not is_unmodified_linear(self.out_proj):
-            for gate, mean in zip(gates, means, strict=True):
+        heads, projections = self.n_sel_heads, [*gate_projections, self.out_proj]
+        if heads == 1 or rotary is not None or offsets is not None or not all_unmodified(x, *projections):
+            y = x.new_zeros(())
+            for projection, mean in zip(gate_projections, means, strict=True):
                 state = State(mean, torch.zeros_like(mean), mean.new_ones(mean.shape[:2], dtype=torch.float64))
                 options = {"form": self.form, "n_sel_heads": heads, "rotary": rotary}
-                y = y + polynomial_readout(gate, state, cu_seqlens=offsets, **options)
+                y = y + polynomial_readout(project(projection, x), state, cu_seqlens=offsets, **options)
             return project(self.out_proj, y)
-        # A scalar gate commutes with the output projection: project the means of every head, not the tokens.
+        y = self.out_proj.bias
         for groups in dict.fromkeys(mean.shape[1] for mean in means):  # reads of equal groups in one product
-            alike = [(gate, mean) for gate, mean in zip(gates, means, strict=True) if mean.shape[1] == groups]
-            gate, mean = torch.cat([gate for gate, _ in alike], dim=-1), torch.stack([mean for _, mean in alike], dim=2)
-            value = torch.sigmoid(gate) if self.form == "product" else F.hardsigmoid(gate)
-            with torch.autocast(x.device.type, enabled=False):
-                weight = self.out_proj.weight.to(mean.dtype).unflatten(1, (heads, -1))  # (dim, heads, C / heads)
-                folded = torch.einsum("bgrhc,dhc->bgrhd", mean.unflatten(-1, (heads, -1)), weight)
-                folded = folded.flatten(2, 3).to(gate.dtype)  # (B, G, reads * heads, dim)
-            y = y + (value.unflatten(1, (groups, x.shape[1] // groups)) @ folded).flatten(1, 2)  # (B, M, dim)
-        return y if self.out_proj.bias is None else y + self.out_proj.bias.to(y.dtype)
+            alike = [pair for pair in zip(gate_projections, means, strict=True) if pair[1].shape[1] == groups]
+            folded = self._fold(torch.stack([mean for _, mean in alike], dim=2))
+            gate = self._gate_value(_stacked(x, [gate for gate, _ in alike]))
+            part = (gate.unflatten(1, (groups, -1)) @ folded.to(gate.dtype)).flatten(1, 2)  # (B, M, dim)
+            y = part if y is None else part + y.to(part.dtype)
+        assert y is not None
+        return y
+
+    def _fold(self, means: Tensor) -> Tensor:
+        """W_o of every head of the means (B, G, reads, C): (B, G, reads * heads, dim).
+
+        A scalar gate commutes with the output projection: the means are projected, not the tokens.
+        """
+        batch, groups, reads, _ = means.shape
+        with torch.autocast(means.device.type, enabled=False):
+            weight = self.out_proj.weight.to(means.dtype).unflatten(1, (self.n_sel_heads, -1)).permute(1, 2, 0)
+            by_head = means.unflatten(-1, (self.n_sel_heads, -1)).permute(3, 0, 1, 2, 4).flatten(1, 3)
+            folded = torch.bmm(by_head, weight)  # (heads, B * G * reads, dim)
+        return folded.transpose(0, 1).reshape(batch, groups, reads * self.n_sel_heads, -1)
+
+    def _gate_value(self, gate: Tensor) -> Tensor:
+        """γ of gates: sigmoid in product form, hardsigmoid in power form, with its second derivatives."""
+        if self.form == "product":
+            return torch.sigmoid(gate)
+        return (gate.to(accumulator(gate.dtype)) / 6 + 0.5).clamp(0, 1).to(gate.dtype)  # F.hardsigmoid has no second
 
     def _saves(self, *inputs: Tensor) -> bool:
         """Whether projections are stored, because gradients will need them."""

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..layers.blocks import FRAME_MIXERS
+from ..layers.blocks import FRAME_MIXERS, INSIDE
+from .config import VideoDiTConfig
 from .image import ImageDiT
 from .video import VideoDiT
 
@@ -25,8 +26,8 @@ def inflate(
         length: video frames of a clip in training.
         size: (H, W) of the videos; None takes that of the images.
         frames: video frames in one token, patch[0].
-        options: `read`, `fade`, `sink` and `local_conv` of `VideoDiT`, and `mixer` to put softmax inside the frames of
-            a polynomial model ("attention+power").
+        options: `read`, `fade`, `sink`, `space_groups` and `local_conv` of `VideoDiT`, and `mixer` to put softmax
+            inside the frames of a polynomial model ("attention+power").
 
     Returns:
         VideoDiT in the dtype and on the device of the model.
@@ -46,6 +47,8 @@ def inflate(
     for name in ("n_registers", "window"):
         del config[name]
     size = (side, side) if size is None else size
+    layers = {name: options[name] for name in ("mixer", "local_conv") if name in options}
+    _check_layers(VideoDiTConfig(**config), VideoDiTConfig(**config | layers))
     video = VideoDiT(size=size, length=length, patch=(frames, patch, patch), positions="space", **config | options)
     tensors, new = {}, video.state_dict()
     for name, tensor in model.state_dict().items():
@@ -53,14 +56,28 @@ def inflate(
             tensor = tensor.repeat(1, frames) / frames
         elif name.startswith("patch_out."):  # (h * w * C, ...) -> (t * h * w * C, ...)
             tensor = torch.cat([tensor] * frames)
-        elif ".local_conv.conv." in name and name not in new:
-            continue
         elif name.endswith("local_conv.conv.weight"):  # (D, 1, 3, 3) -> (D, 1, earlier + 1, 3, 3)
             tensor = torch.stack([torch.zeros_like(tensor)] * (new[name].shape[2] - 1) + [tensor], dim=2)
         elif ".mixer." in name and name not in new:  # the mixer of a hybrid
             name = name.replace(".mixer.", ".mixer.across.")
         tensors[name] = tensor
     weight = model.patch_in.weight
-    added = {name: tensor for name, tensor in new.items() if ".mixer." in name}  # gates and fades of the past
+    # Gates and fades of the past, attention inside frames, and convolutions, all as they start.
+    added = {name: tensor for name, tensor in new.items() if ".mixer." in name or ".local_conv." in name}
     video.to(weight.device, weight.dtype).load_state_dict(added | tensors)
     return video
+
+
+def _check_layers(image: VideoDiTConfig, video: VideoDiTConfig) -> None:
+    """ValueError unless every layer of the video model has what the image model has there."""
+    for theirs, ours in zip(image.mixers, video.mixers, strict=False):
+        if ours not in (theirs, INSIDE + theirs) or (theirs == "attention" != ours):
+            raise ValueError(
+                f"mixer: expected {', '.join(image.mixers)} of the image model, or with attention inside frames "
+                f"{INSIDE}power or {INSIDE}product for its power or product, got {video.mixer!r}"
+            )
+    if any(a is not None and b is None for a, b in zip(image.conv_frames, video.conv_frames, strict=False)):
+        raise ValueError(
+            "local_conv: expected a convolution in the layers where the image model has one, 'frame' for one without "
+            f"earlier frames, got {video.local_conv!r}"
+        )

@@ -236,7 +236,7 @@ class VideoDiT(nn.Module):
             text = self.text_embed(text).to(x.dtype)  # (B, L, D)
         coordinates = grid.coordinates(first, frames, x.device) if self.positions == "rotary" else None
         context_window = FULL_CONTEXT if past is None else past.context_window
-        layout = FrameLayout(grid, frame_causal, teacher_forced, context_window, coordinates)
+        layout = FrameLayout(grid, frame_causal, teacher_forced, context_window, coordinates, return_past)
 
         mixer_caches, conv_caches = [], []
         for layer, block in enumerate(self.blocks):

@@ -87,19 +87,19 @@ class State:
                 "other: a state that fades does not add, since the order of the tokens matters; use "
                 "earlier.then(later, fade)"
             )
-        return self._plus(other)
+        return self._plus(other, "other")
 
-    def _plus(self, other: State) -> State:
+    def _plus(self, other: State, name: str) -> State:
         a, b = self.total, other.total
         groups_agree = a.shape[1] == b.shape[1] or 1 in (a.shape[1], b.shape[1])
         if a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2] or not groups_agree:
             raise ValueError(
-                f"other: states of shape {tuple(a.shape)} and {tuple(b.shape)} do not add; batch and width must "
+                f"{name}: states of shape {tuple(a.shape)} and {tuple(b.shape)} do not add; batch and width must "
                 "be equal, groups equal or one"
             )
         if a.dtype != b.dtype or a.device != b.device:
             raise ValueError(
-                f"other: expected a state in {a.dtype} on {a.device}, got {b.dtype} on {b.device}; move it with .to()"
+                f"{name}: expected a state in {a.dtype} on {a.device}, got {b.dtype} on {b.device}; move it with .to()"
             )
         total, lost = two_sum(a, b)
         total, residual = two_sum(total, lost + (self.residual + other.residual))
@@ -125,13 +125,15 @@ class State:
                 parts of the channels.
 
         Raises:
-            TypeError: `later` is no State.
+            TypeError: `later` is no State, or `fade` no tensor.
             ValueError: R does not divide the channels, or the states do not go together.
         """
         if not isinstance(later, State):
             raise TypeError(f"later: expected a State, got {type(later).__name__}")
-        width, parts = self.total.shape[2], fade.shape[-1]
-        if width % parts or {state.count.shape[-1] for state in (self, later) if state.fades} - {parts}:
+        if not isinstance(fade, Tensor):
+            raise TypeError(f"fade: expected a tensor, got {type(fade).__name__}")
+        width, parts = self.total.shape[2], fade.shape[-1] if fade.dim() in (1, 3) else 0
+        if not parts or width % parts or {state.count.shape[-1] for state in (self, later) if state.fades} - {parts}:
             raise ValueError(
                 f"fade: expected a factor for each of R equal parts of {width} channels, as the states have them, "
                 f"got shape {tuple(fade.shape)}"
@@ -139,15 +141,16 @@ class State:
         left = fade.to(torch.float64)
         exact = (self.total.double() + self.residual.double()) * left.repeat_interleave(width // parts, dim=-1)
         earlier = State(exact, torch.zeros_like(exact), self.fading(parts).count * left).to(self.total.dtype)
-        return earlier._plus(later.fading(parts))
+        return earlier._plus(later.fading(parts), "later")
 
     def mean(self) -> Tensor:
         """H = (total + residual) / count, (B, G, C); 0 where the count is 0."""
-        count = self.count[..., None]
+        count, exact = self.count[..., None], torch.add(self.total.double(), self.residual)
         if self.fades:
-            count = self.count.repeat_interleave(self.total.shape[2] // self.count.shape[2], dim=2)
-        mean = (self.total.double() + self.residual.double()) / torch.where(count == 0, 1, count)
-        return torch.where(count == 0, 0, mean).to(self.total.dtype)
+            exact = exact.unflatten(2, (count.shape[2], -1))  # (B, G, R, C / R)
+        none = count == 0
+        mean = (exact / (count + none)).masked_fill(none, 0)
+        return mean.to(self.total.dtype).view(self.total.shape)
 
     def last(self) -> State:
         """The last group alone: with frames, everything seen up to the end."""

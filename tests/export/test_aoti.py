@@ -34,6 +34,27 @@ STEPS = {  # arguments of the model, of its start, and what the graph holds
         {"batch": 2, "decay": 0.75},
         DIRECT + FOLDED,
     ),
+    "split-sink-blocks": (
+        {"read": "split", "fade": "gated", "sink": 2, "space_groups": 2, "size": (4, 8), "local_conv": ["frame", 1]},
+        {"batch": 2},
+        ["project_state", *["linear"] * 5, "readout", "readout"] * 2,  # gates of four reads and of the fade
+    ),
+    "split-hybrid": (
+        {"read": "split", "mixer": ["attention+product", "attention+power"], "local_conv": None, "positions": "space"},
+        {"window": 3},
+        [
+            "project_state",
+            "linear",
+            "linear",
+            "readout",
+            "readout",
+            "linear",
+            "project_state",
+            "linear",
+            "linear",
+            "readout",
+        ],
+    ),
 }
 STEP = pytest.mark.parametrize(("model", "start", "operations"), STEPS.values(), ids=STEPS)
 
@@ -212,6 +233,7 @@ def test_positions_that_end_stop_the_step(packages):
         ({}, {"size": (5, 4)}, ValueError, "size: expected multiples of the patch"),
         ({}, {"window": -1}, ValueError, "window: expected an integer of at least 0, got -1"),
         ({}, {"decay": 0.0}, ValueError, "decay: expected a number above 0"),
+        ({"read": "split", "fade": "head"}, {"window": 2}, ValueError, "window: expected 0, got 2; .* fades"),
         ({}, {"context": "noisy"}, ValueError, "context: expected one of clean, shared"),
     ],
 )

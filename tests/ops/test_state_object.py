@@ -114,6 +114,112 @@ def test_mean(device):
     torch.testing.assert_close(state.mean().double(), expected, rtol=2e-7, atol=0)
 
 
+# States that fade
+
+
+@pytest.mark.parametrize("per_group", [False, True])
+@pytest.mark.parametrize("parts", [1, 3, 6])
+def test_what_is_earlier_fades(parts, per_group, device):
+    """total and count of each part of the channels, by the formula, and the mean of what is left."""
+    earlier, later = (draw_state(width=6, groups=2, device=device) for _ in range(2))
+    fade = torch.rand((2, 2, parts) if per_group else (parts,), device=device)
+    after, left = earlier.then(later, fade), fade.double()
+    wide = left.repeat_interleave(6 // parts, dim=-1)
+    torch.testing.assert_close(value(after), wide * value(earlier) + value(later), rtol=1e-13, atol=1e-11)
+    count = left * earlier.count[..., None] + later.count[..., None]
+    torch.testing.assert_close(after.count, count, rtol=1e-15, atol=0)
+    mean = value(after) / count.repeat_interleave(6 // parts, dim=-1)
+    torch.testing.assert_close(after.mean().double(), mean, rtol=1e-6, atol=1e-6)
+    assert after.fades and not earlier.fades and after.total.dtype == torch.float32
+
+
+def test_every_way_of_putting_states_that_fade_together():
+    """(a then b) then c is a then (b then c), of which a has faded twice."""
+    a, b, c = (draw_state(width=6, dtype=torch.float64) for _ in range(3))
+    first, second = torch.rand(2, 2, 1, 3, dtype=torch.float64)
+    one = a.then(b, first).then(c, second)
+    other = a.then(b.then(c, second), first * second)
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=1e-14, atol=1e-12)
+    assert not torch.isclose(one.total, b.then(a, first).then(c, second).total).all()
+    whole = a.then(b, torch.ones(1, dtype=torch.float64))
+    torch.testing.assert_close(value(whole), value(a + b), rtol=1e-14, atol=1e-12)
+    assert torch.equal(whole.count[..., 0], (a + b).count)
+
+
+def test_states_that_fade_do_not_add():
+    fading, other = draw_state(width=6).fading(3), draw_state(width=6)
+    for call in (lambda: fading + other, lambda: other.merge(fading), lambda: fading + fading):
+        with pytest.raises(ValueError, match=r"other: a state that fades does not add, .* earlier.then\(later, fade\)"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "later, fade, error, message",
+    [
+        (lambda: None, torch.ones(1), TypeError, "later: expected a State, got NoneType"),
+        (lambda: draw_state(width=6), 0.5, TypeError, "fade: expected a tensor, got float"),
+        (
+            lambda: draw_state(width=6),
+            torch.tensor(0.5),
+            ValueError,
+            r"fade: expected a factor for each .* got shape \(\)",
+        ),
+        (lambda: draw_state(width=6), torch.ones(4), ValueError, r"R equal parts of 6 channels, .* got shape \(4,\)"),
+        (
+            lambda: draw_state(width=6).fading(2),
+            torch.ones(3),
+            ValueError,
+            r"as the states have them, got shape \(3,\)",
+        ),
+        (lambda: draw_state(width=9), torch.ones(3), ValueError, "later: states of shape .* do not add"),
+        (lambda: draw_state(3, width=6), torch.ones(3), ValueError, "later: states of shape .* do not add"),
+        (
+            lambda: draw_state(width=6, dtype=torch.float64),
+            torch.ones(3),
+            ValueError,
+            "later: expected a state in .*32",
+        ),
+    ],
+)
+def test_what_cannot_follow(later, fade, error, message):
+    with pytest.raises(error, match=message):
+        draw_state(width=6).then(later(), fade)
+
+
+def test_gradients_of_what_fades():
+    def run(earlier, later, fade):
+        states = (State(t, torch.zeros_like(t), 3 + t[..., 0]) for t in (earlier, later))
+        after = next(states).then(next(states), fade)
+        return after.total, after.count, after.mean()
+
+    leaves = (torch.rand(2, 1, 4), torch.rand(2, 1, 4), torch.rand(2, 1, 2))
+    assert torch.autograd.gradcheck(run, [t.double().requires_grad_() for t in leaves])
+
+
+def test_states_that_fade_are_copied_saved_and_loaded(tmp_path, device):
+    state = draw_state(width=6, device=device).then(draw_state(width=6, device=device), torch.rand(3, device=device))
+    state.save(tmp_path / "state")
+    assert_identical(State.load(tmp_path / "state").to(device), state)
+    assert_identical(State.from_state_dict(state.clone().state_dict()), state)
+    assert_identical(state.to(torch.float64).to(torch.float32), state)
+    for counts in (torch.zeros(2, 1, 4), torch.zeros(2, 1, 0), torch.zeros(2, 3, 3), torch.zeros(2, 1, 3, 1)):
+        with pytest.raises(ValueError, match=r"or \(B, G, R\) with R a divisor of C"):
+            State.from_state_dict(state.state_dict() | {"count": counts})
+
+
+def test_groups_are_split_and_summed():
+    state = draw_state(width=6, groups=6)
+    parts = state.split([1, 2, 3])
+    assert [part.total.shape[1] for part in parts] == [1, 2, 3]
+    assert_identical(State.cat(parts, dim=1), state)
+    sums = state.sum_groups(3)
+    torch.testing.assert_close(value(sums), value(state).unflatten(1, (2, 3)).sum(2), rtol=1e-13, atol=1e-11)
+    assert torch.equal(sums.count, state.count.unflatten(1, (2, 3)).sum(2)) and sums.total.dtype == torch.float32
+
+
+# Copies
+
+
 def test_gradients_reach_both_parts_of_a_sum(device):
     a, b = draw_state(device=device), draw_state(groups=3, device=device)
     a.total.requires_grad_(), b.total.requires_grad_()
