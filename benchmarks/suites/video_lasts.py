@@ -33,6 +33,7 @@ SAMPLING = video.SAMPLING
 SECONDS = (600.0, 4800.0)  # training on images and on video
 
 FRAMES, PER_DIGIT = 192, 10  # of the streams that are measured
+REAL = 1000  # seed of the real videos beside them; no model is trained on their paths
 
 
 class PlacedDigits(ImageDataset):
@@ -135,7 +136,7 @@ def main(arguments=None):
     )
     *judges, reached = train_judges(FRAMES)
     content |= reached | {"seeds": [], "attention": []}
-    paths = MovingDigits(frames=FRAMES, seed=max(options.seeds) + 1, begin=BEGIN)  # on which no model was trained
+    paths = MovingDigits(frames=FRAMES, seed=REAL, begin=BEGIN)
     real = real_videos(paths, torch.arange(10).repeat_interleave(PER_DIGIT).repeat(2))
     rows = [("seeds", seed, MODEL["mixer"], MEMORY) for seed in options.seeds]
     rows += [("attention", seed, "attention", ATTENTION) for seed in options.seeds if options.attention]

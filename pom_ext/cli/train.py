@@ -23,6 +23,9 @@ class DataOptions:
     ] = "mnist"
     size: Annotated[int | None, typer.Option(help="Width in pixels to scale pictures and videos to.")] = None
     frames: Annotated[int | None, typer.Option(help="Frames per video clip.")] = None
+    late_frames: Annotated[
+        int | None, typer.Option(help="Frames per clip in the second half of the training, such as twice as many.")
+    ] = None
     workers: Annotated[int, typer.Option(help="Processes that load the data.")] = 0
 
     @property
@@ -33,12 +36,15 @@ class DataOptions:
         return is_video(self.data) or self.frames is not None
 
     def open(self):
-        """The data set."""
+        """The data set, and that of the late clips or None."""
         from ..data import open_dataset, open_video_dataset
 
-        return (
-            open_video_dataset(self.data, self.frames, self.size) if self.video else open_dataset(self.data, self.size)
-        )
+        if not self.video:
+            if self.late_frames is not None:
+                raise ValueError(f"late-frames: for videos only, and {self.data} are images")
+            return open_dataset(self.data, self.size), None
+        late = None if self.late_frames is None else open_video_dataset(self.data, self.late_frames, self.size)
+        return open_video_dataset(self.data, self.frames, self.size), late
 
 
 @dataclass
@@ -156,7 +162,7 @@ def train(data: DataOptions, run: RunOptions, model: ModelOptions, learning: Lea
     from ..training import train as run_training
 
     checkpoint = new_checkpoint(run.out, run.resume)
-    dataset, video = data.open(), data.video
+    (dataset, late), video = data.open(), data.video
     kind = objective_class(learning.objective)
     if video and not kind.for_video:
         able = list_objectives(lambda kind: kind.for_video)
@@ -166,5 +172,5 @@ def train(data: DataOptions, run: RunOptions, model: ModelOptions, learning: Lea
     config = learning.config(network, dataset, video)
     options = {name: value for name, value in vars(run).items() if name != "out"}
     with interrupts(checkpoint):
-        result = run_training(network, dataset, checkpoint, config, **options, workers=data.workers)
+        result = run_training(network, dataset, checkpoint, config, late=late, **options, workers=data.workers)
     report_training(result, checkpoint, f"pom-ext {'stream' if video else 'sample'} {checkpoint}")

@@ -81,7 +81,7 @@ def draw_video(stream, frames):
 def show_video(video, names, sheet, *movies):
     """Write a contact sheet of videos (B, 1, T, H, W), a named row for each, and movies with five of them in a row.
 
-    Movies show 24 frames of a second. To stay small, a GIF has every second frame and 16 shades of grey.
+    Movies play 24 frames a second. To stay small, a GIF has every second frame only, in 16 shades of grey.
     """
     contact_sheet(video, sheet, row_labels=names)
     tiled = torch.stack([tile(frame, columns=5) for frame in video.unbind(2)], dim=1)

@@ -390,13 +390,18 @@ class PoM(nn.Module):
             weight = self.out_proj.weight.to(means.dtype).unflatten(1, (self.n_sel_heads, -1)).permute(1, 2, 0)
             by_head = means.unflatten(-1, (self.n_sel_heads, -1)).permute(3, 0, 1, 2, 4).flatten(1, 3)
             folded = torch.bmm(by_head, weight)  # (heads, B * G * reads, dim)
-        return folded.transpose(0, 1).reshape(batch, groups, reads * self.n_sel_heads, -1)
+        return folded.transpose(0, 1).reshape(batch, groups, reads * self.n_sel_heads, self.dim)
 
     def _gate_value(self, gate: Tensor) -> Tensor:
-        """γ of gates: sigmoid in product form, hardsigmoid in power form, with its second derivatives."""
+        """γ of gates (B, M, K)."""
         if self.form == "product":
             return torch.sigmoid(gate)
-        return (gate.to(accumulator(gate.dtype)) / 6 + 0.5).clamp(0, 1).to(gate.dtype)  # F.hardsigmoid has no second
+        if not torch.is_grad_enabled():
+            return F.hardsigmoid(gate)
+        # The readout of means of one has second derivatives, which F.hardsigmoid has not.
+        ones = gate.new_ones(len(gate), 1, gate.shape[2], dtype=accumulator(gate.dtype))
+        state = State(ones, torch.zeros_like(ones), torch.ones_like(ones[..., 0], dtype=torch.float64))
+        return polynomial_readout(gate, state, form=self.form)
 
     def _saves(self, *inputs: Tensor) -> bool:
         """Whether projections are stored, because gradients will need them."""

@@ -24,7 +24,7 @@ class StreamCache:
         height, width: patches of a frame.
         mixer_caches: for every layer the `State` of its polynomial mixer, or the `KeyValues` of its attention.
         conv_caches: for every layer the tokens (B, earlier, S, D) of the last 1 or 2 frames, the input of its local
-            convolution; None for a layer whose convolution sees no earlier frame, () if no layer's does.
+            convolution; None for a layer whose convolution sees no earlier frame; () is None for all layers.
         context_window: which earlier frames a frame sees, and how much they count.
     """
 

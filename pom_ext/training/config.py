@@ -24,6 +24,7 @@ class TrainConfig:
         grad_clip: the largest norm of the gradient.
         label_dropout: share of samples that train without their label, for guidance.
         context, context_noise, given: for video, see `diffusion.losses.video_loss`.
+        late_from: completed share of the training from which on the late clips of `train` are used, if there are any.
         bf16: bfloat16 autocast.
         seed: of the order of the data, noise and times.
 
@@ -44,6 +45,7 @@ class TrainConfig:
     context: str = "clean"
     context_noise: float = 0.0
     given: int = 0
+    late_from: float = 0.5
     bf16: bool = False
     seed: int = 0
 
@@ -61,6 +63,6 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if not 0 <= self.context_noise <= 1:
             raise ValueError(f"context_noise: expected 0 to 1, got {self.context_noise}")
-        for name in ("ema_decay", "label_dropout"):
+        for name in ("ema_decay", "label_dropout", "late_from"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 0 and less than 1, got {getattr(self, name)}")

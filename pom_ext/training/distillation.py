@@ -117,6 +117,6 @@ def distill(
         )
     objective = Distillation(teacher, config.shift, config.guidance, draw_steps)
     distilled = {"distilled": {"teacher": fingerprint(teacher), "draw_steps": draw_steps}}
-    run = {"steps": steps, "seconds": seconds, "resume": resume, "save_every": save_every}
+    run = {"late": None, "steps": steps, "seconds": seconds, "resume": resume, "save_every": save_every}
     student = make_student(teacher, config.seed).train()
     return fit(student, objective, dataset, path, config, distilled, **run, workers=workers, progress=progress)

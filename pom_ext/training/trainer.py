@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,7 @@ class Trainer:
             ValueError: the checkpoint is broken, or was made with other settings than these.
         """
         parts, settings = read_checkpoint(path)
+        settings["train"] = asdict(TrainConfig()) | settings["train"]  # settings that are newer than the file
         for group, expected in ({"distilled": {}} | self.settings).items():
             _check_same(path, group, settings.get(group, {}), expected)
         self.model.load_state_dict(parts["model"])
@@ -154,6 +156,7 @@ def train(
     path: str | os.PathLike[str],
     config: TrainConfig | None = None,
     *,
+    late: Any | None = None,
     steps: int | None = None,
     seconds: float | None = None,
     resume: bool = False,
@@ -168,6 +171,8 @@ def train(
         dataset: an `ImageDataset` with images of the size and classes the model was made for, or a `VideoDataset`.
         path: the checkpoint file.
         config: a `TrainConfig`; None takes its defaults.
+        late: a `VideoDataset` of other, usually longer clips, for the rest of the training from `config.late_from` on.
+            A batch holds as many frames as before.
         steps, seconds: when to stop, one or the other, counted from step 0 even after a resume. With `seconds` the
             learning rate follows the time, so that a slower machine does fewer steps but finishes them properly.
         resume: continue from the checkpoint at `path`. With `steps` the result is bit for bit that of a run that was
@@ -187,7 +192,7 @@ def train(
     config = TrainConfig() if config is None else config
     trained_in = {} if config.guidance == 1 else {"guidance": config.guidance}
     objective = build_objective(config.objective, config.shift, **trained_in)
-    run = {"steps": steps, "seconds": seconds, "resume": resume, "save_every": save_every}
+    run = {"late": late, "steps": steps, "seconds": seconds, "resume": resume, "save_every": save_every}
     return fit(model, objective, dataset, path, config, {}, **run, workers=workers, progress=progress)
 
 
@@ -199,6 +204,7 @@ def fit(
     config: TrainConfig,
     settings: dict[str, Any],
     *,
+    late: Any | None,
     steps: int | None,
     seconds: float | None,
     resume: bool,
@@ -213,8 +219,9 @@ def fit(
         raise ValueError(f"steps, seconds: expected one of the two, got steps={steps}, seconds={seconds}")
     if not (steps if seconds is None else seconds) > 0 or save_every < 1:
         raise ValueError(f"expected positive numbers, got steps={steps}, seconds={seconds}, save_every={save_every}")
-    if model.config["n_classes"] != len(dataset.classes):
-        raise ValueError(f"model: made for {model.config['n_classes']} classes, the data has {len(dataset.classes)}")
+    for data in (dataset, late):
+        if data is not None and model.config["n_classes"] != len(data.classes):
+            raise ValueError(f"model: made for {model.config['n_classes']} classes, the data has {len(data.classes)}")
     for reason in objective.supports(model):
         raise ValueError(reason)
     if "length" in model.config:
@@ -223,24 +230,32 @@ def fit(
     if seconds is not None and accelerator.num_processes > 1:
         raise ValueError("seconds: processes would stop at different steps; use steps with several processes")
 
-    trainer = Trainer(model, objective, config, {"data": dataset.describe(), **settings}, accelerator)
+    described = dataset.describe() | ({} if late is None else {"late": late.describe()})
+    trainer = Trainer(model, objective, config, {"data": described, **settings}, accelerator)
     if resume:
         trainer.resume(path)
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    first = len(trainer.losses) * ranks + rank
-    batches = ShuffledBatches(len(dataset), config.batch_size, config.seed, first, ranks)
-    loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers))
     begin = time.perf_counter() - trainer.seconds
     recent = deque(trainer.losses[-100:], maxlen=100)
 
     def done():
         return len(trainer.losses) / steps if seconds is None else trainer.seconds / seconds
 
+    def load(data: Any, batch_size: int) -> Iterator[Any]:
+        """The batches from the current step on."""
+        first = len(trainer.losses) * ranks + rank
+        batches = ShuffledBatches(len(data), batch_size, config.seed, first, ranks)
+        return iter(DataLoader(data, batch_sampler=batches, num_workers=workers))
+
+    loader, is_late = load(dataset, config.batch_size), False
     layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     with tqdm(
         desc="train", total=1.0, initial=min(1.0, done()), bar_format=layout, disable=not progress or rank > 0
     ) as bar:
         while done() < 1:
+            if late is not None and not is_late and done() >= config.late_from:
+                clips = config.batch_size * dataset.shape[1] // late.shape[1]
+                loader, is_late = load(late, max(1, clips)), True
             trainer.step(*next(loader), done())
             trainer.seconds = time.perf_counter() - begin
             recent.append(trainer.losses[-1])

@@ -161,6 +161,7 @@ def test_demo_writes_all_its_files(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "SAMPLING", {"steps": 2, "guidance": 1.0, "solver": "euler"})
     monkeypatch.setattr(video, "SAMPLING", {**video.SAMPLING, "steps": 1})
     monkeypatch.setattr(video, "COSTS", 6)
+    monkeypatch.setattr(video, "STREAM", 26)
     report = run_demo(tmp_path, image_seconds=0.5, video_seconds=0.5, per_class=10, streams=1)
     expected = {"samples.png", "loss.png", "model.safetensors", "report.md", "report.json", "video.safetensors"}
     expected |= {"video_loss.png", "video.png", "video.gif", "video.mp4", "stream.png"}
@@ -178,7 +179,12 @@ def test_demo_writes_all_its_files(tmp_path, monkeypatch):
     assert len(set(costs["PoM"]["bytes"])) == 1 and len(set(costs["attention"]["bytes"])) == 6
     assert Image.open(tmp_path / "samples.png").size[0] > 600
     with Image.open(tmp_path / "video.gif") as gif:
-        assert gif.n_frames == clips["stream"]["frames"] == 24
+        assert gif.n_frames == 13 and clips["stream"]["frames"] == len(clips["frames_read_as_requested"]) == 26
+    assert [row["frames"] for row in clips["by_length"]] == [[0, 8], [8, 24]]
+    assert clips["clip_net_on_real_clips"]["digit"] >= 0.9
+    for row in clips["by_length"]:
+        assert row["frechet"] > 2 * row["frechet_real"] and 0.4 < row["speed_real"] < 1
+        assert f"| {row['frames'][0]} to {row['frames'][1]} | {row['read']:.1%} | {row['speed']:.2f} (" in text
 
 
 def test_bench_runs_the_source_trees_benchmarks(monkeypatch, tmp_path):

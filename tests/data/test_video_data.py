@@ -61,6 +61,33 @@ def test_clips_follow_from_the_seed_and_the_index(digits):
         digits[100_000]
 
 
+def test_clips_can_begin_anywhere_on_the_path(digits):
+    later = MovingDigits(frames=8, size=32, seed=3, begin=32)
+    firsts = set()
+    for index in range(200):
+        (clip, label), (whole, same) = later[index], digits[index]
+        found = [first for first in range(33) if torch.equal(later.path(index), digits.path(index)[first : first + 8])]
+        assert len(found) == 1 and torch.equal(clip, whole[:, found[0] : found[0] + 8]) and label == same
+        firsts |= set(found)
+    assert {0, 32} <= firsts and len(firsts) > 25
+    again = MovingDigits(frames=8, size=32, seed=3, begin=32)
+    assert torch.equal(again[5][0], later[5][0]) and torch.equal(again.path(99_999), later.path(99_999))
+
+
+def test_clips_that_begin_at_the_start_are_those_of_before(digits):
+    ends = torch.stack([digits.path(index)[39] for index in (7, 77_777)])  # as version 0.1.0 computed them
+    torch.testing.assert_close(ends, torch.tensor([[10.702019, 2.868523], [3.296085, 6.294825]]), atol=1e-5, rtol=0)
+
+
+def test_long_clips_keep_moving():
+    digits = MovingDigits(frames=192, seed=1, begin=1000)
+    for index in range(10):
+        clip, path = digits[index][0], digits.path(index)
+        assert clip.shape == (1, 192, 28, 28) and path.min() >= 0 and path.max() <= 8
+        steps = path.diff(dim=0)
+        assert torch.allclose(steps.abs().amax(0), steps.abs()[60:].amax(0), atol=1e-3), "as fast late as early"
+
+
 @pytest.fixture(scope="module")
 def pong():
     return GamePlay("pong", frames=6, size=64, recorded=900, seed=1)
@@ -274,6 +301,7 @@ def test_folders_that_hold_no_clips_are_named(films, tmp_path):
     [
         (lambda: MovingDigits(frames=0), "frames, size: expected at least 1 and 28, got 0 and 28"),
         (lambda: MovingDigits(size=27), "frames, size: expected at least 1 and 28, got 8 and 27"),
+        (lambda: MovingDigits(begin=-1), "begin: expected at least 0, the first frame of a path, got -1"),
         (lambda: GamePlay("pongg"), "game: expected one of .*, such as .*pong.*, got 'pongg'"),
         (lambda: GamePlay(frames=8, recorded=7), "recorded: no game of 'pong' in 7 frames is as long as a clip of 8"),
         (lambda: GamePlay(size=4), "frames, size, recorded: expected at least 1, 8 and 1, got 8, 4 and 6000"),

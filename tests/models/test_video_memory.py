@@ -1,19 +1,23 @@
 """What a video model keeps of earlier frames: every choice of it streams, trains in parallel, and comes from files."""
 
-import json
+import math
 import random
+import re
 from itertools import combinations, product
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load, save
 from stream_cases import conditions, draw, same
-from video_cases import CONDITIONS, FRAMES, HYBRID, SMALL, cut, inputs, small, stream, tensors
+from video_cases import CONDITIONS, FRAMES, HYBRID, cut, inputs, small, stream, tensors
 
+from pom_ext import forward_mode
 from pom_ext.models import ImageDiT, StreamCache, VideoDiT, inflate
-from pom_ext.models.checkpoint import load_model, read_checkpoint, save_checkpoint
+from pom_ext.models.config import SIZES
 from pom_ext.streaming import VideoStream
 
+ROOT = Path(__file__).parents[2]
 OPTIONS = {
     "memory": [("shared", None), ("split", None), ("split", "head"), ("split", "gated")],
     "sink": [0, 1, 3],
@@ -238,6 +242,72 @@ def test_compiled_whole(options, streamed):
     torch.testing.assert_close(*(past.state_dict() for past in pasts))
 
 
+@pytest.mark.parametrize("name", ["gated", "product"])
+@pytest.mark.parametrize("jvp", [torch.func.jvp, forward_mode.jvp], ids=["torch", "forward_mode"])
+def test_along_a_direction_of_noisy_frames_and_times(jvp, name):
+    """The derivative that one-step training takes, the finished frames standing still; and its gradient."""
+    model = small(**MODELS[name])
+    given = inputs(model, batch=2, per_frame=True)
+    video, time = given.pop("video"), given.pop("time")
+    finished, directions = torch.randn_like(video), (torch.randn_like(video), torch.randn_like(time))
+    seed = torch.randn_like(video)
+
+    def run(video, time):
+        return model(video, time, **given, frame_causal=True, finished=finished)
+
+    out, tangent = jvp(run, (video, time), directions)
+    leaves = video.requires_grad_(), time.requires_grad_()
+    expected = run(*leaves)
+    slopes = torch.autograd.grad(expected, leaves, seed, create_graph=True)
+    along = sum((slope * direction).sum() for slope, direction in zip(slopes, directions, strict=True))
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close((tangent * seed).sum(), along, rtol=1e-8, atol=1e-9)
+    if jvp is torch.func.jvp:
+        return  # gradients of torch's tangent of a layer norm are wrong (pytorch/pytorch#196700)
+    parameters = list(model.parameters())
+    second = torch.autograd.grad((tangent * seed).sum(), parameters, allow_unused=True)
+    for (key, _), a, b in zip(
+        model.named_parameters(), second, torch.autograd.grad(along, parameters, allow_unused=True), strict=True
+    ):
+        a, b = (torch.zeros(()) if grad is None else grad for grad in (a, b))
+        torch.testing.assert_close(*torch.broadcast_tensors(a, b), rtol=1e-7, atol=1e-7, msg=f"{key}: {a} {b}")
+
+
+# Bytes
+
+LATENTS = {"in_channels": 4, "size": (32, 32), "patch": (1, 2, 2)}
+PUBLISHED = {  # docs/streaming.md; the last number is `space_groups` of the last column
+    "digits": ({"in_channels": 1, "size": (28, 28), "patch": (1, 4, 4), "dim": 96, "n_layers": 4, "n_heads": 8}, 7),
+    "S/2": (LATENTS | SIZES["S"], 2),
+    "XL/2": (LATENTS | SIZES["XL"], 2),
+    "Wan-1.3B": (LATENTS | {"in_channels": 16, "size": (60, 104), "dim": 1536, "n_layers": 30, "n_heads": 12}, 2),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_bytes_in_the_guide_are_those_of_the_model(name):
+    """And those of its formula."""
+    options, groups = PUBLISHED[name]
+    layers, dim, heads = options["n_layers"], options["dim"], options["n_heads"]
+    bytes_of, patches = (4 if name == "digits" else 2), math.prod(options["size"]) // math.prod(options["patch"])
+    split = {"read": "split", "fade": "head", "sink": 1, "local_conv": "frame"}
+    columns = [{}, {"local_conv": "frame"}, split | {"local_conv": [1] + ["frame"] * (layers - 1)}, split]
+    found = []
+    for memory in [*columns, split | {"space_groups": groups}]:
+        with torch.device("meta"):
+            model = VideoDiT(**options, **memory).to(torch.float32 if bytes_of == 4 else torch.bfloat16)
+        found.append(model.start().nbytes)
+        states = 1 + model.sink + (patches // groups**2 if "space_groups" in memory else 0)
+        counts = heads if "fade" in memory else 1
+        tails = sum(block.local_conv.earlier for block in model.blocks)
+        expected = layers * states * (2 * 2 * dim * 4 + 8 * counts) + tails * patches * dim * bytes_of
+        assert found[-1] == expected
+    (row,) = re.findall(rf"^\| {name} \|.*$", (ROOT / "docs" / "streaming.md").read_text(), re.MULTILINE)
+    assert [int(n) for n in row.replace(",", "").split("|")[2:-1]] == [patches, *found]
+    if name == "digits":  # a quarter of the default, whatever else it keeps
+        assert found[2] * 4 < found[0]
+
+
 # Models of images
 
 
@@ -279,167 +349,3 @@ def test_video_models_that_would_lose_the_image_model(image, options, message):
     model = ImageDiT(3, 4, 8, patch=2, dim=16, n_layers=2, n_heads=2, **image)
     with pytest.raises(ValueError, match=message):
         inflate(model, length=8, **options)
-
-
-# Files of earlier versions, and what is wrong
-
-NEW = ("read", "fade", "sink", "space_groups")
-
-
-def rewrite(path, change):
-    """The file with changed settings, as another version has written it."""
-    parts, settings = read_checkpoint(path)
-    change(settings, parts)
-    save_checkpoint(path, parts, settings)
-
-
-@pytest.mark.parametrize("local_conv", [True, False])
-def test_files_from_before_there_was_a_choice_load(local_conv, tmp_path):
-    model = small(local_conv=local_conv, n_classes=4).float()
-    assert model.config["local_conv"] is local_conv
-    save_checkpoint(
-        tmp_path / "model", {"ema": model.state_dict()}, {"architecture": "VideoDiT", "model": model.config}
-    )
-    drawn = VideoStream(model, [1, 2], steps=2)
-    draw(drawn, 2)
-    drawn.save(tmp_path / "stream")
-
-    def as_before(settings, parts):
-        settings["model"] = {name: value for name, value in settings["model"].items() if name not in NEW}
-
-    for name in ("model", "stream"):
-        rewrite(tmp_path / name, as_before)
-        assert b'"read"' not in (tmp_path / name).read_bytes()
-    loaded, _ = load_model(tmp_path / "model")
-    assert loaded.config == model.config
-    again = VideoStream.load(tmp_path / "stream", loaded)
-    assert torch.equal(draw(again, 3), draw(drawn, 3))
-
-
-def test_settings_need_not_be_those_of_a_model(tmp_path):
-    for settings in ([1, 2], {"model": "S"}, None):
-        save_checkpoint(tmp_path / "any", {"part": {"x": torch.zeros(1)}}, settings)
-        assert read_checkpoint(tmp_path / "any")[1] == settings
-
-
-@pytest.mark.parametrize(
-    "options, change, message",
-    [
-        ({"local_conv": "frame"}, lambda p: p.update({"0.tail": torch.zeros(2, 2, 6, 16)}), "'0.tail': expected none"),
-        ({"local_conv": 1}, lambda p: p.pop("1.tail"), r"'1.tail': expected \(2, 1, 6, 16\) .*, got none"),
-        (
-            {"read": "split", "fade": "head"},
-            lambda p: p.update({"0.count": p["0.count"][..., 0].contiguous()}),
-            r"'0.count': expected \(2, 1, 2\) .*, got \(2, 1\)",
-        ),
-        (
-            {"read": "split", "sink": 1},
-            lambda p: p.update({n: t[:, :1].contiguous() for n, t in p.items() if n.split(".")[0] in ("0", "1")}),
-            r"'0.total': expected \(2, 2, 32\) .*, got \(2, 1, 32\)",
-        ),
-        ({}, lambda p: p.update(seen=torch.tensor([1, 3, 2])), "its frames have 3 x 2 patches, the video 2 x 3"),
-    ],
-    ids=["a-tail", "no-tail", "no-fade", "no-sink", "size"],
-)
-def test_stream_files_with_another_cache_are_refused_by_load(options, change, message, tmp_path):
-    model = small(**{"local_conv": None, **options})
-    drawn = VideoStream(model, batch=2, steps=2)
-    draw(drawn, 1)
-    drawn.save(tmp_path / "stream")
-    rewrite(tmp_path / "stream", lambda settings, parts: change(parts["past0"]))
-    with pytest.raises(ValueError, match=f"(?s)path: .*stream holds no stream of this model .*{message}"):
-        VideoStream.load(tmp_path / "stream", model)
-
-
-def test_a_stream_of_another_read_is_named(tmp_path):
-    VideoStream(small(read="split"), steps=2).save(tmp_path / "stream")
-    with pytest.raises(ValueError, match="stream of another model: read split, not shared"):
-        VideoStream.load(tmp_path / "stream", small())
-
-
-@pytest.mark.parametrize(
-    "theirs, ours, message",
-    [
-        ({"fade": "head"}, {}, r"'0.count': expected \(2, 1\) .*, got \(2, 1, 2\)"),
-        ({}, {"fade": "gated"}, r"'0.count': expected \(2, 1, 2\) .*, got \(2, 1\)"),
-        ({"sink": 1}, {}, r"'0.total': expected \(2, 1, 32\) .*, got \(2, 2, 32\)"),
-        ({}, {"space_groups": 2}, r"'0.total': expected \(2, 3, 32\) .*, got \(2, 1, 32\)"),
-        ({"local_conv": 1}, {"local_conv": "clip"}, r"'0.tail': expected \(2, 2, 8, 16\) .*, got \(2, 1, 8, 16\)"),
-        ({"local_conv": 1}, {"local_conv": "frame"}, r"'0.tail': expected none, got \(2, 1, 8, 16\)"),
-        ({"mixer": "attention"}, {}, "'0.total': expected .*, got none"),
-    ],
-    ids=str,
-)
-@torch.no_grad()
-def test_caches_of_other_models_are_named(theirs, ours, message):
-    options = {"read": "split", "size": (4, 8)}
-    other, model = small(**options | theirs), small(**options | ours)
-    given = inputs(model, frames=1, batch=2)
-    past = other(**given, frame_causal=True, return_past=True)[1]
-    with pytest.raises(ValueError, match=f"past: {message}"):
-        model(**given, frame_causal=True, past=past)
-
-
-SPLIT = {"read": "split"}
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"read": "both"}, "read: expected 'shared' or 'split', got 'both'"),
-        ({"read": True}, "read: expected 'shared' or 'split', got True"),
-        ({"read": ["split"]}, r"read: expected 'shared' or 'split', got \['split'\]"),
-        (
-            {"fade": "head"},
-            "fade: expected None, or with read='split' also 'head' or 'gated', got 'head' with read='sh",
-        ),
-        (SPLIT | {"fade": True}, "fade: expected None, .* got True with read='split'"),
-        (SPLIT | {"fade": "fast"}, "fade: expected None, .* got 'fast' with read='split'"),
-        (SPLIT | {"fade": ["head", None]}, "fade: expected None, .* got .'head', None. with"),
-        ({"sink": 1}, "sink: expected 0 with read='shared', got 1; read='split' has a gate for it"),
-        (SPLIT | {"sink": 7}, "sink: expected at most the 6 frames of tokens of a training clip, got 7"),
-        (SPLIT | {"sink": -1}, "sink: expected an integer of at least 0, got -1"),
-        (SPLIT | {"sink": True}, "sink: expected an integer of at least 0, got True"),
-        (SPLIT | {"sink": "1"}, "sink: expected an integer of at least 0, got '1'"),
-        ({"space_groups": 2}, "space_groups: expected 1 with read='shared', got 2; read='split' has a gate for it"),
-        (SPLIT | {"space_groups": 2}, "space_groups: expected a divisor of the patches of a frame, 2 x 3, got 2"),
-        (SPLIT | {"space_groups": 0}, "space_groups: expected an integer of at least 1, got 0"),
-        ({"local_conv": 3}, "local_conv: expected 'frame', 'clip', None, or 0 to 2 earlier frames, got 3"),
-        ({"local_conv": -1}, "local_conv: expected .* got -1"),
-        ({"local_conv": "True"}, "local_conv: expected .* got 'True'"),
-        ({"local_conv": "video"}, "local_conv: expected .* got 'video'"),
-        ({"local_conv": 1.0}, "local_conv: expected .* got 1.0"),
-        ({"local_conv": ["clip", 3]}, "local_conv: expected .* got 3"),
-        ({"local_conv": ["clip", ["frame"]]}, r"local_conv: expected .* got \['frame'\]"),
-        ({"local_conv": ["clip"]}, "local_conv: expected one for each of n_layers=2 layers, got 1"),
-        ({"local_conv": []}, "local_conv: expected one for each of n_layers=2 layers, got 0"),
-        ({"mixer": "attention+local"}, "mixer: expected one of .*, got 'attention.local'"),
-    ],
-    ids=str,
-)
-def test_models_that_cannot_be(options, message):
-    with pytest.raises(ValueError, match=message):
-        VideoDiT(**SMALL | options)
-
-
-def test_windows_and_sizes_that_do_not_fit():
-    fading, blocks = small(read="split", fade="head"), small(read="split", space_groups=2, size=(4, 8))
-    with pytest.raises(ValueError, match="window: expected 0, got 3; this model was trained with a past that fades"):
-        fading.start(window=3)
-    with pytest.raises(ValueError, match="window: expected 0, got 2"):
-        VideoStream(fading, window=2)
-    message = "space_groups: expected a divisor of the patches of a frame, 2 x 3, got 2"
-    with pytest.raises(ValueError, match=message):
-        blocks.start(size=(4, 6))
-    with pytest.raises(ValueError, match=message):
-        blocks(**inputs(blocks, size=(4, 6)))
-
-
-@pytest.mark.parametrize("local_conv", ["clip", None, "frame", 1, ["clip", "frame"]], ids=str)
-def test_config_is_json_and_rebuilds_the_model(local_conv):
-    model = small(read="split", fade="gated", sink=2, local_conv=local_conv, mixer="attention+product")
-    config = json.loads(json.dumps(model.config))
-    assert config == model.config and config["local_conv"] == local_conv
-    again = VideoDiT(**config).double()
-    again.load_state_dict(model.state_dict())
-    assert torch.equal(again(**inputs(model)), model(**inputs(model)))

@@ -6,9 +6,10 @@ from torch.utils.data import Dataset
 
 from pom_ext._random import seeded_generator
 from pom_ext.diffusion import OBJECTIVES
+from pom_ext.diffusion.context import TRAINED_CONTEXTS, stream_context
 from pom_ext.diffusion.guidance import drop_labels
 from pom_ext.models import ImageDiT, VideoDiT
-from pom_ext.models.checkpoint import load_model, read_checkpoint
+from pom_ext.models.checkpoint import load_model, read_checkpoint, save_checkpoint
 from pom_ext.streaming import VideoStream
 from pom_ext.training import TrainConfig, train
 
@@ -18,9 +19,8 @@ KINDS = {"classes": 2, "actions": 3, "none": 0}
 class Bar(Dataset):
     """A bright column that steps to the right from frame to frame; with actions it stays, or steps left or right."""
 
-    shape = (1, 6, 8, 8)
-
-    def __init__(self, kind):
+    def __init__(self, kind, frames=6):
+        self.shape = (1, frames, 8, 8)
         self.kind, self.classes, self.actions = kind, tuple("abc"[: KINDS[kind]]), kind == "actions"
 
     def __len__(self):
@@ -28,27 +28,29 @@ class Bar(Dataset):
 
     def __getitem__(self, index):
         steps = torch.tensor([0, -1, 1])
-        labels = torch.randint(0, 3, (6,), generator=seeded_generator(index))
-        places = index + (steps[labels].cumsum(0) if self.actions else torch.arange(6))
+        frames = torch.arange(self.shape[1])
+        labels = torch.randint(0, 3, frames.shape, generator=seeded_generator(index))
+        places = index + (steps[labels].cumsum(0) if self.actions else frames)
         clip = torch.full(self.shape, -1.0)
-        clip[0, torch.arange(6), :, places % 8] = 1
+        clip[0, frames, :, places % 8] = 1
         return clip, labels if self.actions else torch.tensor(index % 2 if self.classes else 0)
 
     def describe(self):
         return {"shape": list(self.shape), "classes": list(self.classes), "actions": self.actions}
 
 
-def run(path, kind="classes", steps=6, resume=False, dataset=None, save_every=1000, **config):
+def run(path, kind="classes", steps=6, resume=False, dataset=None, late=None, save_every=1000, **config):
     torch.manual_seed(0)
     model = VideoDiT(
         1, (8, 8), 6, n_classes=KINDS[kind], patch=(1, 4, 4), dim=16, n_layers=1, n_heads=2, positions="space"
     )
     config = TrainConfig(**{"batch_size": 4, "warmup": 2, "lr": 1e-2, **config})
     dataset = dataset or Bar(kind)
-    return train(model, dataset, path, config, steps=steps, resume=resume, save_every=save_every, progress=False)
+    options = {"late": late, "steps": steps, "resume": resume, "save_every": save_every}
+    return train(model, dataset, path, config, progress=False, **options)
 
 
-@pytest.mark.parametrize("context", ["clean", "shared"])
+@pytest.mark.parametrize("context", TRAINED_CONTEXTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_learns_the_videos_and_streams_go_on_from_the_file(kind, context, tmp_path):
     path = tmp_path / "model.safetensors"
@@ -59,8 +61,8 @@ def test_training_learns_the_videos_and_streams_go_on_from_the_file(kind, contex
     assert settings["train"]["context"] == context and settings["data"]["actions"] == (kind == "actions")
     for (name, tensor), expected in zip(model.state_dict().items(), result.model.state_dict().values(), strict=True):
         assert torch.equal(tensor, expected), name
-    stream = VideoStream(model, [0] if model.n_classes else None, context=settings["train"]["context"], steps=2)
-    assert stream.next().shape == (1, 1, 1, 8, 8)
+    stream = VideoStream(model, [0] if model.n_classes else None, context=stream_context(context), steps=2)
+    assert settings["train"]["context"] == context and stream.next().shape == (1, 1, 1, 8, 8)
 
 
 class Interrupted(Exception):
@@ -90,6 +92,48 @@ def test_an_interrupted_run_resumes_to_the_very_same_losses(tmp_path):
     with pytest.raises(ValueError, match="trained with another train: context is clean, given shared"):
         run(path, "actions", resume=True, given=1, context="shared")
     assert run(path, "actions", resume=True, given=1).losses == whole.losses
+
+
+class Counted(Bar):
+    """Keeps which clips were read."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+def test_longer_clips_late_in_the_training(tmp_path):
+    """From a share of the training on, in batches of as many frames; an interrupted run resumes on either side."""
+    short, long = Counted("classes"), Counted("classes", 12)
+    path, options = tmp_path / "model.safetensors", {"steps": 10, "late_from": 0.6}
+    whole = run(path, dataset=short, late=long, **options)
+    assert (len(short.read), len(long.read)) == (6 * 4, 4 * 2)
+    assert read_checkpoint(path)[1]["data"]["late"] == long.describe()
+    for left, kind in ((4 * 3, 0), (2 * 3, 1)):  # interrupted after 2 or 3 batches of short or long clips
+        path = tmp_path / f"{kind}.safetensors"
+        data = {"dataset": Bar("classes"), "late": Bar("classes", 12)}
+        broken = InterruptedBar("classes", left)
+        broken.shape = (1, 12 if kind else 6, 8, 8)
+        with pytest.raises(Interrupted):
+            run(path, save_every=2, **data | {("dataset", "late")[kind]: broken}, **options)
+        assert run(path, resume=True, **data, **options).losses == whole.losses
+    with pytest.raises(ValueError, match="the data has 3"):
+        run(tmp_path / "other.safetensors", late=Bar("actions"))
+
+
+def test_checkpoints_from_before_a_setting_resume(tmp_path):
+    path = tmp_path / "model.safetensors"
+    whole = run(tmp_path / "whole.safetensors", "actions").losses
+    with pytest.raises(Interrupted):
+        run(path, "actions", dataset=InterruptedBar("actions", 4 * 5), save_every=2)
+    parts, settings = read_checkpoint(path)
+    del settings["train"]["late_from"]
+    save_checkpoint(path, parts, settings)
+    assert run(path, "actions", resume=True).losses == whole
 
 
 def test_the_first_frames_given_do_not_count(tmp_path):
