@@ -13,6 +13,7 @@ PLACES = {
         "tests/cli/test_cli_video.py",
         "tests/data/test_video_data.py",
         "tests/demo/test_measures.py",
+        "tests/diffusion/test_meanflow_video.py::test_the_loss_frame_by_frame",
         "tests/layers/test_projected.py::test_derivatives",
         "tests/layers/test_projected.py::test_transforms_of_a_direction",
         "tests/layers/test_split_read.py::test_along",
@@ -39,6 +40,8 @@ PLACES = {
         "tests/streaming/test_streaming.py::test_clean_context_draws",
         "tests/streaming/test_streaming.py::test_shared_noise_frame_after_frame",
         "tests/test_forward_mode.py::test_compiled",
+        "tests/training/test_distillation.py::test_a_student_draws",
+        "tests/training/test_distillation.py::test_the_loss_frame_by_frame",
     ),
 }
 FIXTURES = {"build": "cmake_library"}

@@ -1,5 +1,6 @@
 """Helpers of several commands: errors in one line, devices, classes, checkpoints."""
 
+import contextlib
 import functools
 import os
 import sys
@@ -68,6 +69,33 @@ def parse_size(size):
     if len(parts) != 2 or not all(part.isdecimal() for part in parts):
         raise ValueError(f"size: expected height x width such as 48x64, got {size!r}")
     return tuple(map(int, parts))
+
+
+def new_checkpoint(out, resume):
+    """The checkpoint file in the folder `out`; ValueError if there is one, and it is not to be resumed."""
+    checkpoint = out / "model.safetensors"
+    if checkpoint.exists() and not resume:
+        raise ValueError(f"out: {checkpoint} exists; add --resume to go on from it, or choose another --out")
+    return checkpoint
+
+
+@contextlib.contextmanager
+def interrupts(checkpoint):
+    """Let Ctrl-C end a training with exit code 130, and say what is left of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        saved = f"--resume goes on from {checkpoint}" if checkpoint.exists() else "no checkpoint was due yet"
+        typer.echo(f"interrupted; {saved}", err=True)
+        raise typer.Exit(130) from None
+
+
+def report_training(result, checkpoint, use):
+    """Draw the loss beside the checkpoint, and say how long the training took and how to use the model."""
+    from ..media.figures import save_loss_curve
+
+    save_loss_curve(result.losses, checkpoint.parent / "loss.png")
+    typer.echo(f"{len(result.losses)} steps in {result.seconds:.0f} s; draw from it with: {use}")
 
 
 def load_video_model(checkpoint, device):

@@ -4,7 +4,7 @@ import functools
 import inspect
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
@@ -13,7 +13,7 @@ VideoCheckpoint = Annotated[Path, typer.Argument(help="Checkpoint (model.safeten
 Labels = Annotated[
     str | None, typer.Option(help="Classes, by name or number: 3,7. Default: the first ten; for a game the first.")
 ]
-Steps = Annotated[int, typer.Option(help="Solver steps per frame.")]
+Steps = Annotated[int | None, typer.Option(help="Solver steps per frame. Default: 8 (play: 4); for meanflow 1.")]
 Solver = Annotated[str, typer.Option(help="euler or heun.")]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 Device = Annotated[str | None, typer.Option(help="cpu, or cuda if the library has CUDA kernels. Default: the faster.")]
@@ -47,8 +47,10 @@ def flatten_groups(command):
 class FrameOptions:
     """How `stream` and `play` draw frames."""
 
+    usual_steps: ClassVar[int] = 8  # of an objective that needs several
+
     size: Annotated[str | None, typer.Option(help="Height x width, 48x64. Default: the size in training.")] = None
-    steps: Steps = 8
+    steps: Steps = None
     guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1: none.")] = 1.0
     seed: Seed = 0
     context_noise: Annotated[float, typer.Option(help="Noise in cached frames, 0 to 1; reduces drift.")] = 0.0
@@ -67,7 +69,8 @@ class FrameOptions:
 
         if self.resume is not None:
             return VideoStream.load(self.resume, network)
-        options = {**vars(self), "size": parse_size(self.size)}
-        del options["resume"], options["device"]
         context, objective = stream_context(settings["train"]["context"]), trained_objective(settings)
+        steps = min(self.usual_steps, objective.default_steps) if self.steps is None else self.steps
+        options = {**vars(self), "size": parse_size(self.size), "steps": steps}
+        del options["resume"], options["device"]
         return VideoStream(network, labels, context=context, objective=objective, **options)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .common import interrupts, new_checkpoint, report_training
 from .options import Seed
 
 
@@ -147,7 +148,7 @@ class LearningOptions:
     """What the network learns, and how."""
 
     objective: Annotated[
-        str, typer.Option(help="flow (matching), noise (prediction), or meanflow (draws images in one step).")
+        str, typer.Option(help="flow (matching), noise (prediction), or meanflow (draws in one step).")
     ] = "flow"
     guidance: Annotated[float | None, typer.Option(help="meanflow: trained guidance; 1: none. Default: 2.")] = None
     shift: Annotated[float | None, typer.Option(help="Noise shift. Default: computed from the size.")] = None
@@ -172,7 +173,8 @@ class LearningOptions:
         from ..training import TrainConfig
 
         shift = resolution_shift(dataset.shape[-1] * dataset.shape[-2])
-        guidance = objective_class(self.objective).trained_guidance or 1.0
+        trained_in = objective_class(self.objective).trained_guidance or 1.0
+        guidance = trained_in if network.config["n_classes"] else 1.0
         batch_size, lr = 8 if video else 32, 0.4 / network.config["dim"]
         computed = {"shift": shift, "guidance": guidance, "batch_size": batch_size, "lr": lr}
         options = computed | {name: value for name, value in vars(self).items() if value is not None}
@@ -184,12 +186,9 @@ def train(data: DataOptions, run: RunOptions, model: ModelOptions, learning: Lea
     import torch
 
     from ..diffusion.objectives import list_objectives, objective_class
-    from ..media.figures import save_loss_curve
     from ..training import train as run_training
 
-    checkpoint = run.out / "model.safetensors"
-    if checkpoint.exists() and not run.resume:
-        raise ValueError(f"out: {checkpoint} exists; add --resume to go on from it, or choose another --out")
+    checkpoint = new_checkpoint(run.out, run.resume)
     (dataset, late), video = data.open(), data.video
     kind = objective_class(learning.objective)
     if video and not kind.for_video:
@@ -199,12 +198,6 @@ def train(data: DataOptions, run: RunOptions, model: ModelOptions, learning: Lea
     network = model.build(dataset, video, **kind.model_options)
     config = learning.config(network, dataset, video)
     options = {name: value for name, value in vars(run).items() if name != "out"}
-    try:
+    with interrupts(checkpoint):
         result = run_training(network, dataset, checkpoint, config, late=late, **options, workers=data.workers)
-    except KeyboardInterrupt:
-        saved = f"--resume goes on from {checkpoint}" if checkpoint.exists() else "no checkpoint was due yet"
-        typer.echo(f"interrupted; {saved}", err=True)
-        raise typer.Exit(130) from None
-    save_loss_curve(result.losses, run.out / "loss.png")
-    use = "stream" if video else "sample"
-    typer.echo(f"{len(result.losses)} steps in {result.seconds:.0f} s; draw from it with: pom-ext {use} {checkpoint}")
+    report_training(result, checkpoint, f"pom-ext {'stream' if video else 'sample'} {checkpoint}")

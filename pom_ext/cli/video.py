@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
 from .common import class_numbers, load_video_model, trained_objective
-from .options import FrameOptions, Labels, Solver, Steps, VideoCheckpoint
+from .options import FrameOptions, Labels, Solver, VideoCheckpoint
 
 
 @dataclass
@@ -22,7 +22,7 @@ class StreamOptions(FrameOptions):
 class PlayOptions(FrameOptions):
     """How `play` draws frames."""
 
-    steps: Steps = 4
+    usual_steps: ClassVar[int] = 4
 
 
 def stream(

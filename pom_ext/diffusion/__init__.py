@@ -7,12 +7,14 @@ from .noise_prediction import NoisePrediction
 from .meanflow import MeanFlow
 
 # isort: on
+from .distillation import Distillation
 from .guidance import drop_labels, guided_prediction
 from .losses import diffusion_loss, video_loss
 from .objectives import OBJECTIVES, Objective, build_objective, register_objective
 
 __all__ = [
     "OBJECTIVES",
+    "Distillation",
     "FlowMatching",
     "MeanFlow",
     "NoisePrediction",

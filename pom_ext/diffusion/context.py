@@ -21,10 +21,13 @@ GENERATIONS = 3  # most re-drawings of a frame, each behind those of the generat
 REDRAWN_FROM = (0.15, 0.9)  # times, as shares of 1000, to which a true frame is noised before it is drawn again
 
 
-def check_context(context: str, allowed: tuple[str, ...] = CONTEXTS) -> None:
-    """Raise ValueError for a context that is not allowed."""
+def check_context(context: str, allowed: tuple[str, ...] = CONTEXTS, objective: Objective | None = None) -> None:
+    """Raise ValueError for a context that is not allowed, or that the objective does not have."""
     if context not in allowed:
         raise ValueError(f"context: expected one of {', '.join(allowed)}, got {context!r}")
+    if objective is not None and context not in objective.contexts:
+        able = " or ".join(name for name in allowed if name in objective.contexts)
+        raise ValueError(f"context: expected {able} with {objective.label}, got {context!r}")
 
 
 def stream_context(trained: str) -> str:

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,26 +78,75 @@ def video_loss(
     Raises:
         ValueError: an unknown context, or no frame left to predict.
     """
-    check_context(context, TRAINED_CONTEXTS)
+
+    def draw_times(batch, generator):
+        return (objective.draw_time(batch, generator),)
+
+    options: dict[str, Any] = {"context": context, "context_noise": context_noise}
+    options |= {"given": given, "progress": progress}
+    conditions = {"labels": labels, **text}
+    drawn = draw_frames(model, objective, draw_times, video, conditions, generator, **options)
+    prediction = model(drawn.noisy, *drawn.times, frame_causal=True, **drawn.finished, **conditions)
+    target = objective.target(video, drawn.noise)
+    return F.mse_loss(prediction.to(video.dtype)[:, :, drawn.given :], target[:, :, drawn.given :])
+
+
+class NoisyFrames(NamedTuple):
+    """Clips with noise for one step of training.
+
+    Attributes:
+        noisy: (B, C, T, H, W).
+        times: what was drawn for every frame of tokens, each (B, T').
+        noise: (B, C, T, H, W), of which `noisy` is made.
+        finished: arguments `finished` and `finished_time` of the model.
+        given: number of first video frames that do not count in the loss.
+    """
+
+    noisy: Tensor
+    times: tuple[Tensor, ...]
+    noise: Tensor
+    finished: dict[str, Tensor]
+    given: int
+
+
+def draw_frames(
+    model: Network,
+    objective: Objective,
+    draw_times: Callable[[int, torch.Generator], tuple[Tensor, ...]],
+    video: Tensor,
+    conditions: dict[str, Tensor | None],
+    generator: torch.Generator,
+    *,
+    context: str = "clean",
+    context_noise: float = 0.0,
+    given: int = 0,
+    progress: float = 1.0,
+) -> NoisyFrames:
+    """Draw times, noise and finished frames for clips; the arguments are those of `video_loss`, which names its errors.
+
+    Args:
+        draw_times: draw_times(n, generator) gives tensors (n,), the first of them the times of the noise.
+        conditions: arguments `labels`, `text` and `text_weight` of the model.
+    """
+    check_context(context, TRAINED_CONTEXTS, objective)
     unit = getattr(model, "module", model).config["patch"][0]
     batch, frames = len(video), video.shape[2] // unit
     if not 0 <= given < frames:
         raise ValueError(f"given: expected 0 to {frames - 1} of {frames} frames, got {given}")
 
     if context == "shared":
-        time = objective.draw_time(batch, generator).repeat_interleave(frames)
+        times = tuple(drawn.repeat_interleave(frames) for drawn in draw_times(batch, generator))
     else:  # evenly spread times come in order: shuffle them
         order = torch.randperm(batch * frames, generator=generator, device=video.device)
-        time = objective.draw_time(batch * frames, generator)[order]
-    time = time.view(batch, frames)
+        times = tuple(drawn[order] for drawn in draw_times(batch * frames, generator))
+    times = tuple(drawn.view(batch, frames) for drawn in times)
     noise = torch.randn(video.shape, generator=generator, device=video.device, dtype=video.dtype)
-    noisy, time = add_noise(objective, video, noise, time), time.to(video.dtype)
+    noisy, times = add_noise(objective, video, noise, times[0]), tuple(drawn.to(video.dtype) for drawn in times)
     if given:
         noisy = torch.cat([video[:, :, : given * unit], noisy[:, :, given * unit :]], dim=2)
-        time = torch.cat([torch.zeros_like(time[:, :given]), time[:, given:]], dim=1)
+        times = tuple(torch.cat([torch.zeros_like(t[:, :given]), t[:, given:]], dim=1) for t in times)
     finished = {}
     if context != "shared":
         options: dict[str, Any] = {"own": context == "self", "context_noise": context_noise, "progress": progress}
-        finished = finished_frames(model, objective, video, {"labels": labels, **text}, generator, **options)
-    prediction = model(noisy, time, labels=labels, frame_causal=True, **finished, **text).to(video.dtype)
-    return F.mse_loss(prediction[:, :, given * unit :], objective.target(video, noise)[:, :, given * unit :])
+        finished = finished_frames(model, objective, video, conditions, generator, **options)
+    return NoisyFrames(noisy, times, noise, finished, given * unit)

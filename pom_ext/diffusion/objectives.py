@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from .context import TRAINED_CONTEXTS
 from .losses import diffusion_loss, video_loss
 from .network import Network
 from .timesteps import resolution_shift
@@ -40,6 +41,7 @@ class Objective(ABC):
     default_guidance: ClassVar[float] = 3.0  # of the sampler, for an image
     trained_guidance: ClassVar[float | None] = None  # default of the argument `guidance`, if the objective takes one
     for_video: ClassVar[bool] = True  # whether it trains on videos and draws them frame after frame
+    contexts: ClassVar[tuple[str, ...]] = TRAINED_CONTEXTS  # of `video_loss`, that it has
     model_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # arguments of the model that it needs
 
     def __init__(self, shift: float = 1.0) -> None:
@@ -127,7 +129,7 @@ class Objective(ABC):
         if model is not None and two_times != self.model_options.get("two_times", False):
             names = list_objectives(lambda kind: kind.model_options.get("two_times", False))
             reasons.append(
-                f"model: objective={names!r} needs an ImageDiT with two_times=True, and the others one without, got "
+                f"model: objective={names!r} needs a model with two_times=True, and the others one without, got "
                 f"objective={self.name!r} and {type(model).__name__} with two_times={two_times}"
             )
         if solver is not None and solver not in self.solvers:

@@ -89,7 +89,7 @@ def trace_frame_step(model, *, batch=1, size=None, window=0, decay=1.0):
     """The frame step as a `torch.export.ExportedProgram`, and {name: tensor} of the inputs of its first call.
 
     Args:
-        model: a `VideoDiT` without text and without attention, whose cache would grow.
+        model: a `VideoDiT` with one time, without text and without attention, whose cache would grow.
         batch: argument of `VideoDiT.start`.
         size: argument of `VideoDiT.start`.
         window: argument of `VideoDiT.start`.
@@ -110,6 +110,8 @@ def trace_frame_step(model, *, batch=1, size=None, window=0, decay=1.0):
         raise ValueError(
             f"model: expected one without text, got text_dim={model.text_dim}; a frame step has labels only"
         )
+    if model.config["two_times"]:
+        raise ValueError("model: expected two_times=False, got True; a frame step has one time")
     step = FrameStep(model, model.start(batch, size, window=window, decay=decay))
     inputs = step.inputs()
     with torch.no_grad():
@@ -133,7 +135,7 @@ def export_frame_step(model, path, *, batch=1, size=None, window=0, decay=1.0, o
 
     Raises:
         TypeError, ValueError, ImportError: as in `trace_frame_step`; ValueError also for a path that does not end in
-            .pt2 and for an unknown context.
+            .pt2, for an unknown context and for an objective that is not the model's.
         RuntimeError: there is no compiler, or it failed.
     """
     import torch._inductor
@@ -141,8 +143,10 @@ def export_frame_step(model, path, *, batch=1, size=None, window=0, decay=1.0, o
     path, objective = Path(path), FlowMatching() if objective is None else objective
     if path.suffix != ".pt2":
         raise ValueError(f"path: expected a name that ends in .pt2, by which torch knows a package, got {path}")
-    check_context(context)
+    check_context(context, objective=objective)
     program, inputs = trace_frame_step(model, batch=batch, size=size, window=window, decay=decay)
+    for reason in objective.supports(model, video=True):
+        raise ValueError(reason)
     lines = (" ".join([name, str(t.dtype).removeprefix("torch."), *map(str, t.shape)]) for name, t in inputs.items())
     trained = {name: str(value) for name, value in objective.describe().items()} | {"context": context}
     metadata = {"inputs": "\n".join(lines), "n_classes": str(model.n_classes), **trained}

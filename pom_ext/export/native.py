@@ -45,6 +45,8 @@ def _check_supported(checkpoint, model, settings):
         raise ValueError(f"text_dim: expected a model without text, got text_dim={model.text_dim}")
     if model.positions != "space":
         raise ValueError(f"positions: expected 'space', which has no end, got {model.positions!r}")
+    if model.config["two_times"]:
+        raise ValueError("two_times: expected False, got True; the engine has one time, and draws with flow matching")
     if settings["train"]["objective"] != "flow":
         raise ValueError(f"objective: expected flow matching, 'flow', got {settings['train']['objective']!r}")
 
@@ -73,10 +75,11 @@ def _metadata(model, settings):
 
 def _tensors(model):
     """{name: tensor}. D: width of a token, P: width of a patch, C: width of a state."""
+    frequencies = model.time_embed.fastest * time_frequencies(model.dim, like=model.patch_in.weight)
     grid = Grid(*(length // unit for length, unit in zip(model.size, model.patch[1:], strict=True)))
     tensors = {
         "positions": sincos_positions(grid, model.dim, like=model.patch_in.weight)[0],  # (tokens, D)
-        "time.frequencies": time_frequencies(model.dim, like=model.patch_in.weight),  # (D / 2,)
+        "time.frequencies": frequencies,  # (D / 2,)
         **_linear("patch_in", model.patch_in),  # (D, P)
         **_linear("time.in", model.time_embed.mlp[0]),  # (4 D, D)
         **_linear("time.out", model.time_embed.mlp[2]),  # (D, 4 D)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .layout import Grid
 
 MAX_TIME = 1000  # diffusion time runs over [0, 1000]
+SMOOTH = 0.02  # highest frequency of time in a model that is differentiated by it: 20 radians from data to noise
 
 # Patches
 

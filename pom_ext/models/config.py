@@ -1,10 +1,12 @@
 """Configurations of the models: their arguments with defaults, checks, and the JSON form that checkpoints hold."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from ..layers.blocks import FRAME_MIXERS, MIXERS
+from ..layers.embeddings import SMOOTH
 from ..layers.local_conv import MOST_EARLIER
 from ..layers.pom import FADES, READS
 from ..ops.checks import is_integer
@@ -104,6 +106,8 @@ class VideoDiTConfig(ModelConfig):
     fade: str | None = None
     sink: int = 0
     space_groups: int = 1
+    two_times: bool = False
+    time_frequency: float | None = None
 
     @property
     def conv_frames(self) -> list[int | None]:
@@ -119,10 +123,25 @@ class VideoDiTConfig(ModelConfig):
             return MOST_EARLIER if value else None
         return NAMED_FRAMES.get(value, value) if isinstance(value, str) else value
 
+    @property
+    def fastest(self) -> float:
+        """The highest frequency of the time embedding."""
+        if self.time_frequency is None:
+            return SMOOTH if self.two_times else 1.0
+        return self.time_frequency
+
     @classmethod
     def from_file(cls, stored: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a file, with those that models had before there was a choice."""
-        return {"read": "shared", "fade": None, "sink": 0, "space_groups": 1} | stored
+        added = {
+            "read": "shared",
+            "fade": None,
+            "sink": 0,
+            "space_groups": 1,
+            "two_times": False,
+            "time_frequency": None,
+        }
+        return added | stored
 
     def __post_init__(self):
         size, patch = check_integers("size", self.size, 2), check_integers("patch", self.patch, 3)
@@ -136,6 +155,8 @@ class VideoDiTConfig(ModelConfig):
             raise ValueError(f"dim: expected a multiple of 8 (sine and cosine of three axes), got {self.dim}")
         self.check_mixers(FRAME_MIXERS)
         self._check_memory()
+        if not 0 < self.fastest < math.inf:
+            raise ValueError(f"time_frequency: expected a positive number or None, got {self.time_frequency}")
         if self.positions not in POSITIONS:
             raise ValueError(f"positions: expected one of {', '.join(POSITIONS)}, got {self.positions!r}")
         if self.positions == "rotary" and not any(kind.endswith("power") for kind in self.mixers):

@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.blocks import AdaLN, Block, initialize, make_mixer
-from ..layers.embeddings import LearnedPositions, TimeEmbedding, patchify, sincos_positions, unpatchify
+from ..layers.embeddings import SMOOTH, LearnedPositions, TimeEmbedding, patchify, sincos_positions, unpatchify
 from ..layers.layout import Grid
 from ..layers.local_conv import LocalConv
 from .checks import check_dtype, check_labels, check_placed
 from .config import SIZES, ImageDiTConfig
 
 CLAMP = 255.0  # the authors' bound on the residual stream of the variant with registers
-SMOOTH = 0.02  # highest frequency of time in a model that is differentiated by it: 20 radians from image to noise
 
 
 class ImageDiT(nn.Module):

@@ -19,7 +19,7 @@ def inflate(
 
     The local convolution starts with the image model's weights on a frame itself and zeros on those before. With
     read="split" the gate of a frame's own tokens is that of the image model. The video model has positions="space",
-    so a stream has no end.
+    so a stream has no end, and two times if the image model has.
 
     Args:
         model: an `ImageDiT` without registers and local attention, with a width that is a multiple of 8.
@@ -39,14 +39,12 @@ def inflate(
         raise TypeError(f"model: expected an ImageDiT, got {type(model).__name__}")
     if model.n_registers:
         raise ValueError(f"model: expected n_registers=0, got {model.n_registers}; video models have no registers")
-    if model.config["two_times"]:
-        raise ValueError("model: expected two_times=False; video models have one time")
     config = dict(model.config)
     mixers = [config["mixer"]] if isinstance(config["mixer"], str) else config["mixer"]
     if not set(mixers) <= set(FRAME_MIXERS):
         raise ValueError(f"model: expected mixers of {', '.join(FRAME_MIXERS)}, got {config['mixer']}")
     side, patch = config.pop("image_size"), config.pop("patch")
-    for name in ("n_registers", "window", "two_times"):
+    for name in ("n_registers", "window"):
         del config[name]
     size = (side, side) if size is None else size
     layers = {name: options[name] for name in ("mixer", "local_conv") if name in options}

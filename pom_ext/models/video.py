@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.blocks import AdaLN, VideoBlock, initialize, make_frame_mixer, make_text_mixer
-from ..layers.embeddings import TimeEmbedding, patchify_video, sincos_positions, sincos_positions_3d, unpatchify_video
+from ..layers.embeddings import (
+    SMOOTH,
+    TimeEmbedding,
+    patchify_video,
+    sincos_positions,
+    sincos_positions_3d,
+    unpatchify_video,
+)
 from ..layers.layout import FULL_CONTEXT, ContextWindow, FrameLayout, Grid
 from ..layers.local_conv import FrameConv
 from ..ops.checks import under_autocast
@@ -51,6 +58,10 @@ class VideoDiT(nn.Module):
         sink: with read="split", number of first frames that never fade and are read by a gate of their own.
         space_groups: with read="split", side of blocks of patches: a token also reads the past of its own block, by a
             gate of its own. 1: none. It divides the patches of a frame in height and width.
+        two_times: the model also takes a duration, `span`, and predicts the mean velocity over it
+            (`diffusion.MeanFlow`). At initialisation it equals the model without.
+        time_frequency: highest frequency of the embedding of time, in radians per unit of time; None takes 1, and with
+            two_times 0.02, so that derivatives by time are small.
 
     `config` holds these arguments as plain JSON values: `VideoDiT(**model.config)` builds the same model.
 
@@ -70,7 +81,8 @@ class VideoDiT(nn.Module):
         self.dim = dim = config.dim
 
         self.patch_in = nn.Linear(t * h * w * config.in_channels, dim)
-        self.time_embed = TimeEmbedding(dim)
+        self.time_embed = TimeEmbedding(dim, config.fastest)
+        self.span_embed = TimeEmbedding(dim, SMOOTH) if config.two_times else None
         self.text_embed = nn.Linear(text_dim, dim) if text_dim else None
         self.label_embed = nn.Embedding(n_classes + 1, dim) if n_classes else None
         self.blocks = nn.ModuleList()
@@ -88,6 +100,8 @@ class VideoDiT(nn.Module):
 
         initialize(self)
         nn.init.zeros_(self.patch_out.weight)  # the untrained model predicts 0
+        if self.span_embed is not None:
+            nn.init.zeros_(self.span_embed.mlp[-1].get_parameter("weight"))
         if self.text_embed is not None:
             nn.init.normal_(self.text_embed.weight, std=0.02)
 
@@ -146,6 +160,7 @@ class VideoDiT(nn.Module):
         time: Tensor,
         text: Tensor | None = None,
         labels: Tensor | None = None,
+        span: Tensor | None = None,
         *,
         text_weight: Tensor | None = None,
         frame_causal: bool = False,
@@ -165,6 +180,8 @@ class VideoDiT(nn.Module):
             text: (B, L, text_dim), for a model with text.
             labels: (B,) or (B, T') integers in 0..n_classes, for a model with classes; n_classes means "none". Their
                 range is checked on the CPU only.
+            span: (B,), or (B, T') with one for every frame; duration before `time` over which to predict the mean
+                velocity, 0 to `time`; for a model with two times. None is 0, as for finished frames.
             text_weight: (B, L) weight of every text token, at least 0; all 0 is an empty text. None weighs all 1.
             frame_causal: a token sees its own frame and earlier ones, instead of all.
             finished: (B, C, T, H, W), the same frames without noise, for teacher forcing; needs frame_causal. A token
@@ -181,7 +198,7 @@ class VideoDiT(nn.Module):
         Raises:
             TypeError, ValueError: an argument has a wrong type, shape, device or range.
         """
-        self._check_inputs(video, time, text, labels, text_weight)
+        self._check_inputs(video, time, text, labels, text_weight, span)
         teacher_forced = finished is not None
         if finished_time is not None and not teacher_forced:
             raise ValueError("finished_time: expected None where no finished frames are given")
@@ -193,6 +210,7 @@ class VideoDiT(nn.Module):
         if past is not None:
             self.check_cache(past, video.shape[0], grid.height, grid.width)
         first = 0 if past is None else past.frames
+        span = torch.zeros_like(time) if span is None else span
         if finished is not None:
             finished_time = torch.zeros_like(time) if finished_time is None else finished_time
             self._check_finished(finished, finished_time, video, frame_causal)
@@ -201,6 +219,7 @@ class VideoDiT(nn.Module):
                     t if t.dim() == 2 else t[:, None].expand(-1, frames) for t in (time, finished_time)
                 )
             video, time = torch.cat([finished, video]), torch.cat([finished_time, time])
+            span = torch.cat([torch.zeros_like(span), span])
             text, labels, text_weight = (
                 None if tensor is None else torch.cat([tensor, tensor]) for tensor in (text, labels, text_weight)
             )
@@ -208,6 +227,8 @@ class VideoDiT(nn.Module):
         x = self.patch_in(patchify_video(video, self.patch))  # (B, T', S, D); with teacher forcing B is doubled
         x = x + self._position_embedding(first, frames, grid)  # (B, T', S, D)
         cond = self._per_frame(self.time_embed(time, self.reference_parameter), time)  # (B, 1 or T', 1, D)
+        if self.span_embed is not None:
+            cond = cond + self._per_frame(self.span_embed(span, self.reference_parameter), span)
         if labels is not None and self.label_embed is not None:
             cond = cond + self._per_frame(self.label_embed(labels), labels)  # (B, 1 or T', 1, D)
         cond = F.silu(cond)
@@ -252,7 +273,13 @@ class VideoDiT(nn.Module):
         return (embedding[:, None] if marks.dim() == 1 else embedding)[:, :, None]
 
     def _check_inputs(
-        self, video: Tensor, time: Tensor, text: Tensor | None, labels: Tensor | None, text_weight: Tensor | None
+        self,
+        video: Tensor,
+        time: Tensor,
+        text: Tensor | None,
+        labels: Tensor | None,
+        text_weight: Tensor | None,
+        span: Tensor | None,
     ) -> None:
         weight = self.reference_parameter
         for name, tensor, argument in (("text", text, "text_dim"), ("labels", labels, "n_classes")):
@@ -263,7 +290,9 @@ class VideoDiT(nn.Module):
                 raise TypeError(f"{name}: this model was built without, {argument}=0; leave them out")
         if text_weight is not None and text is None:
             raise TypeError("text_weight: expected None where there is no text")
-        check_placed(weight, video=video, time=time, text=text, labels=labels, text_weight=text_weight)
+        check_placed(weight, video=video, time=time, text=text, labels=labels, text_weight=text_weight, span=span)
+        if span is not None and self.span_embed is None:
+            raise ValueError("span: expected None, for this model has one time; build it with two_times=True")
         if video.dim() != 5 or video.shape[1] != self.in_channels:
             raise ValueError(f"video: expected shape (B, {self.in_channels}, T, H, W), got {tuple(video.shape)}")
         check_dtype(weight, video=video, text=text)
@@ -272,7 +301,7 @@ class VideoDiT(nn.Module):
                 f"video: expected frames, height and width to be multiples of the patch {self.patch}, "
                 f"got {' x '.join(map(str, video.shape[2:]))}; pad or resize them"
             )
-        self._check_marks(video, time=time, labels=labels)
+        self._check_marks(video, time=time, labels=labels, span=span)
         if text is not None and (text.dim() != 3 or text.shape[::2] != (video.shape[0], self.text_dim)):
             raise ValueError(f"text: expected shape ({len(video)}, L, {self.text_dim}), got {tuple(text.shape)}")
         if text is not None and text_weight is not None and text_weight.shape != text.shape[:2]:
@@ -281,7 +310,7 @@ class VideoDiT(nn.Module):
             check_labels(labels, self.n_classes)
 
     def _check_marks(self, video: Tensor, **marks: Tensor | None) -> None:
-        """ValueError unless all marks, times or labels, are (B,) or (B, T')."""
+        """ValueError unless all marks, times, spans or labels, are (B,) or (B, T')."""
         one, many = (video.shape[0],), (video.shape[0], video.shape[2] // self.patch[0])
         for name, tensor in marks.items():
             if tensor is not None and tensor.shape not in (one, many):

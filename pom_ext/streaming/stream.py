@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .._random import seeded_generator
 from ..diffusion import FlowMatching, Objective, build_objective
+from ..diffusion.context import check_context
 from ..diffusion.guidance import append_empty_text, append_unconditional_labels, apply_guidance, num_copies
 from ..diffusion.objectives import check_objective
 from ..diffusion.solvers import check_solver, num_function_evals
@@ -72,6 +73,9 @@ class VideoStream:
         check_objective(self.objective)
         for reason in self.objective.supports(video=True):
             raise TypeError(reason)
+        for reason in self.objective.supports(model):
+            raise ValueError(reason)
+        check_context(config.context, objective=self.objective)
         check_solver(self.objective, config.steps, config.guidance, config.solver)
         if config.guidance != 1 and not (model.n_classes or model.text_dim):
             raise ValueError(
@@ -112,12 +116,12 @@ class VideoStream:
             raise ValueError(f"frames: expected 1, or more with context='shared', got {frames}")
         conditions = self._conditions(labels)
 
-        def predict(x, time):
+        def predict(x, time, span=None):
             if shared:
                 prediction, cache = self._evaluate(x, time, self.caches[len(after)], conditions, return_past=True)
                 after.append(cache)
             else:
-                prediction = self._evaluate(x, time, self.caches[0], conditions)
+                prediction = self._evaluate(x, time, self.caches[0], conditions, span=span)
             return apply_guidance(prediction, config.guidance)
 
         drawn = self.objective.denoise(predict, self._noise(frames, DRAWN), config.steps, config.solver)
@@ -269,6 +273,7 @@ class VideoStream:
         cache: StreamCache,
         conditions: dict[str, Tensor | None],
         return_past: bool = False,
+        span: float | None = None,
     ) -> Any:
         """The prediction for frames x (B, C, T, H, W) of one time, or of one each; with return_past also the cache."""
         x = x.repeat(num_copies(self.config.guidance), 1, 1, 1, 1)
@@ -276,7 +281,8 @@ class VideoStream:
             times = torch.tensor(time, dtype=x.dtype, device=x.device).expand(len(x), -1)
         else:
             times = torch.full((len(x),), float(time), dtype=x.dtype, device=x.device)
-        return self.model(x, times, **conditions, frame_causal=True, past=cache, return_past=return_past)
+        spans = None if span is None else torch.full_like(times, float(span))
+        return self.model(x, times, **conditions, span=spans, frame_causal=True, past=cache, return_past=return_past)
 
     def _append(self, video: Tensor, cache: StreamCache, conditions: dict[str, Tensor | None]) -> StreamCache:
         """The cache after finished frames (B, C, T, H, W)."""

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from .._random import seeded_generator
 from ..diffusion import Objective, build_objective
+from ..diffusion.context import TRAINED_CONTEXTS, check_context
 from ..diffusion.guidance import drop_labels
 from ..models import ImageDiT, VideoDiT
 from ..models.checkpoint import read_checkpoint, save_checkpoint
@@ -56,7 +57,7 @@ class Trainer:
         model: moved to the device of the accelerator.
         objective: what to train it for.
         config: how to train it.
-        settings: of the data, kept in the checkpoint and compared on resume.
+        settings: groups such as that of the data, kept in the checkpoint and compared on resume.
         accelerator: chooses the device, and connects the processes.
     """
 
@@ -98,8 +99,8 @@ class Trainer:
         """
         parts, settings = read_checkpoint(path)
         settings["train"] = asdict(TrainConfig()) | settings["train"]  # settings that are newer than the file
-        for group, expected in self.settings.items():
-            _check_same(path, group, settings[group], expected)
+        for group, expected in ({"distilled": {}} | self.settings).items():
+            _check_same(path, group, settings.get(group, {}), expected)
         self.model.load_state_dict(parts["model"])
         self.ema.module.load_state_dict(parts["ema"])
         self.ema.n_averaged.copy_(parts["history"]["averaged"])
@@ -188,9 +189,32 @@ def train(
             to resume from is broken or was made with other settings.
         ArithmeticError: the loss is not finite any more. The last checkpoint is kept.
     """
+    config = TrainConfig() if config is None else config
+    trained_in = {} if config.guidance == 1 else {"guidance": config.guidance}
+    objective = build_objective(config.objective, config.shift, **trained_in)
+    run = {"late": late, "steps": steps, "seconds": seconds, "resume": resume, "save_every": save_every}
+    return fit(model, objective, dataset, path, config, {}, **run, workers=workers, progress=progress)
+
+
+def fit(
+    model: ImageDiT | VideoDiT,
+    objective: Objective,
+    dataset: Any,
+    path: str | os.PathLike[str],
+    config: TrainConfig,
+    settings: dict[str, Any],
+    *,
+    late: Any | None,
+    steps: int | None,
+    seconds: float | None,
+    resume: bool,
+    save_every: int,
+    workers: int,
+    progress: bool,
+) -> TrainResult:
+    """`train` for an objective that is given, with further settings to keep in the checkpoint and compare on resume."""
     from accelerate import Accelerator
 
-    config = TrainConfig() if config is None else config
     if (steps is None) == (seconds is None):
         raise ValueError(f"steps, seconds: expected one of the two, got steps={steps}, seconds={seconds}")
     if not (steps if seconds is None else seconds) > 0 or save_every < 1:
@@ -198,16 +222,16 @@ def train(
     for data in (dataset, late):
         if data is not None and model.config["n_classes"] != len(data.classes):
             raise ValueError(f"model: made for {model.config['n_classes']} classes, the data has {len(data.classes)}")
-    trained_in = {} if config.guidance == 1 else {"guidance": config.guidance}
-    objective = build_objective(config.objective, config.shift, **trained_in)
     for reason in objective.supports(model):
         raise ValueError(reason)
+    if "length" in model.config:
+        check_context(config.context, TRAINED_CONTEXTS, objective)
     accelerator = Accelerator(cpu=_library.default_device() == "cpu")
     if seconds is not None and accelerator.num_processes > 1:
         raise ValueError("seconds: processes would stop at different steps; use steps with several processes")
 
     described = dataset.describe() | ({} if late is None else {"late": late.describe()})
-    trainer = Trainer(model, objective, config, {"data": described}, accelerator)
+    trainer = Trainer(model, objective, config, {"data": described, **settings}, accelerator)
     if resume:
         trainer.resume(path)
     rank, ranks = accelerator.process_index, accelerator.num_processes

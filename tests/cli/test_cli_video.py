@@ -204,3 +204,35 @@ def test_image_models_do_not_stream(tmp_path):
     assert call("train", "--steps", 1, "--out", tmp_path, *TINY).exit_code == 0
     for command in ("stream", "play"):
         assert_fails(call(command, tmp_path / "model.safetensors"), "is an image model", "pom-ext sample")
+
+
+def test_frames_in_one_step(digits, tmp_path):
+    """Trained so, and distilled from a model of many steps."""
+    trained, distilled = tmp_path / "trained", tmp_path / "distilled"
+    command = ["train", "--data", "moving-digits", "--frames", 4, "--patch", 7, "--objective", "meanflow", *TINY]
+    result = call(*command, "--steps", 3, "--out", trained)
+    assert result.exit_code == 0, result.output
+    command = ["distill", digits, "--data", "moving-digits", "--guidance", 3, "--train-steps", 2, "--out", distilled]
+    result = call(*command, "--steps", 1)
+    assert result.exit_code == 0, result.output
+    assert f"pom-ext stream {distilled / 'model.safetensors'} --steps 1" in result.output
+    assert_fails(call(*command), "model.safetensors exists; add --resume")
+    assert call(*command, "--resume").exit_code == 0
+    assert_fails(call(*command, "--resume", "--steps", 2), "another distilled: draw_steps is 1, given 2")
+    for out, guidance in ((trained, 2.0), (distilled, 3.0)):
+        model, settings = load_model(out / "model.safetensors")
+        assert model.config["two_times"] and settings["train"]["objective"] == "meanflow"
+        assert settings["train"]["guidance"] == guidance and (out / "loss.png").exists()
+        kept = out / "stream.safetensors"
+        result = call(
+            "stream", out / "model.safetensors", "--frames", 2, "--labels", 3, "--out", out / "a.png", "--save", kept
+        )
+        assert result.exit_code == 0, result.output
+        assert VideoStream.load(kept, model).steps == 1
+        for option, message in (("--out", "two_times: expected False"), ("--aoti", "a frame step has one time")):
+            assert_fails(call("export", out / "model.safetensors", option, tmp_path / "x.pt2"), message)
+    command[1] = distilled / "model.safetensors"
+    assert_fails(call(*command[:-1], tmp_path / "again"), "objective: expected a model of flow matching")
+    command[1] = digits
+    assert_fails(call(*command[:-1], tmp_path / "again", "--steps", 3), "draw_steps: expected 1 or 2, got 3")
+    assert not (tmp_path / "again").exists()

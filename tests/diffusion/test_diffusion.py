@@ -264,7 +264,7 @@ def test_what_objectives_do_not_support_is_said():
     assert NoisePrediction().supports(solver="heun") == [
         "solver: 'heun' is for flow matching; use 'euler' with noise prediction and MeanFlow"
     ]
-    assert len(MeanFlow().supports(Recorder(by_label), solver="heun", guidance=3.0, video=True)) == 4
+    assert len(MeanFlow().supports(Recorder(by_label), solver="heun", guidance=3.0, video=True)) == 3
 
 
 def test_shifts_follow_the_resolution_but_for_noise_prediction():

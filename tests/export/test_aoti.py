@@ -11,7 +11,7 @@ from cpp_programs import ROOT, call
 from video_cases import HYBRID, small
 
 from pom_ext import _C
-from pom_ext.diffusion import FlowMatching, NoisePrediction
+from pom_ext.diffusion import FlowMatching, MeanFlow, NoisePrediction
 from pom_ext.export import export_frame_step, trace_frame_step
 from pom_ext.media.frames import to_pixels
 from pom_ext.streaming import VideoStream
@@ -223,6 +223,9 @@ def test_positions_that_end_stop_the_step(packages):
     ("model", "options", "error", "message"),
     [
         ({"mixer": HYBRID}, {}, ValueError, "model: .* attention: its memory grows"),
+        ({"two_times": True}, {}, ValueError, "model: expected two_times=False, got True; a frame step has one time"),
+        ({}, {"objective": MeanFlow()}, ValueError, "model: objective='meanflow' needs a model with two_times=True"),
+        ({}, {"objective": MeanFlow(), "context": "shared"}, ValueError, "context: expected clean with MeanFlow"),
         ({"text_dim": 5}, {}, ValueError, "model: expected one without text, got text_dim=5"),
         (None, {}, TypeError, "model: expected a VideoDiT, got Linear"),
         ({}, {"path": "clip.so"}, ValueError, "path: expected a name that ends in .pt2"),

@@ -11,6 +11,7 @@ import torch
 from command import assert_fails
 from command import call as command
 from cpp_programs import CXX, ROOT, call
+from safetensors.torch import load_file
 from video_cases import TEXT_DIM, small
 
 from pom_ext.diffusion import FlowMatching
@@ -311,6 +312,7 @@ REFUSED = {
     "attention": ({"mixer": ["product", "attention"]}, "mixer: expected product or power"),
     "text": ({"text_dim": TEXT_DIM}, f"text_dim={TEXT_DIM}"),
     "positions": ({"positions": "sincos"}, "positions: expected 'space'"),
+    "two times": ({"two_times": True}, "two_times: expected False"),
     "rotary": ({"positions": "rotary", "n_heads": 8, "mixer": "power"}, "got 'rotary'"),
     "hybrid": ({"mixer": "attention+product"}, "mixer: expected product or power"),
     "split": ({"read": "split"}, "read: expected 'shared', got 'split'"),
@@ -325,6 +327,13 @@ def test_models_that_it_cannot_run_are_not_exported(name, tmp_path):
     checkpoint = write(tmp_path / "model.safetensors", small(**{"mixer": "product", "positions": "space", **changes}))
     assert_fails(command("export", checkpoint, "--out", tmp_path / "engine.safetensors"), text)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_the_frequencies_of_time_are_those_of_the_model(tmp_path):
+    for changes, fastest in (({}, 1.0), ({"time_frequency": 0.25}, 0.25)):
+        model = small(mixer="product", positions="space", **changes)
+        export_model(write(tmp_path / "model.safetensors", model), tmp_path / "engine.safetensors")
+        assert load_file(tmp_path / "engine.safetensors")["time.frequencies"].max() == fastest
 
 
 def test_checkpoints_of_another_kind_are_not_exported(tmp_path):

@@ -36,6 +36,18 @@ def test_of_a_still_video_it_predicts_what_the_image_model_does(frames, local_co
 
 
 @torch.no_grad()
+def test_a_model_of_two_times_stays_one():
+    model, time = image_model(two_times=True), torch.tensor([300.0, 700.0])
+    video = inflate(model, length=8, read="split", fade="head")
+    picture, labels = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 4])
+    for span in (None, time / 2):
+        expected = model(picture, time, labels, span)
+        torch.testing.assert_close(video(picture[:, :, None], time, None, labels, span)[:, :, 0], expected)
+    assert not torch.allclose(expected, model(picture, time, labels)), "the span counts"
+    assert not inflate(image_model(), length=8).config["two_times"]
+
+
+@torch.no_grad()
 def test_another_size_and_dtype():
     video = inflate(image_model().float(), length=4, size=(12, 6))
     out = video(torch.randn(1, 3, 4, 12, 6), torch.zeros(1), labels=torch.zeros(1, dtype=torch.long), frame_causal=True)

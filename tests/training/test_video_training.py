@@ -175,8 +175,9 @@ def test_checkpoints_tell_images_from_videos(tmp_path):
 def test_data_of_another_kind_are_named(objective):
     """Images for a video model, clips for an image model."""
     generator, labels = torch.Generator(), torch.tensor([0, 1])
-    video = VideoDiT(3, (8, 8), length=4, n_classes=4, patch=(1, 4, 4), dim=16, n_layers=1, n_heads=2)
-    image = ImageDiT(3, 4, 8, patch=4, dim=16, n_layers=1, n_heads=2, **objective.model_options)
+    options = {"n_classes": 4, "dim": 16, "n_layers": 1, "n_heads": 2, **objective.model_options}
+    video = VideoDiT(3, (8, 8), length=4, patch=(1, 4, 4), **options)
+    image = ImageDiT(3, image_size=8, patch=4, **options)
     if objective.for_video:
         with pytest.raises(ValueError, match="video: expected"):
             objective().loss(video, torch.zeros(2, 3, 8, 8), labels, generator)
