@@ -316,8 +316,6 @@ REFUSED = {
     "rotary": ({"positions": "rotary", "n_heads": 8, "mixer": "power"}, "got 'rotary'"),
     "hybrid": ({"mixer": "attention+product"}, "mixer: expected product or power"),
     "split": ({"read": "split"}, "read: expected 'shared', got 'split'"),
-    "frame": ({"local_conv": "frame"}, "local_conv: expected 'clip' or None in all layers"),
-    "tails": ({"local_conv": ["clip", None]}, "local_conv: expected 'clip' or None in all layers"),
 }
 
 
