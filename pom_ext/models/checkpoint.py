@@ -76,6 +76,15 @@ def read_checkpoint(
     return tensors, settings
 
 
+def changed_settings(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """The names, in order, of settings that differ as JSON, where true is not 1: `local_conv` has both."""
+
+    def written(settings: Mapping[str, Any], name: str) -> str:
+        return json.dumps(settings.get(name), sort_keys=True)
+
+    return sorted(name for name in stored.keys() | expected.keys() if written(stored, name) != written(expected, name))
+
+
 def load_model(
     path: str | os.PathLike, *, ema: bool = True, device: torch.device | str = "cpu"
 ) -> tuple[ImageDiT | VideoDiT, dict[str, Any]]:

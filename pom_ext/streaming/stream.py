@@ -20,7 +20,7 @@ from ..diffusion.objectives import check_objective
 from ..diffusion.solvers import check_solver, num_function_evals
 from ..layers.embeddings import MAX_TIME
 from ..models.cache import StreamCache
-from ..models.checkpoint import read_checkpoint, save_checkpoint
+from ..models.checkpoint import changed_settings, read_checkpoint, save_checkpoint
 from ..models.video import VideoDiT
 from .config import StreamConfig, with_settings
 
@@ -220,9 +220,9 @@ class VideoStream:
         if "stream" not in settings:
             raise ValueError(f"path: {path} holds a model, not a stream; streams are written by VideoStream.save")
         theirs, ours = settings["model"], model.config
-        changed = [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]
+        changed = changed_settings(theirs, ours)
         if changed:
-            changes = ", ".join(f"{name} {theirs.get(name)}, not {ours.get(name)}" for name in sorted(changed))
+            changes = ", ".join(f"{name} {theirs.get(name)}, not {ours.get(name)}" for name in changed)
             raise ValueError(f"path: {path} is a stream of another model: {changes}")
         if settings["weights"] != fingerprint(model):
             raise ValueError(

@@ -85,6 +85,14 @@ def test_a_stream_of_another_read_is_named(tmp_path):
         VideoStream.load(tmp_path / "stream", small())
 
 
+@pytest.mark.parametrize("theirs, ours", [(True, 1), (False, 0)])
+def test_a_stream_of_another_tail_is_named(theirs, ours, tmp_path):
+    """In Python True == 1 and False == 0."""
+    VideoStream(small(local_conv=theirs), steps=2).save(tmp_path / "stream")
+    with pytest.raises(ValueError, match=f"stream of another model: local_conv {theirs}, not {ours}"):
+        VideoStream.load(tmp_path / "stream", small(local_conv=ours))
+
+
 @pytest.mark.parametrize(
     "theirs, ours, message",
     [
