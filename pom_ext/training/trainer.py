@@ -20,7 +20,7 @@ from ..diffusion import Objective, build_objective
 from ..diffusion.context import TRAINED_CONTEXTS, check_context
 from ..diffusion.guidance import drop_labels
 from ..models import ImageDiT, VideoDiT
-from ..models.checkpoint import read_checkpoint, save_checkpoint
+from ..models.checkpoint import changed_settings, read_checkpoint, save_checkpoint
 from ..ops import _library
 from .batches import ShuffledBatches
 from .config import TrainConfig
@@ -144,10 +144,29 @@ class Trainer:
 
 def _check_same(path: str | os.PathLike[str], group: str, stored: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raise ValueError if the settings of a checkpoint are not the expected ones."""
-    changed = sorted(key for key in stored.keys() | expected.keys() if stored.get(key) != expected.get(key))
+    changed = changed_settings(stored, expected)
     if changed:
         changes = ", ".join(f"{key} is {stored.get(key)}, given {expected.get(key)}" for key in changed)
         raise ValueError(f"resume: {path} was trained with another {group}: {changes}")
+
+
+def _check_late(model: ImageDiT | VideoDiT, dataset: Any, late: Any, config: TrainConfig) -> None:
+    """Raise ValueError, before the training begins, for late clips that it could not use when their time comes."""
+    if not isinstance(model, VideoDiT):
+        raise ValueError(f"late: expected None for images, got {type(late).__name__}; late clips are for a VideoDiT")
+    clip, shape, unit = list(dataset.shape), list(late.shape), model.patch[0]
+    if shape[:1] + shape[2:] != clip[:1] + clip[2:]:
+        raise ValueError(f"late: expected clips (C, T, H, W) like those of the data, {clip}, but for T, got {shape}")
+    if shape[1] % unit or shape[1] // unit <= config.given:
+        raise ValueError(
+            f"late: expected a multiple of patch[0]={unit} video frames, more than given={config.given} frames of "
+            f"tokens, got {shape[1]}"
+        )
+    if model.positions == "sincos" and shape[1] > model.length:
+        raise ValueError(
+            f"late: expected at most length={model.length} video frames, where positions='sincos' end, got {shape[1]}; "
+            "a model with positions='space' or 'rotary' has no end"
+        )
 
 
 def train(
@@ -222,6 +241,8 @@ def fit(
     for data in (dataset, late):
         if data is not None and model.config["n_classes"] != len(data.classes):
             raise ValueError(f"model: made for {model.config['n_classes']} classes, the data has {len(data.classes)}")
+    if late is not None:
+        _check_late(model, dataset, late, config)
     for reason in objective.supports(model):
         raise ValueError(reason)
     if "length" in model.config:

@@ -125,6 +125,26 @@ def test_longer_clips_late_in_the_training(tmp_path):
         run(tmp_path / "other.safetensors", late=Bar("actions"))
 
 
+def test_late_clips_that_do_not_fit_are_named_before_the_training(tmp_path):
+    wide, path = Bar("classes", 12), tmp_path / "x"
+    wide.shape = (1, 12, 8, 12)
+    with pytest.raises(ValueError, match=r"late: expected clips .* \[1, 6, 8, 8\], but for T, got \[1, 12, 8, 12\]"):
+        run(path, late=wide)
+    with pytest.raises(ValueError, match="late: expected a multiple of patch.* more than given=3 frames.*, got 3"):
+        run(path, late=Bar("classes", 3), given=3)
+    model = VideoDiT(1, (8, 8), 6, n_classes=2, patch=(2, 4, 4), dim=16, n_layers=1, n_heads=2)
+    for frames, message in (
+        (9, "a multiple of patch.0.=2 video frames, .* got 9"),
+        (12, "at most length=6 .*, got 12"),
+    ):
+        with pytest.raises(ValueError, match=f"late: expected {message}"):
+            train(model, Bar("classes"), path, late=Bar("classes", frames), steps=4, progress=False)
+    image = ImageDiT(1, 2, 8, patch=4, dim=16, n_layers=1, n_heads=2)
+    with pytest.raises(ValueError, match="late: expected None for images, got Bar"):
+        train(image, Bar("classes"), path, late=Bar("classes"), steps=4, progress=False)
+    assert not path.exists()
+
+
 def test_checkpoints_from_before_a_setting_resume(tmp_path):
     path = tmp_path / "model.safetensors"
     whole = run(tmp_path / "whole.safetensors", "actions").losses
@@ -134,6 +154,16 @@ def test_checkpoints_from_before_a_setting_resume(tmp_path):
     del settings["train"]["late_from"]
     save_checkpoint(path, parts, settings)
     assert run(path, "actions", resume=True).losses == whole
+
+
+def test_two_frames_before_are_not_one(tmp_path):
+    """local_conv=True is two frames before a frame's own, 1 is one, and in Python True == 1."""
+    path = tmp_path / "model.safetensors"
+    run(path)
+    model = VideoDiT(**{**load_model(path)[0].config, "local_conv": 1})
+    config = TrainConfig(batch_size=4, warmup=2, lr=1e-2)
+    with pytest.raises(ValueError, match="resume: .* another model: local_conv is True, given 1"):
+        train(model, Bar("classes"), path, config, steps=8, resume=True, progress=False)
 
 
 def test_the_first_frames_given_do_not_count(tmp_path):
