@@ -101,11 +101,11 @@ def finished_frames(
         level = context_noise * MAX_TIME * uniform(batch, frames) * (uniform(batch, 1) >= WITHOUT_NOISE)
         level[:, :sink] = 0
 
-    def behind(frames: Tensor) -> dict[str, Tensor]:
+    def behind(clean: Tensor) -> dict[str, Tensor]:
         if not context_noise:
-            return {"finished": frames}
+            return {"finished": clean}
         noised = (level > 0).repeat_interleave(unit, dim=1)[:, None, :, None, None]  # at time 0 DDPM has noise too
-        finished = torch.where(noised, add_noise(objective, frames, noise(), level), frames)
+        finished = torch.where(noised, add_noise(objective, clean, noise(), level), clean)
         return {"finished": finished, "finished_time": level.to(video.dtype)}
 
     context = video

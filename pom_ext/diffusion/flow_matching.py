@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..layers.embeddings import MAX_TIME
+from .context import TRAINED_CONTEXTS
 from .objectives import Objective, register_objective
 from .solvers import integrate
 from .timesteps import flow_times, logit_normal_time, shift_time
@@ -26,6 +27,7 @@ class FlowMatching(Objective):
     """
 
     solvers = ("euler", "heun")
+    contexts = TRAINED_CONTEXTS
 
     def draw_time(self, batch: int, generator: torch.Generator) -> Tensor:
         """(batch,) times to train on, logit-normal before the shift."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layers.embeddings import MAX_TIME
+from .context import TRAINED_CONTEXTS
 from .objectives import Objective, register_objective
 from .timesteps import uniform_time
 
@@ -25,6 +26,8 @@ class NoisePrediction(Objective):
     `scheduler` is the matching `diffusers.DDIMScheduler`.
     Source: Ho et al. 2020, arXiv 2006.11239 (linear betas); Song et al. 2021, arXiv 2010.02502 (sampling).
     """
+
+    contexts = TRAINED_CONTEXTS
 
     def __init__(self, shift: float = 1.0) -> None:
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler

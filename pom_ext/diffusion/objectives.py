@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from .context import TRAINED_CONTEXTS
+from .context import CONTEXTS
 from .losses import diffusion_loss, video_loss
 from .network import Network
 from .timesteps import resolution_shift
@@ -41,7 +41,7 @@ class Objective(ABC):
     default_guidance: ClassVar[float] = 3.0  # of the sampler, for an image
     trained_guidance: ClassVar[float | None] = None  # default of the argument `guidance`, if the objective takes one
     for_video: ClassVar[bool] = True  # whether it trains on videos and draws them frame after frame
-    contexts: ClassVar[tuple[str, ...]] = TRAINED_CONTEXTS  # of `video_loss`, that it has
+    contexts: ClassVar[tuple[str, ...]] = CONTEXTS  # of `video_loss`, that it has; "self" needs `estimate`
     model_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # arguments of the model that it needs
 
     def __init__(self, shift: float = 1.0) -> None:

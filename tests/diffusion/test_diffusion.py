@@ -100,6 +100,9 @@ def test_loss_is_zero_for_the_network_that_knows_the_image(name):
 
     labels = torch.zeros(8, dtype=torch.long)
     assert diffusion_loss(Recorder(oracle), objective, image, labels, seeded_generator(1)) < 1e-6
+    time = torch.linspace(100, 900, 8)
+    noisy = objective.add_noise(image, torch.randn(image.shape, generator=seeded_generator(2)), time)
+    torch.testing.assert_close(objective.estimate(noisy, oracle(noisy, time, labels), time), image, atol=1e-4, rtol=0)
     zero = diffusion_loss(Recorder(lambda noisy, *_: 0 * noisy), objective, image, labels, seeded_generator(1))
     assert zero > 0.5
 

@@ -7,7 +7,8 @@ import torch
 from stream_cases import conditions
 from video_cases import CONDITION, CONDITIONS, MIXER, small
 
-from pom_ext.diffusion import FlowMatching, NoisePrediction
+from pom_ext._random import seeded_generator
+from pom_ext.diffusion import FlowMatching, NoisePrediction, Objective
 from pom_ext.diffusion.losses import video_loss
 from pom_ext.streaming import VideoStream
 from pom_ext.streaming.stream import DRAWN, REMEMBERED
@@ -171,3 +172,16 @@ def test_shared_noise_has_one_time_for_a_video():
             video_loss(Recorder(), FlowMatching(), video, None, generator, given=given)
     with pytest.raises(ValueError, match="context: expected one of clean, shared, self, got 'both'"):
         video_loss(Recorder(), FlowMatching(), video, None, generator, context="both")
+
+
+def test_an_objective_without_an_estimate_has_no_own_frames():
+    """Told at once: own frames are drawn at random, and rarely at first."""
+
+    class Bare(Objective):
+        label = "a bare one"
+        draw_time, add_noise = FlowMatching.draw_time, FlowMatching.add_noise
+        target, denoise = FlowMatching.target, FlowMatching.denoise
+
+    video, options = torch.randn(1, 3, 4, 4, 6, dtype=torch.float64), {"context": "self", "progress": 0.0}
+    with pytest.raises(ValueError, match="context: expected clean or shared with a bare one, got 'self'"):
+        video_loss(small(), Bare(), video, None, seeded_generator(0), **options)
