@@ -8,10 +8,11 @@ import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pom_ext.data import ImageDataset, MovingDigits
+from pom_ext.data import MNIST, MovingDigits
 from pom_ext.demo import images, video
 from pom_ext.demo.measures import by_length, real_videos, train_judges
 from pom_ext.diffusion import FlowMatching
@@ -22,33 +23,18 @@ from pom_ext.training import train
 from ..harness import report
 from ..harness.command import parse, suite_parser
 
-# The recipe.
+# The recipe: that of the demo, trained for longer.
 MODEL = images.MODEL
-MEMORY = {"read": "split", "fade": "head", "sink": 1, "local_conv": True}  # of `inflate`; of a polynomial mixer
-ATTENTION = {"local_conv": True}
+MEMORY = video.MEMORY  # options of `inflate`; of a polynomial mixer
+ATTENTION: dict[str, Any] = {}
 IMAGE_TRAIN = images.TRAIN
 VIDEO_TRAIN = video.TRAIN
-CLIP, BEGIN = 8, 64  # frames of a training clip, and the last frame of a path at which one begins
+CLIP, LATE_CLIP = video.CLIP, video.LATE_CLIP  # frames of a clip early and late in the training
 SAMPLING = video.SAMPLING
-SECONDS = (600.0, 4800.0)  # training on images and on video
+SECONDS = (300.0, 5100.0)  # training on images and on video
 
 FRAMES, PER_DIGIT = 192, 10  # of the streams that are measured
 REAL = 1000  # seed of the real videos beside them; no model is trained on their paths
-
-
-class PlacedDigits(ImageDataset):
-    """MNIST digits at the places where videos show them, up to 4 pixels from the middle."""
-
-    def __init__(self, seed):
-        self.videos = MovingDigits(frames=1, seed=seed, begin=FRAMES - 1)
-        self.shape, self.classes = (1, *self.videos.shape[2:]), self.videos.classes
-
-    def __len__(self):
-        return len(self.videos)
-
-    def __getitem__(self, index):
-        frame, label = self.videos[index]
-        return frame[:, 0], label
 
 
 def train_model(mixer, memory, seed, seconds):
@@ -63,14 +49,14 @@ def train_model(mixer, memory, seed, seconds):
     Returns:
         `TrainResult` of the images and of the videos.
     """
-    data, clips = PlacedDigits(seed), MovingDigits(frames=CLIP, seed=seed, begin=BEGIN)
+    data, clips, late = MNIST(), MovingDigits(CLIP, seed=seed), MovingDigits(LATE_CLIP, seed=seed)
     torch.manual_seed(seed)
     model = ImageDiT(data.shape[0], len(data.classes), data.shape[1], **MODEL | {"mixer": mixer})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         still = train(model, data, path, replace(IMAGE_TRAIN, seed=seed), seconds=seconds[0])
         model = inflate(still.model.train(), length=CLIP, size=clips.shape[2:], **memory)
-        return still, train(model, clips, path, replace(VIDEO_TRAIN, seed=seed), seconds=seconds[1])
+        return still, train(model, clips, path, replace(VIDEO_TRAIN, seed=seed), late=late, seconds=seconds[1])
 
 
 def measure(result, seed, judges, real, pictures=None):
@@ -128,7 +114,7 @@ def main(arguments=None):
         image_train=asdict(IMAGE_TRAIN),
         video_train=asdict(VIDEO_TRAIN),
         clip=CLIP,
-        begin=BEGIN,
+        late_clip=LATE_CLIP,
         sampling=SAMPLING,
         training_seconds=list(options.seconds),
         frames=FRAMES,
@@ -136,7 +122,7 @@ def main(arguments=None):
     )
     *judges, reached = train_judges(FRAMES)
     content |= reached | {"seeds": [], "attention": []}
-    paths = MovingDigits(frames=FRAMES, seed=REAL, begin=BEGIN)
+    paths = MovingDigits(FRAMES, seed=REAL)
     real = real_videos(paths, torch.arange(10).repeat_interleave(PER_DIGIT).repeat(2))
     rows = [("seeds", seed, MODEL["mixer"], MEMORY) for seed in options.seeds]
     rows += [("attention", seed, "attention", ATTENTION) for seed in options.seeds if options.attention]

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 CONTEXTS = ("clean", "shared")  # what a frame of a stream sees of the frames before it: finished frames, or noisy ones
 TRAINED_CONTEXTS = (*CONTEXTS, "self")
 WITHOUT_NOISE = 0.25  # share of clips whose context has no noise, whatever `context_noise`
-MOST_OWN = 0.6  # share of batches trained behind own frames, towards the end of the training
-GENERATIONS = 3  # most re-drawings of a frame, each behind those of the generation before
-REDRAWN_FROM = (0.15, 0.9)  # times, as shares of 1000, to which a true frame is noised before it is drawn again
+MOST_OWN = 0.8  # share of batches trained behind own frames, in the second half of the training
+GENERATIONS = 4  # most re-drawings of a frame, each behind those of the generation before
+REDRAWN_FROM = (0.15, 0.97)  # times, as shares of 1000, to which a true frame is noised before it is drawn again
+OTHER_LABEL = 0.3  # share of the clips that a generation draws for another label
 
 
 def check_context(context: str, allowed: tuple[str, ...] = CONTEXTS, objective: Objective | None = None) -> None:
@@ -69,7 +70,9 @@ def finished_frames(
     error. So part of the batches, a share that grows to MOST_OWN, is trained behind frames that the model has drawn
     itself: true frames are noised and drawn again in one evaluation, all frames together, each behind the frames of the
     generation before, up to GENERATIONS times. They lie where the true frames lie, so that the true frames remain the
-    targets. (Self Forcing, Huang et al. 2025, arXiv 2506.08009, rolls out the stream itself instead, frame by frame.)
+    targets. Some clips are drawn for another label, so that what is seen behind their frames has changed its shape, as
+    it does little by little in a long stream, and the model learns to hold on to the label and to the sink. (Self
+    Forcing, Huang et al. 2025, arXiv 2506.08009, rolls out the stream itself instead, frame by frame.)
 
     Frames of a sink (`VideoDiT`) stay true and free of noise.
 
@@ -108,6 +111,13 @@ def finished_frames(
         finished = torch.where(noised, add_noise(objective, clean, noise(), level), clean)
         return {"finished": finished, "finished_time": level.to(video.dtype)}
 
+    def other_labels(conditions: dict[str, Any]) -> dict[str, Any]:
+        labels = conditions["labels"]
+        if labels is None or labels.dim() != 1:  # of actions, one for every frame, another would be another motion
+            return conditions
+        others = torch.randint(config["n_classes"] + 1, labels.shape, generator=generator, device=device)
+        return conditions | {"labels": torch.where(uniform(batch) < OTHER_LABEL, others.to(labels.dtype), labels)}
+
     context = video
     if own and uniform(1).item() < MOST_OWN * min(1.0, 2 * progress):
         least, most = (MAX_TIME * share for share in REDRAWN_FROM)
@@ -115,9 +125,9 @@ def finished_frames(
             time = least + (most - least) * uniform(batch, frames)
             noisy = add_noise(objective, video, noise(), time)
             with torch.no_grad():
-                given = conditions | behind(context)
+                given = other_labels(conditions) | behind(context)
                 prediction = model(noisy, time.to(video.dtype), frame_causal=True, **given).to(video.dtype)
             parts = split_frames(noisy, frames), split_frames(prediction, frames)
-            drawn = join_frames(objective.estimate(*parts, time.flatten()), frames)
+            drawn = join_frames(objective.estimate(*parts, time.flatten()).clamp(-1, 1), frames)
             context = torch.cat([video[:, :, : sink * unit], drawn[:, :, sink * unit :]], dim=2)
     return behind(context)

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
@@ -44,16 +43,6 @@ def test_every_seed_and_mixer_is_trained_and_streamed(small, tmp_path, capsys):
     shown = {path.name for path in (tmp_path / "shown").iterdir()}
     assert shown == {f"{name}.{ending}" for name in names for ending in ("png", "gif")}
     assert capsys.readouterr().out.count("frames   8 to  24: read") == 4
-
-
-def test_images_show_digits_where_videos_do():
-    data = video_lasts.PlacedDigits(seed=3)
-    image, label = data[17]
-    frame, same = data.videos[17]
-    assert image.shape == data.shape == (1, 28, 28) and torch.equal(image, frame[:, 0]) and label == same
-    light = torch.stack([data[index][0] for index in range(0, 5000, 50)]) + 1
-    rows = (light.sum((1, 3)) @ torch.arange(28.0)) / light.sum((1, 2, 3))
-    assert 8 < rows.min() < 11.5 and 15.5 < rows.max() < 20, "from the middle up to 4 pixels up and down"
 
 
 def test_mistakes():
