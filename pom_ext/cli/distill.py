@@ -46,6 +46,11 @@ def distill(
     from ..training import distill as run
     from ..training.distillation import distill_config, load_teacher
 
+    if (train_steps is None) == (seconds is None):
+        raise ValueError(
+            f"train-steps, seconds: expected one of the two, got train-steps={train_steps}, seconds={seconds}; --steps "
+            "are those of the solver"
+        )
     target = new_checkpoint(out, resume)
     settings = load_teacher(checkpoint)[1]
     _, frames, _, side = settings["data"]["shape"]

@@ -217,6 +217,8 @@ def test_frames_in_one_step(digits, tmp_path):
     assert result.exit_code == 0, result.output
     assert f"pom-ext stream {distilled / 'model.safetensors'} --steps 1" in result.output
     assert_fails(call(*command), "model.safetensors exists; add --resume")
+    endless = ["distill", digits, "--data", "moving-digits", "--steps", 2, "--out", tmp_path / "endless"]
+    assert_fails(call(*endless), "train-steps, seconds: expected one of the two", "--steps are those of the solver")
     assert call(*command, "--resume").exit_code == 0
     assert_fails(call(*command, "--resume", "--steps", 2), "another distilled: draw_steps is 1, given 2")
     for out, guidance in ((trained, 2.0), (distilled, 3.0)):
