@@ -12,8 +12,8 @@ from .options import Seed
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/demo"),
-    image_seconds: Annotated[float, typer.Option(help="Training time of the image model.")] = 130.0,
-    video_seconds: Annotated[float, typer.Option(help="Training time of the video model.")] = 310.0,
+    image_seconds: Annotated[float, typer.Option(help="Training time of the image model.")] = 105.0,
+    video_seconds: Annotated[float, typer.Option(help="Training time of the video model.")] = 375.0,
     seed: Seed = 0,
 ):
     """Train on MNIST, draw digits, and stream moving digits as video; a classifier checks the results."""

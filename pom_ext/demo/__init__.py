@@ -14,7 +14,7 @@ from .report import markdown
 from .video import run_video
 
 
-def run_demo(out="out/demo", *, image_seconds=130.0, video_seconds=310.0, per_class=60, streams=2, seed=0):
+def run_demo(out="out/demo", *, image_seconds=105.0, video_seconds=375.0, per_class=30, streams=2, seed=0):
     """Run the demo and return the contents of its report.json.
 
     Args:
