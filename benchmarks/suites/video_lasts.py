@@ -23,12 +23,12 @@ from pom_ext.training import train
 from ..harness import report
 from ..harness.command import parse, suite_parser
 
-# The recipe: that of the demo, trained for longer.
+# The recipe: that of the demo, trained for longer, also behind own frames of other classes.
 MODEL = images.MODEL
 MEMORY = video.MEMORY  # options of `inflate`; of a polynomial mixer
 ATTENTION: dict[str, Any] = {}
 IMAGE_TRAIN = images.TRAIN
-VIDEO_TRAIN = video.TRAIN
+VIDEO_TRAIN = replace(video.TRAIN, other_label=0.3)
 CLIP, LATE_CLIP = video.CLIP, video.LATE_CLIP  # frames of a clip early and late in the training
 SAMPLING = video.SAMPLING
 SECONDS = (300.0, 5100.0)  # training on images and on video

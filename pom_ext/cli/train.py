@@ -160,6 +160,9 @@ class LearningOptions:
         ),
     ] = "clean"
     context_noise: Annotated[float, typer.Option(help="Video: most noise in finished frames, 0 to 1.")] = 0.5
+    other_label: Annotated[
+        float, typer.Option(help="Video, --context self: share of its own clips drawn for another class; 0.3 if long.")
+    ] = 0.0
     batch_size: Annotated[int | None, typer.Option(help="Per step and process. Default: 32 images, 8 clips.")] = None
     lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default: 0.4 / width of the tokens.")] = None
     ema_decay: Annotated[float, typer.Option(help="Decay per step of the averaged weights.")] = 0.999

@@ -20,7 +20,7 @@ from .measures import by_length, read_as, real_videos, train_judges
 CLIP, LATE_CLIP, STREAM = 8, 16, 192  # frames of a clip early and late in the training, and of a drawn video
 MEMORY = {"read": "split", "fade": "head", "sink": 1}  # of the video model
 TRAIN = TrainConfig(
-    lr=7e-3, shift=2.0, batch_size=4, warmup=50, ema_decay=0.998, context="self", context_noise=0.5, late_from=0.5
+    lr=7e-3, shift=2.0, batch_size=4, warmup=50, ema_decay=0.995, context="self", context_noise=0.5, late_from=0.5
 )
 SAMPLING = {"steps": 6, "guidance": 3.0, "solver": "euler"}
 COSTS = 192  # frames over which time and memory are compared with attention

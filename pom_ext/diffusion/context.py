@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 CONTEXTS = ("clean", "shared")  # what a frame of a stream sees of the frames before it: finished frames, or noisy ones
 TRAINED_CONTEXTS = (*CONTEXTS, "self")
 WITHOUT_NOISE = 0.25  # share of clips whose context has no noise, whatever `context_noise`
-MOST_OWN = 0.8  # share of batches trained behind own frames, in the second half of the training
-GENERATIONS = 4  # most re-drawings of a frame, each behind those of the generation before
-REDRAWN_FROM = (0.15, 0.97)  # times, as shares of 1000, to which a true frame is noised before it is drawn again
-OTHER_LABEL = 0.3  # share of the clips that a generation draws for another label
+MOST_OWN = 0.6  # share of batches trained behind own frames, in the second half of the training
+GENERATIONS = 3  # most re-drawings of a frame, each behind those of the generation before
+REDRAWN_FROM = (0.15, 0.9)  # times, as shares of 1000, to which a true frame is noised before it is drawn again
 
 
 def check_context(context: str, allowed: tuple[str, ...] = CONTEXTS, objective: Objective | None = None) -> None:
@@ -62,6 +61,7 @@ def finished_frames(
     *,
     own: bool,
     context_noise: float,
+    other_label: float,
     progress: float,
 ) -> dict[str, Tensor]:
     """The arguments `finished` and `finished_time` of a `VideoDiT` in training.
@@ -70,9 +70,9 @@ def finished_frames(
     error. So part of the batches, a share that grows to MOST_OWN, is trained behind frames that the model has drawn
     itself: true frames are noised and drawn again in one evaluation, all frames together, each behind the frames of the
     generation before, up to GENERATIONS times. They lie where the true frames lie, so that the true frames remain the
-    targets. Some clips are drawn for another label, so that what is seen behind their frames has changed its shape, as
-    it does little by little in a long stream, and the model learns to hold on to the label and to the sink. (Self
-    Forcing, Huang et al. 2025, arXiv 2506.08009, rolls out the stream itself instead, frame by frame.)
+    targets. With `other_label` some clips are drawn for another class. Then what lies behind a frame has changed its
+    shape, as it does little by little in a long stream, and the model learns to hold on to the label and to the sink.
+    (Self Forcing, Huang et al. 2025, arXiv 2506.08009, rolls out the stream itself instead, frame by frame.)
 
     Frames of a sink (`VideoDiT`) stay true and free of noise.
 
@@ -84,6 +84,7 @@ def finished_frames(
         generator: on the device of the video.
         own: whether the model's own frames are used.
         context_noise: up to 1; each finished frame gets noise of a time between 0 and this share of 1000.
+        other_label: share of the clips that a generation draws for another class.
         progress: completed share of the training, 0 to 1.
 
     Returns:
@@ -113,10 +114,12 @@ def finished_frames(
 
     def other_labels(conditions: dict[str, Any]) -> dict[str, Any]:
         labels = conditions["labels"]
-        if labels is None or labels.dim() != 1:  # of actions, one for every frame, another would be another motion
+        if (
+            not other_label or labels is None or labels.dim() != 1
+        ):  # of actions, one for every frame, another would be another motion
             return conditions
         others = torch.randint(config["n_classes"] + 1, labels.shape, generator=generator, device=device)
-        return conditions | {"labels": torch.where(uniform(batch) < OTHER_LABEL, others.to(labels.dtype), labels)}
+        return conditions | {"labels": torch.where(uniform(batch) < other_label, others.to(labels.dtype), labels)}
 
     context = video
     if own and uniform(1).item() < MOST_OWN * min(1.0, 2 * progress):

@@ -69,11 +69,12 @@ class Distillation(MeanFlow):
         progress: float = 1.0,
         context: str = "clean",
         context_noise: float = 0.0,
+        other_label: float = 0.0,
         given: int = 0,
         **text: Tensor,
     ) -> Tensor:
         """Squared error of the mean velocity, for clips (B, C, T, H, W); arguments as of `meanflow_video_loss`."""
-        options: dict[str, Any] = {"context": context, "context_noise": context_noise}
+        options: dict[str, Any] = {"context": context, "context_noise": context_noise, "other_label": other_label}
         options |= {"given": given, "progress": progress}
         conditions = {"labels": labels, **text}
         drawn = draw_frames(model, self, self.draw_times, clean, conditions, generator, **options)

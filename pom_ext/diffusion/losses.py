@@ -49,6 +49,7 @@ def video_loss(
     *,
     context: str = "clean",
     context_noise: float = 0.0,
+    other_label: float = 0.0,
     given: int = 0,
     progress: float = 1.0,
     **text: Tensor,
@@ -68,6 +69,7 @@ def video_loss(
             2411.12663).
         context_noise: up to 1; every finished frame is shown with noise, of a time between 0 and this share of 1000. A
             model that has learned from noisy context corrects errors in its own frames (`VideoStream`).
+        other_label: with context="self", share of the model's own clips that are drawn for another class.
         given: number of first frames of tokens that are shown without noise and do not count in the loss.
         progress: completed share of the training, 0 to 1, on which the share of own frames depends.
         text: arguments `text` and `text_weight` of the model.
@@ -82,7 +84,7 @@ def video_loss(
     def draw_times(batch, generator):
         return (objective.draw_time(batch, generator),)
 
-    options: dict[str, Any] = {"context": context, "context_noise": context_noise}
+    options: dict[str, Any] = {"context": context, "context_noise": context_noise, "other_label": other_label}
     options |= {"given": given, "progress": progress}
     conditions = {"labels": labels, **text}
     drawn = draw_frames(model, objective, draw_times, video, conditions, generator, **options)
@@ -119,6 +121,7 @@ def draw_frames(
     *,
     context: str = "clean",
     context_noise: float = 0.0,
+    other_label: float = 0.0,
     given: int = 0,
     progress: float = 1.0,
 ) -> NoisyFrames:
@@ -147,6 +150,7 @@ def draw_frames(
         times = tuple(torch.cat([torch.zeros_like(t[:, :given]), t[:, given:]], dim=1) for t in times)
     finished = {}
     if context != "shared":
-        options: dict[str, Any] = {"own": context == "self", "context_noise": context_noise, "progress": progress}
+        options: dict[str, Any] = {"context_noise": context_noise, "other_label": other_label}
+        options |= {"own": context == "self", "progress": progress}
         finished = finished_frames(model, objective, video, conditions, generator, **options)
     return NoisyFrames(noisy, times, noise, finished, given * unit)

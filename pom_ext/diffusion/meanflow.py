@@ -166,6 +166,7 @@ def meanflow_video_loss(
     *,
     context: str = "clean",
     context_noise: float = 0.0,
+    other_label: float = 0.0,
     given: int = 0,
     progress: float = 1.0,
     **text: Tensor,
@@ -183,6 +184,7 @@ def meanflow_video_loss(
         generator: of noise and times, on the device of the video.
         context: "clean" or "self", see `video_loss`.
         context_noise: see `video_loss`.
+        other_label: see `video_loss`.
         given: see `video_loss`.
         progress: see `video_loss`.
         text: arguments `text` and `text_weight` of the model.
@@ -193,7 +195,7 @@ def meanflow_video_loss(
     Raises:
         ValueError: another context, or no frame left to predict.
     """
-    options: dict[str, Any] = {"context": context, "context_noise": context_noise}
+    options: dict[str, Any] = {"context": context, "context_noise": context_noise, "other_label": other_label}
     options |= {"given": given, "progress": progress}
     conditions = {"labels": labels, **text}
     drawn = draw_frames(model, objective, objective.draw_times, video, conditions, generator, **options)

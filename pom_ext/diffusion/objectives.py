@@ -102,7 +102,7 @@ class Objective(ABC):
             labels: (B,), or (B, T') for the frames of videos; None for a model without.
             generator: of noise and times, on the device of `clean`.
             progress: completed share of the training, 0 to 1, for losses that change on the way.
-            video: `context`, `context_noise` and `given` of `video_loss`; images do not use them.
+            video: `context`, `context_noise`, `other_label` and `given` of `video_loss`; images do not use them.
         """
         if "length" in getattr(model, "module", model).config:
             return video_loss(model, self, clean, labels, generator, progress=progress, **video)

@@ -23,7 +23,7 @@ class TrainConfig:
         ema_decay: of the moving average of the weights, per step.
         grad_clip: the largest norm of the gradient.
         label_dropout: share of samples that train without their label, for guidance.
-        context, context_noise, given: for video, see `diffusion.losses.video_loss`.
+        context, context_noise, other_label, given: for video, see `diffusion.losses.video_loss`.
         late_from: completed share of the training from which on the late clips of `train` are used, if there are any.
         bf16: bfloat16 autocast.
         seed: of the order of the data, noise and times.
@@ -44,6 +44,7 @@ class TrainConfig:
     label_dropout: float = 0.1
     context: str = "clean"
     context_noise: float = 0.0
+    other_label: float = 0.0
     given: int = 0
     late_from: float = 0.5
     bf16: bool = False
@@ -61,8 +62,9 @@ class TrainConfig:
         for name in ("weight_decay", "warmup", "given", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
-        if not 0 <= self.context_noise <= 1:
-            raise ValueError(f"context_noise: expected 0 to 1, got {self.context_noise}")
+        for name in ("context_noise", "other_label"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
         for name in ("ema_decay", "label_dropout", "late_from"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 0 and less than 1, got {getattr(self, name)}")

@@ -63,7 +63,7 @@ def distill_config(settings: dict[str, Any], **options: Any) -> TrainConfig:
         options: of `TrainConfig`, to have others; `guidance` is that of the teacher in the training, 2 by default, and
             1 without classes.
     """
-    names = ("shift", "context", "context_noise", "given", "batch_size", "lr", "ema_decay", "grad_clip")
+    names = ("shift", "context", "context_noise", "other_label", "given", "batch_size", "lr", "ema_decay", "grad_clip")
     kept = {name: settings["train"][name] for name in names if name in settings["train"]}
     guidance = Distillation.trained_guidance if settings["model"]["n_classes"] else 1.0
     return TrainConfig(**{"objective": Distillation.name, "guidance": guidance, **kept, **options})

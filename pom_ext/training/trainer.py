@@ -128,7 +128,8 @@ class Trainer:
             group["lr"] = learning_rate(config, step, progress)
         n_classes = self.model.config["n_classes"]
         dropped = drop_labels(labels.to(device), n_classes, config.label_dropout, generator) if n_classes else None
-        context = {"context": config.context, "context_noise": config.context_noise, "given": config.given}
+        names = ("context", "context_noise", "other_label", "given")
+        context = {name: getattr(config, name) for name in names}
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             loss = self.objective.loss(self.wrapped, clean.to(device), dropped, generator, progress=progress, **context)
         value = loss.item()

@@ -111,8 +111,8 @@ def test_own_frames_are_drawn_behind_own_frames_in_the_place_of_the_true_ones(ob
         arguments = recorded[-1][2]
         share = (arguments["finished_time"] == 0).view(8, 1, 6, 1, 1).repeat_interleave(2, dim=2).expand_as(video)
         torch.testing.assert_close(arguments["finished"][share], video[share], rtol=1e-9, atol=1e-9)
-    assert set(calls) == {1, 2, 3, 4, 5}, "none to four generations"
-    assert 2 <= sum(count == 1 for count in calls) <= 14, "four fifths of the batches, at the end of the training"
+    assert set(calls) == {1, 2, 3, 4}, "none to three generations"
+    assert 10 <= sum(count == 1 for count in calls) <= 24, "three fifths of the batches, at the end of the training"
     recorded.clear()
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
@@ -138,12 +138,12 @@ def test_own_frames_are_those_of_the_model_and_carry_no_gradient():
         for seed in range(100)
         if recorded.clear() is None
         and video_loss(Recorder(), objective, video, None, torch.Generator().manual_seed(seed), context="self") > 0
-        and len(recorded) == 5
+        and len(recorded) == 4
     )
     assert seed >= 0 and torch.equal(recorded[0][2], video)
     for (noisy, time, _, prediction), (_, _, finished, _) in itertools.pairwise(recorded):
         share = (time.float() / 1000).double().view(2, 1, 6, 1, 1).repeat_interleave(2, dim=2)
-        assert not prediction.requires_grad and (time >= 150).all() and (time <= 970).all()
+        assert not prediction.requires_grad and (time >= 150).all() and (time <= 900).all()
         drawn = (noisy - share * prediction).clamp(-1, 1)
         torch.testing.assert_close(finished[:, :, 2:], drawn[:, :, 2:], rtol=1e-12, atol=1e-12)
         assert torch.equal(finished[:, :, :2], video[:, :, :2])
@@ -166,12 +166,12 @@ def test_some_own_frames_are_drawn_for_another_label(per_frame):
     for seed in range(20):
         given.clear()
         generator = torch.Generator().manual_seed(seed)
-        video_loss(Recorder(), FlowMatching(), video, labels, generator, context="self")
+        video_loss(Recorder(), FlowMatching(), video, labels, generator, context="self", other_label=0.5)
         assert torch.equal(given[-1], labels), "what counts in the loss has its own label"
         changed += [(redrawn != labels).double().mean().item() for redrawn in given[:-1]]
         assert all(redrawn.min() >= 0 and redrawn.max() <= 4 for redrawn in given)
     share = sum(changed) / len(changed)
-    assert share == 0 if per_frame else abs(share - 0.3 * 0.8) < 0.03  # one in five is drawn for its own label again
+    assert share == 0 if per_frame else abs(share - 0.5 * 0.8) < 0.05  # one in five is drawn for its own label again
 
 
 def test_shared_noise_has_one_time_for_a_video():
