@@ -114,7 +114,7 @@ class FrameMixer(PoM):
         fade = self.fade_of(layout.clean_frames(tokens), frames)
         clean = own.map(layout.clean_frames)
         if cache is None:
-            cache = self.new_cache(len(clean.total), 0, layout, own.total.dtype, x.device)
+            cache = self.new_cache(clean.total.shape[0], 0, layout, own.total.dtype, x.device)
         past, first, past_blocks = cache.split(self._cached_groups(layout))
         earlier, past = layout.context_window.sum_earlier(past, clean, fade)
         gates, seen, after = [self.past_gate_proj] if self.split else [], [earlier], [past]

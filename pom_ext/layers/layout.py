@@ -82,7 +82,7 @@ class ContextWindow(NamedTuple):
         self, cache: State, own: State, blocks: int, fade: Tensor | None = None
     ) -> tuple[State, State]:
         """`sum_earlier` of every block of a frame alone, for a cache (B, G * blocks, C) and own (B, T * blocks, C)."""
-        batch = len(own.total)
+        batch = own.total.shape[0]
 
         def apart(sums: Tensor) -> Tensor:  # (B, G * blocks, ...) -> (B * blocks, G, ...)
             return sums.unflatten(1, (-1, blocks)).transpose(1, 2).flatten(0, 1)

@@ -63,7 +63,7 @@ class FrameConv(nn.Module):
             return x + change.permute(0, 2, 3, 1).reshape(x.shape), None
         clean = layout.clean_frames(x)
         if cache is None:
-            cache = self.new_cache(len(clean), x.shape[2], x.dtype, x.device)
+            cache = self.new_cache(clean.shape[0], x.shape[2], x.dtype, x.device)
             assert cache is not None
         padded = torch.cat([cache, clean], dim=1)  # (B, earlier + T, S, D)
         video = padded.unflatten(2, sizes).permute(0, 4, 1, 2, 3)  # (B, D, earlier + T, h, w), a view

@@ -318,8 +318,8 @@ class PoM(nn.Module):
         """Each frame reads itself and the past; also returns the past after the last frame."""
         offsets = None if frames is None else frame_offsets(frames, x.shape[1], x)
         own = self.state_of(context, cu_seqlens=offsets, **features)
-        state = self.new_past(len(x), own.total.dtype, x.device) if state is None else state
-        check_past(state, self.new_past(len(x), own.total.dtype, "meta"), x.device)
+        state = self.new_past(x.shape[0], own.total.dtype, x.device) if state is None else state
+        check_past(state, self.new_past(x.shape[0], own.total.dtype, "meta"), x.device)
         if is_integer(frames) and not x.shape[1]:  # no frame, so nothing fades
             return self.read_each(x, [own.mean()], [self.gate_proj]), state
         uneven = None if is_integer(frames) else offsets
@@ -370,9 +370,11 @@ class PoM(nn.Module):
                 options = {"form": self.form, "n_sel_heads": heads, "rotary": rotary}
                 y = y + polynomial_readout(project(projection, x), state, cu_seqlens=offsets, **options)
             return project(self.out_proj, y)
-        y = self.out_proj.bias
-        for groups in dict.fromkeys(mean.shape[1] for mean in means):  # reads of equal groups in one product
-            alike = [pair for pair in zip(gate_projections, means, strict=True) if pair[1].shape[1] == groups]
+        y, left = self.out_proj.bias, list(zip(gate_projections, means, strict=True))
+        while left:  # reads of equal groups in one product
+            groups = left[0][1].shape[1]
+            alike = [pair for pair in left if pair[1].shape[1] == groups]
+            left = [pair for pair in left if pair[1].shape[1] != groups]
             folded = self._fold(torch.stack([mean for _, mean in alike], dim=2))
             gate = self._gate_value(_stacked(x, [gate for gate, _ in alike]))
             part = (gate.unflatten(1, (groups, -1)) @ folded.to(gate.dtype)).flatten(1, 2)  # (B, M, dim)
@@ -399,7 +401,7 @@ class PoM(nn.Module):
         if not torch.is_grad_enabled():
             return F.hardsigmoid(gate)
         # The readout of means of one has second derivatives, which F.hardsigmoid has not.
-        ones = gate.new_ones(len(gate), 1, gate.shape[2], dtype=accumulator(gate.dtype))
+        ones = gate.new_ones(gate.shape[0], 1, gate.shape[2], dtype=accumulator(gate.dtype))
         state = State(ones, torch.zeros_like(ones), torch.ones_like(ones[..., 0], dtype=torch.float64))
         return polynomial_readout(gate, state, form=self.form)
 

@@ -37,23 +37,12 @@ STEPS = {  # arguments of the model, of its start, and what the graph holds
     "split-sink-blocks": (
         {"read": "split", "fade": "gated", "sink": 2, "space_groups": 2, "size": (4, 8), "local_conv": ["frame", 1]},
         {"batch": 2},
-        ["project_state", *["linear"] * 5, "readout", "readout"] * 2,  # gates of four reads and of the fade
+        ["project_state", "linear"] * 2,  # the fade; the gates of the four reads are one product of torch
     ),
     "split-hybrid": (
         {"read": "split", "mixer": ["attention+product", "attention+power"], "local_conv": None, "positions": "space"},
         {"window": 3},
-        [
-            "project_state",
-            "linear",
-            "linear",
-            "readout",
-            "readout",
-            "linear",
-            "project_state",
-            "linear",
-            "linear",
-            "readout",
-        ],
+        ["project_state", *["linear", "readout"] * 2, "linear", "project_state"],  # a gate per channel, and per head
     ),
 }
 STEP = pytest.mark.parametrize(("model", "start", "operations"), STEPS.values(), ids=STEPS)

@@ -202,7 +202,10 @@ def sized(*free):
     return dict.fromkeys(free, Dim.AUTO)
 
 
-@pytest.mark.parametrize("kind", ("registers", "video"))
+MEMORIES = {"video": {}, "split": {"read": "split", "sink": 1, "local_conv": 1}}
+
+
+@pytest.mark.parametrize("kind", ("registers", *MEMORIES))
 def test_exported_models_take_any_size(kind):
     if kind == "registers":
         model = image_model(mixer="product", n_layers=1, n_registers=2)
@@ -210,7 +213,7 @@ def test_exported_models_take_any_size(kind):
         given, other = (dict(zip(names, images(*size))) for size in sizes)
         free = {"images": sized(0, 2, 3), "time": sized(0), "labels": sized(0)}
     else:
-        model = small_video(mixer=["power"], n_classes=4, text_dim=5)
+        model = small_video(mixer=["power"], n_classes=4, text_dim=5, **MEMORIES[kind])
         given, other = (video_inputs(model, *sizes, per_frame=True) for sizes in ((6, 3), (4, 2, (6, 4))))
         given["frame_causal"] = other["frame_causal"] = True
         free = {"video": sized(0, 2, 3, 4), **dict.fromkeys(("time", "labels", "text", "text_weight"), sized(0, 1))}
