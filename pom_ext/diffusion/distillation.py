@@ -23,8 +23,7 @@ class Distillation(MeanFlow):
         span u(x, t, span) = d v + (span - d) u(x - d v, t - d, span - d)
 
     The right side is held constant. It is the identity of `meanflow_loss` with a difference in place of the derivative.
-    A teacher is not smooth in time, which it sees in frequencies up to 1: the derivative would be mostly noise
-    (docs/streaming.md has figures).
+    A teacher is not smooth in time, which it sees in frequencies up to 1: over a step its derivative says little.
 
     Args:
         teacher: the `VideoDiT` that was trained with flow matching, and clean or self context.
@@ -65,21 +64,11 @@ class Distillation(MeanFlow):
         clean: Tensor,
         labels: Tensor | None,
         generator: torch.Generator,
-        *,
-        progress: float = 1.0,
-        context: str = "clean",
-        context_noise: float = 0.0,
-        other_label: float = 0.0,
-        given: int = 0,
-        **text: Tensor,
+        **options: Any,
     ) -> Tensor:
         """Squared error of the mean velocity, for clips (B, C, T, H, W); arguments as of `meanflow_video_loss`."""
-        options: dict[str, Any] = {"context": context, "context_noise": context_noise, "other_label": other_label}
-        options |= {"given": given, "progress": progress}
-        conditions = {"labels": labels, **text}
-        drawn = draw_frames(model, self, self.draw_times, clean, conditions, generator, **options)
-        noisy, (time, span) = drawn.noisy, drawn.times
-        arguments = {"frame_causal": True, **drawn.finished, **conditions}
+        drawn = draw_frames(model, self, self.draw_times, clean, labels, generator, **options)
+        noisy, (time, span), arguments = drawn.noisy, drawn.times, drawn.arguments
         step = span.clamp_max(self.STEP)
         with torch.no_grad():
             velocity = self.teach(noisy, time, **arguments).to(clean.dtype)

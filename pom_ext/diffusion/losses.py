@@ -85,10 +85,9 @@ def video_loss(
         return (objective.draw_time(batch, generator),)
 
     options: dict[str, Any] = {"context": context, "context_noise": context_noise, "other_label": other_label}
-    options |= {"given": given, "progress": progress}
-    conditions = {"labels": labels, **text}
-    drawn = draw_frames(model, objective, draw_times, video, conditions, generator, **options)
-    prediction = model(drawn.noisy, *drawn.times, frame_causal=True, **drawn.finished, **conditions)
+    options |= {"given": given, "progress": progress, **text}
+    drawn = draw_frames(model, objective, draw_times, video, labels, generator, **options)
+    prediction = model(drawn.noisy, *drawn.times, **drawn.arguments)
     target = objective.target(video, drawn.noise)
     return F.mse_loss(prediction.to(video.dtype)[:, :, drawn.given :], target[:, :, drawn.given :])
 
@@ -100,14 +99,14 @@ class NoisyFrames(NamedTuple):
         noisy: (B, C, T, H, W).
         times: what was drawn for every frame of tokens, each (B, T').
         noise: (B, C, T, H, W), of which `noisy` is made.
-        finished: arguments `finished` and `finished_time` of the model.
+        arguments: further ones of the model: finished frames and conditions.
         given: number of first video frames that do not count in the loss.
     """
 
     noisy: Tensor
     times: tuple[Tensor, ...]
     noise: Tensor
-    finished: dict[str, Tensor]
+    arguments: dict[str, Any]
     given: int
 
 
@@ -116,7 +115,7 @@ def draw_frames(
     objective: Objective,
     draw_times: Callable[[int, torch.Generator], tuple[Tensor, ...]],
     video: Tensor,
-    conditions: dict[str, Tensor | None],
+    labels: Tensor | None,
     generator: torch.Generator,
     *,
     context: str = "clean",
@@ -124,12 +123,12 @@ def draw_frames(
     other_label: float = 0.0,
     given: int = 0,
     progress: float = 1.0,
+    **text: Tensor,
 ) -> NoisyFrames:
-    """Draw times, noise and finished frames for clips; the arguments are those of `video_loss`, which names its errors.
+    """Draw times, noise and finished frames for clips.
 
-    Args:
-        draw_times: draw_times(n, generator) gives tensors (n,), the first of them the times of the noise.
-        conditions: arguments `labels`, `text` and `text_weight` of the model.
+    `draw_times(n, generator)` gives tensors (n,), the first of them the times of the noise. The other arguments and the
+    errors are those of `video_loss`.
     """
     check_context(context, TRAINED_CONTEXTS, objective)
     unit = getattr(model, "module", model).config["patch"][0]
@@ -148,9 +147,9 @@ def draw_frames(
     if given:
         noisy = torch.cat([video[:, :, : given * unit], noisy[:, :, given * unit :]], dim=2)
         times = tuple(torch.cat([torch.zeros_like(t[:, :given]), t[:, given:]], dim=1) for t in times)
-    finished = {}
+    arguments: dict[str, Any] = {"labels": labels, **text}
     if context != "shared":
         options: dict[str, Any] = {"context_noise": context_noise, "other_label": other_label}
         options |= {"own": context == "self", "progress": progress}
-        finished = finished_frames(model, objective, video, conditions, generator, **options)
-    return NoisyFrames(noisy, times, noise, finished, given * unit)
+        arguments |= finished_frames(model, objective, video, arguments, generator, **options)
+    return NoisyFrames(noisy, times, noise, arguments | {"frame_causal": True}, given * unit)

@@ -163,13 +163,7 @@ def meanflow_video_loss(
     video: Tensor,
     labels: Tensor | None,
     generator: torch.Generator,
-    *,
-    context: str = "clean",
-    context_noise: float = 0.0,
-    other_label: float = 0.0,
-    given: int = 0,
-    progress: float = 1.0,
-    **text: Tensor,
+    **options: Any,
 ) -> Tensor:
     """The loss of `meanflow_loss` for the frames of videos, all in one pass, each with its own time, span and weight.
 
@@ -182,12 +176,7 @@ def meanflow_video_loss(
         video: (B, C, T, H, W) in [-1, 1].
         labels: (B,) or (B, T'); None for a model without.
         generator: of noise and times, on the device of the video.
-        context: "clean" or "self", see `video_loss`.
-        context_noise: see `video_loss`.
-        other_label: see `video_loss`.
-        given: see `video_loss`.
-        progress: see `video_loss`.
-        text: arguments `text` and `text_weight` of the model.
+        options: those of `video_loss`, with context "clean" or "self".
 
     Returns:
         the loss, a scalar.
@@ -195,17 +184,12 @@ def meanflow_video_loss(
     Raises:
         ValueError: another context, or no frame left to predict.
     """
-    options: dict[str, Any] = {"context": context, "context_noise": context_noise, "other_label": other_label}
-    options |= {"given": given, "progress": progress}
-    conditions = {"labels": labels, **text}
-    drawn = draw_frames(model, objective, objective.draw_times, video, conditions, generator, **options)
+    drawn = draw_frames(model, objective, objective.draw_times, video, labels, generator, **options)
     time, span = drawn.times
-    arguments = {"frame_causal": True, **drawn.finished, **text}
-    velocity = objective.target(video, drawn.noise)
-    velocity = objective.velocity(model, drawn.noisy, time, velocity, labels, **arguments)
+    velocity = objective.velocity(model, drawn.noisy, time, objective.target(video, drawn.noise), **drawn.arguments)
 
     def predict(x, time, span):
-        return model(x, time, labels=labels, span=span, **arguments)
+        return model(x, time, span=span, **drawn.arguments)
 
     error = _identity_error(predict, drawn.noisy, time, span, velocity)[:, :, drawn.given :]
     return weighted_mean(mean_of_frames(error, video.shape[2] // time.shape[1]))

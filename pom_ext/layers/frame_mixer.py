@@ -93,8 +93,13 @@ class FrameMixer(PoM):
         tokens = x.flatten(1, 2)
         rotary, gate_rotary = self._rotaries(tokens, tokens, layout.coordinates if self.rope else None, None)
         means = [self.state_of(tokens, rotary=rotary).mean(), *cache.mean().split(1, dim=1)]
-        gates = [self.gate_proj, self.past_gate_proj, *([self.sink_gate_proj] if self.sink else [])]
-        return self.read_each(tokens, means, gates, rotary=gate_rotary).view_as(x)
+        return self.read_each(tokens, means, self._gate_projections(), rotary=gate_rotary).view_as(x)
+
+    def _gate_projections(self) -> list[nn.Module]:
+        """Those of the frame itself, of the past, of the sink and of the past of the block, as far as there are any."""
+        gates: list[nn.Module] = [self.gate_proj, self.past_gate_proj]
+        gates += [self.sink_gate_proj] if self.sink else []
+        return gates + ([self.block_gate_proj] if self.space_groups > 1 else [])
 
     def _mix_each_frame(self, x: Tensor, layout: FrameLayout, cache: State | None) -> tuple[Tensor, State]:
         """Sum every frame alone, then let it see the earlier frames that the layout lets it see."""
@@ -117,21 +122,21 @@ class FrameMixer(PoM):
             cache = self.new_cache(clean.total.shape[0], 0, layout, own.total.dtype, x.device)
         past, first, past_blocks = cache.split(self._cached_groups(layout))
         earlier, past = layout.context_window.sum_earlier(past, clean, fade)
-        gates, seen, after = [self.past_gate_proj] if self.split else [], [earlier], [past]
+        seen, after = [earlier], [past]
         if self.sink:
             earlier, first = sum_first(first, clean, self.sink, x.shape[2])
-            gates, seen, after = [*gates, self.sink_gate_proj], [*seen, earlier], [*after, first]
+            seen, after = [*seen, earlier], [*after, first]
         if blocks:
             clean = parts.map(layout.clean_frames)
             earlier, past_blocks = layout.context_window.sum_earlier_blocks(past_blocks, clean, blocks, fade)
-            gates, seen, after = [*gates, self.block_gate_proj], [*seen, earlier], [*after, past_blocks]
+            seen, after = [*seen, earlier], [*after, past_blocks]
         past = State.cat(after, dim=1) if len(after) > 1 else past
         if layout.teacher_forced:
             seen = [State.cat([state, state], dim=0) for state in seen]
         if not self.split:
             return self.read(tokens, seen[0] + own, rotary=gate_rotary).view_as(x), past
         means = [state.mean() for state in (own, *seen)]
-        mixed = self.read_each(tokens, means, [self.gate_proj, *gates], rotary=gate_rotary).view_as(x)
+        mixed = self.read_each(tokens, means, self._gate_projections(), rotary=gate_rotary).view_as(x)
         return swap_blocks(mixed, layout.grid, self.space_groups, back=True) if blocks else mixed, past
 
 

@@ -210,7 +210,8 @@ class VideoDiT(nn.Module):
         if past is not None:
             self.check_cache(past, video.shape[0], grid.height, grid.width)
         first = 0 if past is None else past.frames
-        span = torch.zeros_like(time) if span is None else span
+        if span is None and self.span_embed is not None:
+            span = torch.zeros_like(time)
         if finished is not None:
             finished_time = torch.zeros_like(time) if finished_time is None else finished_time
             self._check_finished(finished, finished_time, video, frame_causal)
@@ -219,7 +220,7 @@ class VideoDiT(nn.Module):
                     t if t.dim() == 2 else t[:, None].expand(-1, frames) for t in (time, finished_time)
                 )
             video, time = torch.cat([finished, video]), torch.cat([finished_time, time])
-            span = torch.cat([torch.zeros_like(span), span])
+            span = None if span is None else torch.cat([torch.zeros_like(span), span])
             text, labels, text_weight = (
                 None if tensor is None else torch.cat([tensor, tensor]) for tensor in (text, labels, text_weight)
             )
@@ -227,7 +228,7 @@ class VideoDiT(nn.Module):
         x = self.patch_in(patchify_video(video, self.patch))  # (B, T', S, D); with teacher forcing B is doubled
         x = x + self._position_embedding(first, frames, grid)  # (B, T', S, D)
         cond = self._per_frame(self.time_embed(time, self.reference_parameter), time)  # (B, 1 or T', 1, D)
-        if self.span_embed is not None:
+        if span is not None and self.span_embed is not None:
             cond = cond + self._per_frame(self.span_embed(span, self.reference_parameter), span)
         if labels is not None and self.label_embed is not None:
             cond = cond + self._per_frame(self.label_embed(labels), labels)  # (B, 1 or T', 1, D)

@@ -51,11 +51,9 @@ def test_the_loss_frame_by_frame_by_finite_differences(memory, guidance, context
     model, objective = small(two_times=True, n_classes=4, **MEMORIES[memory]), MeanFlow(1.5, guidance)
     video, labels = clip(model.size), torch.tensor([1, 4, 2])
     options = {"context": context, "context_noise": context_noise, "given": given}
-    drawn = draw_frames(
-        model, objective, objective.draw_times, video, {"labels": labels}, seeded_generator(1), **options
-    )
-    (times, spans), finished = drawn.times, drawn.finished["finished"]
-    finished_time = drawn.finished.get("finished_time", torch.zeros(3, dtype=torch.float64))
+    drawn = draw_frames(model, objective, objective.draw_times, video, labels, seeded_generator(1), **options)
+    (times, spans), finished = drawn.times, drawn.arguments["finished"]
+    finished_time = drawn.arguments.get("finished_time", torch.zeros(3, dtype=torch.float64))
     assert (spans[:, given:] > 0).any() and (spans[:, given:] == 0).any()
 
     def run(x, time, labels, span, past, **more):

@@ -88,11 +88,9 @@ def test_the_loss_frame_by_frame(guidance, context, context_noise, given):
     objective = Distillation(teacher, 1.5, guidance)
     video, labels = torch.randn(3, 3, 2 * FRAMES, 4, 6, dtype=torch.float64), torch.tensor([1, 4, 2])
     settings = {"context": context, "context_noise": context_noise, "given": given}
-    drawn = draw_frames(
-        student, objective, objective.draw_times, video, {"labels": labels}, seeded_generator(1), **settings
-    )
-    finished = drawn.finished["finished"]
-    finished_times = drawn.finished.get("finished_time", torch.zeros(3, FRAMES, dtype=torch.float64))
+    drawn = draw_frames(student, objective, objective.draw_times, video, labels, seeded_generator(1), **settings)
+    finished = drawn.arguments["finished"]
+    finished_times = drawn.arguments.get("finished_time", torch.zeros(3, FRAMES, dtype=torch.float64))
     no_class, causal = torch.full_like(labels, 4), {"frame_causal": True}
     past, taught, free, errors = None, None, None, []
     for frame in range(FRAMES):
